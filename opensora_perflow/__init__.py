@@ -1,0 +1,13 @@
+"""Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510) for Open-Sora: few-step video generation.
+
+Importing the package registers `perflow` in Open-Sora's SCHEDULERS (or, where Open-Sora is not installed, in a registry
+of the same name in this package) and does nothing else. See `conventions` for time, sign and shapes.
+"""
+
+__version__ = "0.1.0"
+
+from opensora_perflow.registry import OBJECTIVES, SCHEDULERS, build_module
+from opensora_perflow.scheduler import PeRFlow
+from opensora_perflow.windows import TimeWindows
+
+__all__ = ["OBJECTIVES", "PeRFlow", "SCHEDULERS", "TimeWindows", "__version__", "build_module"]

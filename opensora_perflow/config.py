@@ -1,0 +1,195 @@
+"""The scheduler's config, validated: every key, its default and its meaning in one place."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any
+
+from opensora_perflow.predictions import PREDICTIONS
+from opensora_perflow.schedule import TIME_DISTRIBUTIONS, check_num_steps
+from opensora_perflow.solvers import SOLVERS
+from opensora_perflow.windows import TimeWindows
+
+GUIDANCE_MODES = ("sync", "fixed")
+TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
+
+
+def from_mapping(cls: type, value: Mapping[str, Any], where: str) -> Any:
+    """Build a settings dataclass from a config dict, refusing keys that it does not have.
+
+    Raises:
+        ValueError: unknown keys (with the closest known ones), or values that the dataclass refuses.
+    """
+    known = [f.name for f in fields(cls)]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        close = [match for key in unknown for match in difflib.get_close_matches(str(key), known, n=1)]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"unknown key(s) {', '.join(map(repr, unknown))} in {where}{hint} Known keys: {', '.join(known)}")
+    return cls(**value)
+
+
+def check_number(name: str, value: Any, low: float | None = None) -> None:
+    """Raises ValueError unless value is a real number (and at least `low`)."""
+    if isinstance(value, bool) or not isinstance(value, Real) or (low is not None and value < low):
+        bound = "" if low is None else f" >= {low:g}"
+        raise ValueError(f"{name} must be a number{bound}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Where the frozen teacher comes from and how its ODE is solved."""
+
+    from_pretrained: str | None = None
+    """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
+    None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
+    steps_per_window: int = 8
+    """ODE steps that the teacher takes in each window, >= 1."""
+    solver: str = "euler"
+    """euler (1 evaluation a step), heun or midpoint (2)."""
+    allow_distilled: bool = False
+    """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
+
+    def __post_init__(self) -> None:
+        if self.from_pretrained is not None and not isinstance(self.from_pretrained, (str, os.PathLike)):
+            raise ValueError(f"teacher.from_pretrained must be a path, a repository id or None, got {self.from_pretrained!r}")
+        check_num_steps(self.steps_per_window)
+        check_choice("teacher.solver", self.solver, tuple(SOLVERS))
+        if not isinstance(self.allow_distilled, bool):
+            raise ValueError(f"teacher.allow_distilled must be True or False, got {self.allow_distilled!r}")
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Where classifier-free guidance happens."""
+
+    mode: str = "sync"
+    """sync: the student learns the unguided flow, with text dropout, and is guided when sampled (2 evaluations a step).
+    fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step)."""
+    scale: float | None = None
+    """Text guidance of the teacher in mode fixed; 1 = a teacher that needs none (itself a student of mode fixed)."""
+    image_scale: float | None = None
+    """Guidance by reference frames in mode fixed (Open-Sora 1.3's image/video conditioning); None: `scale`."""
+
+    def __post_init__(self) -> None:
+        check_choice("guidance.mode", self.mode, GUIDANCE_MODES)
+        if self.mode == "fixed":
+            if self.scale is None:
+                raise ValueError('guidance mode "fixed" needs a scale, for example dict(mode="fixed", scale=7.0)')
+            check_number("guidance.scale", self.scale, low=0)
+            if self.image_scale is not None:
+                check_number("guidance.image_scale", self.image_scale, low=0)
+        elif self.scale is not None or self.image_scale is not None:
+            raise ValueError(
+                f'guidance mode "sync" takes no scale, got scale={self.scale!r}, image_scale={self.image_scale!r}; '
+                'set cfg_scale for sampling, or mode="fixed" to fold the scale into the student'
+            )
+
+
+@dataclass(frozen=True)
+class PeRFlowConfig:
+    """All keys of `scheduler=dict(type="perflow", ...)`.
+
+    The second half are the keys of Open-Sora's rflow with their upstream meaning, so that an existing config switches by its
+    `type` alone.
+    """
+
+    windows: Any = 4
+    """Number K >= 1 of uniform windows, or a descending list of edges from 1 to 0 in untransformed time."""
+    window_time: str = "host"
+    """host: edges pass through the host's timestep transform, per sample; flow: edges are flow times as they stand."""
+    prediction: str = "auto"
+    """What the student's network outputs. auto: what the host's network is trained for (velocity for 1.2 and 1.3)."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    objective: Any = "perflow"
+    """Name of a registered objective, or dict(type=name, its keywords)."""
+    transform: str = "auto"
+    """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
+
+    num_sampling_steps: int | None = None
+    """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
+    num_timesteps: int = 1000
+    """Size of the network's timestep range."""
+    cfg_scale: float = 4.0
+    """Guidance when sampling in mode sync; no effect in mode fixed."""
+    use_discrete_timesteps: bool = False
+    """Round drawn times and the sampling grid to whole timesteps."""
+    use_timestep_transform: bool = False
+    """Warp time by resolution and length."""
+    sample_method: str = "uniform"
+    """Distribution of the training times: uniform or logit-normal."""
+    loc: float = 0.0
+    """Mean of the logit-normal's normal."""
+    scale: float = 1.0
+    """Standard deviation of the logit-normal's normal, > 0."""
+    transform_scale: float = 1.0
+    """Factor on the warp's ratio, > 0: for drawn times only under v1.2, for sampling (and windows) only under v1.3."""
+    scale_temporal: bool = True
+    """False: the warp ignores the number of frames (v1.3)."""
+    uniform_over_threshold: float | None = None
+    """Drawn flow times of videos above this are drawn again uniformly between it and 1 (v1.3)."""
+    drop_condition: Mapping[str, float] | None = None
+    """Weights of null / cond / text / keep for image and video conditioning in mode sync (v1.3); None: always keep."""
+    x_cond_weight: float = 1.0
+    """Loss weight of the conditioned frames (v1.3)."""
+    use_oscillation_guidance: bool = False
+    """Guidance on even steps only, after the first force_num (v1.3)."""
+    force_num: int = 10
+    """Guided steps before the oscillation begins."""
+    use_flaw_fix: bool = False
+    """Rescale the guided prediction's standard deviation (v1.3)."""
+    scale_image_weight: bool = False
+    """Image guidance decays over the steps and grows over the frames (v1.3)."""
+    initial_image_scale: float = 1.0
+    """Where scale_image_weight decays to."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
+        set_(self, "windows", TimeWindows.from_config(self.windows))
+        for name, cls in (("teacher", TeacherConfig), ("guidance", GuidanceConfig)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                set_(self, name, from_mapping(cls, value, name))
+            elif not isinstance(value, cls):
+                raise ValueError(f"{name} must be a dict, got {value!r}; known keys: {', '.join(f.name for f in fields(cls))}")
+        check_choice("window_time", self.window_time, ("host", "flow"))
+        check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
+        check_choice("transform", self.transform, TRANSFORM_FORMULAS)
+        check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
+        if self.num_sampling_steps is not None:
+            check_num_steps(self.num_sampling_steps)
+        check_num_steps(self.num_timesteps)
+        for name in ("cfg_scale", "x_cond_weight", "initial_image_scale", "force_num"):
+            check_number(name, getattr(self, name), low=0)
+        check_number("loc", self.loc)
+        for name in ("scale", "transform_scale"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if self.uniform_over_threshold is not None:
+            check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
+        if self.use_discrete_timesteps and self.sample_method != "uniform":
+            raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
+        if self.drop_condition is not None:
+            known = ("null", "cond", "text", "keep")
+            for key, weight in self.drop_condition.items():
+                check_choice("a key of drop_condition", key, known)
+                check_number(f"drop_condition[{key!r}]", weight, low=0)
+            if not sum(self.drop_condition.values()) > 0:
+                raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
+
+    @property
+    def sampling_steps(self) -> int:
+        """Number of sampling steps: num_sampling_steps, or one a window."""
+        return self.windows.num_windows if self.num_sampling_steps is None else int(self.num_sampling_steps)

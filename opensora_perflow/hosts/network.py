@@ -1,0 +1,82 @@
+"""Open-Sora's networks: what is inside a booster's wrapper, what its forward accepts, its null text and text dropout."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside a booster's wrapper (train.py passes the wrapper, eval_loss.py the network itself)."""
+    return getattr(model, "module", model)
+
+
+def settle(model: nn.Module) -> None:
+    """Wait until the weights of a wrapped model are complete.
+
+    v1.3 boosts with overlap_allgather: after an optimizer step the weights arrive while the next forward runs, and only the
+    wrapper's own forward waits for them. Reading them earlier gives stale shards on a GPU.
+    """
+    wait = getattr(model, "_force_wait_all_gather", None)
+    if wait is not None:
+        wait()
+
+
+def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
+    """Predicate: does the network's forward take a keyword of this name? (STDiT2 has no **kwargs, STDiT3 has.)"""
+    parameters = inspect.signature(network.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return lambda name: True
+    return parameters.__contains__
+
+
+def declares(network: nn.Module, name: str) -> bool:
+    """Does the network's forward declare this argument by name (not merely swallow it in **kwargs)?"""
+    return name in inspect.signature(network.forward).parameters
+
+
+def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
+    """The network's embedding of the empty prompt, expanded to `like` [B, 1, L, D]; None if the network has none for it.
+
+    A network with skip_y_embedder is fed projected, packed text, for which it has no null.
+    """
+    embedding = getattr(getattr(network, "y_embedder", None), "y_embedding", None)
+    if embedding is None or getattr(getattr(network, "config", None), "skip_y_embedder", False):
+        return None
+    if like.dim() != 4 or tuple(like.shape[2:]) != tuple(embedding.shape):
+        raise ValueError(
+            f"text embeddings must be [B, 1, {', '.join(map(str, embedding.shape))}] for this network, got "
+            f"{list(like.shape)}; the text encoder's model_max_length and output_dim must be the network's"
+        )
+    return embedding.detach().to(like.device, like.dtype).expand_as(like)
+
+
+def text_dropout(network: nn.Module) -> float:
+    """Probability with which the network itself would drop a prompt: 0 outside training mode."""
+    return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0)) if network.training else 0.0
+
+
+@contextmanager
+def without_text_dropout(network: nn.Module) -> Iterator[Mapping[str, Any]]:
+    """Keep the network from dropping prompts on its own, unseen; yields the keywords that its call needs for that.
+
+    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; it also takes the CPU's
+    random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
+    """
+    if declares(network, "text_uncond_prob"):
+        yield {"text_uncond_prob": 0.0}
+        return
+    embedder = getattr(network, "y_embedder", None)
+    probability = getattr(embedder, "uncond_prob", None)
+    if probability is None:
+        yield {}
+        return
+    embedder.uncond_prob = 0.0
+    try:
+        yield {}
+    finally:
+        embedder.uncond_prob = probability

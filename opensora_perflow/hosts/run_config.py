@@ -1,0 +1,71 @@
+"""What the running host script was told: whether it resumes, and where its weights came from.
+
+Open-Sora gives a scheduler neither its config nor its checkpoint, and it builds schedulers before it loads anything. Every
+script of every 1.x tag keeps its config in a variable `cfg` of its own main(), from which the scheduler's methods are called:
+that is where this looks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opensora_perflow.config import TeacherConfig
+
+
+def running_config() -> Mapping[str, Any] | None:
+    """The config of the Open-Sora script that is calling, or None when called from elsewhere."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        config = frame.f_locals.get("cfg")
+        if frame.f_code.co_name == "main" and hasattr(config, "get") and config.get("scheduler") is not None:
+            return config
+        frame = frame.f_back
+    return None
+
+
+def is_distilled(checkpoint: str | Path) -> bool:
+    """Was this checkpoint written by a PeRFlow training run?
+
+    Open-Sora's train.py dumps its config as config.txt into the folder above its checkpoints.
+    """
+    path = Path(checkpoint)
+    for folder in (path, *path.parents[:3]):
+        try:
+            config = json.loads((folder / "config.txt").read_text())
+        except (OSError, ValueError):
+            continue
+        scheduler = config.get("scheduler") if isinstance(config, dict) else None
+        return isinstance(scheduler, dict) and str(scheduler.get("type", "")).startswith("perflow")
+    return False
+
+
+def check_teacher_source(teacher: TeacherConfig) -> str:
+    """Where the teacher's weights will come from, in words for the log.
+
+    Raises:
+        ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
+            does not say that this is meant.
+    """
+    config = running_config() or {}
+    pretrained = (config.get("model") or {}).get("from_pretrained")
+    suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
+    source = teacher.from_pretrained
+    if source is None and config.get("load"):
+        raise ValueError(
+            f"this run resumes from {config.get('load')!r}, so its weights are already those of a student and must not become "
+            f'its teacher; say where the teacher is: scheduler = dict(type="perflow", {suggestion}, ...)'
+        )
+    weights = pretrained if source is None else source
+    if weights is not None and is_distilled(weights) and not teacher.allow_distilled:
+        raise ValueError(
+            f"the teacher's weights {str(weights)!r} were written by a PeRFlow run: they are a student's; name the original "
+            "model in teacher=dict(from_pretrained=...), or accept the student as teacher of a later stage with "
+            "teacher=dict(..., allow_distilled=True)"
+        )
+    if source is not None:
+        return f"weights from {source}"
+    return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")

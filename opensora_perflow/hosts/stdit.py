@@ -1,0 +1,274 @@
+"""Open-Sora's rectified-flow networks (STDiT3 of 1.2 and 1.3, and what shares their call) as velocity fields.
+
+One evaluation of the network may carry several branches of guidance: the batch is repeated, branch after branch, because the
+network tiles the text mask that way (v1.2.0 opensora/models/stdit/stdit3.py:344). What v1.2 and v1.3 take differently is told
+from the signature of forward.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.conventions import host_to_velocity, interpolate, to_timestep
+from opensora_perflow.guidance import classifier_free, rescale_to_cond, text_and_image
+from opensora_perflow.hosts.network import accepted_arguments, declares, null_text, without_text_dropout
+from opensora_perflow.solvers import Velocity
+
+PREDICTION = "velocity"
+"""What these networks are trained to output."""
+
+# Arguments of a network call that this module sets itself, wherever the host put them.
+_OWN_ARGUMENTS = ("y", "mask", "x_mask", "cond", "cond_mask", "mask_index", "y_null", "text_uncond_prob")
+
+
+class Branch(NamedTuple):
+    """Which of the conditions one branch of guidance sees."""
+
+    text: bool
+    reference: bool
+
+
+FULL, NO_TEXT, NOTHING = Branch(True, True), Branch(False, True), Branch(False, False)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Reference frames of v1.3's image and video conditioning, one set of frame indices for the whole batch."""
+
+    frames: tuple[int, ...]
+    latents: Tensor
+    """[B, C, T, H, W], zero outside the reference frames."""
+
+    @classmethod
+    def of(cls, latents: Tensor, frames: Sequence[int]) -> Reference:
+        """Keep the frames `frames` of `latents` [B, C, T, H, W].
+
+        Raises:
+            ValueError: a frame index outside 0..T-1.
+        """
+        num_frames = latents.shape[2]
+        if any(not 0 <= frame < num_frames for frame in frames):
+            raise ValueError(f"mask_index must hold latent frame indices in 0..{num_frames - 1}, got {list(frames)}")
+        reference = cls(tuple(frames), latents)
+        return replace(reference, latents=latents * reference.mask)
+
+    @property
+    def mask(self) -> Tensor:
+        """1 on the reference frames, 0 elsewhere; shaped like the latents."""
+        mask = torch.zeros_like(self.latents)
+        mask[:, :, list(self.frames)] = 1.0
+        return mask
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a network is told besides state and time, for a batch of B samples."""
+
+    text: Tensor
+    """[B, 1, L, D]; with skip_y_embedder whatever the host packed."""
+    text_mask: Tensor | None
+    """[B, L], 1 where there is a token."""
+    null: Tensor | None
+    """Text of the unguided branch, like `text`: the null embedding, or negative prompts. Truncated by the prompt's own mask
+    unless `null_mask` is given, as the host does it."""
+    null_mask: Tensor | None = None
+    strict_null: Tensor | None = None
+    """The null embedding even where `null` holds negative prompts: what v1.3 shows the reference frames."""
+    reference: Reference | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
+
+
+def training_condition(network: nn.Module, model_args: Mapping[str, Any], drop: Tensor | None = None) -> Condition:
+    """The condition that the host's training script describes, with dropped prompts replaced by this network's null text.
+
+    Args:
+        network: The unwrapped network that will see it; its own null embedding is used.
+        model_args: The host's dict: y, mask, sizes. Left as it is.
+        drop: bool [B], True where the prompt is dropped; None drops nothing.
+
+    Raises:
+        ValueError: no text in model_args, or prompts are to be dropped and the network has no null text.
+    """
+    if "y" not in model_args:
+        raise ValueError(f"model_args needs the text embeddings 'y', got the keys {sorted(model_args)}")
+    text = model_args["y"]
+    null = null_text(network, text)
+    if drop is not None and bool(drop.any()):
+        if null is None:
+            raise ValueError("prompts cannot be dropped: the network has no null text; use the model's class_dropout_prob=0")
+        text = torch.where(drop.to(text.device)[:, None, None, None], null, text)
+    return Condition(text, model_args.get("mask"), null, strict_null=null, extras=_extras(network, model_args))
+
+
+def sampling_condition(
+    network: nn.Module,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    *,
+    negative_prompts: Sequence[str] | None,
+    additional_args: Mapping[str, Any],
+    reference: Reference | None,
+    needs_null: bool,
+) -> Condition:
+    """Encode prompts as the host's sampler does; `needs_null` is False where no branch is unguided."""
+    encoded = _encode(text_encoder, prompts)
+    null = null_mask = strict_null = None
+    if needs_null or reference is not None:
+        null = strict_null = text_encoder.null(len(prompts)).to(encoded["y"].device)
+    if negative_prompts is not None and needs_null:
+        negative = _encode(text_encoder, negative_prompts)
+        null, null_mask = negative["y"], negative.get("mask")
+    extras = {**{key: value for key, value in encoded.items() if key not in ("y", "mask")}, **additional_args}
+    return Condition(encoded["y"], encoded.get("mask"), null, null_mask, strict_null, reference, _extras(network, extras))
+
+
+def draw_reference_drop(drop_condition: Mapping[str, float] | None) -> tuple[bool, bool]:
+    """v1.3's dropout of image and video conditioning, one draw for the batch: (drop the text?, drop the reference?).
+
+    `cond` drops the text, `text` the reference, `null` both, `keep` neither (the names are upstream's). Uses Python's `random`
+    as upstream does (v1.3 opensora/schedulers/rf/rectified_flow.py:74), so that every rank of a sequence-parallel group
+    draws the same. None keeps everything, without a draw.
+    """
+    if not drop_condition:
+        return False, False
+    drawn = random.choices(list(drop_condition), weights=list(drop_condition.values()), k=1)[0]
+    return drawn in ("null", "cond"), drawn in ("null", "text")
+
+
+def with_reference(condition: Condition, reference: Reference, drop: tuple[bool, bool]) -> Condition:
+    """The condition with reference frames, after the dropout of `draw_reference_drop`. Dropped frames keep their mask."""
+    drop_text, drop_reference = drop
+    if condition.null is None:
+        raise ValueError("reference frames need the network's null text (y_embedder.y_embedding), and there is none")
+    if drop_reference:
+        reference = replace(reference, latents=torch.zeros_like(reference.latents))
+    return replace(condition, reference=reference, text=condition.null if drop_text else condition.text)
+
+
+def put_back_reference(x: Tensor, t: Tensor, reference: Reference) -> Tensor:
+    """The state with its reference frames replaced by the reference noised to time t (upstream's use_sdedit)."""
+    noised = interpolate(reference.latents, torch.randn_like(reference.latents), t)
+    return torch.where(reference.mask == 1, noised, x)
+
+
+def velocity_field(
+    call: Callable[..., Tensor],
+    network: nn.Module,
+    condition: Condition,
+    *,
+    num_timesteps: int,
+    frame_mask: Tensor | None = None,
+    text_scale: float = 1.0,
+    image_scale: float | Tensor = 1.0,
+    flaw_fix: bool = False,
+) -> Velocity:
+    """The network under a condition, guided, as a field dx/dt = velocity(x, t).
+
+    Args:
+        call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one).
+        network: The network itself, to read its signature and its text dropout.
+        condition: Text, reference frames and sizes for B samples.
+        num_timesteps: The network counts time in 0..num_timesteps.
+        frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
+        text_scale: Classifier-free guidance by text; 1 = none, one evaluation of B samples instead of two.
+        image_scale: Guidance by reference frames (a third branch); only with a reference.
+        flaw_fix: Rescale the guided prediction (text guidance alone, as upstream).
+
+    Returns:
+        velocity(x, t): x [B, C, T, H, W], t [B] in [0, 1] -> [B, C, T, H, W], float32.
+
+    Raises:
+        ValueError: guidance without null text, or an argument that this network's forward does not take.
+    """
+    guided_by_image = isinstance(image_scale, Tensor) or image_scale != 1.0
+    if condition.reference is not None and (text_scale != 1.0 or guided_by_image):
+        branches = (FULL, NO_TEXT, NOTHING)
+    elif condition.reference is None and text_scale != 1.0:
+        branches = (FULL, NO_TEXT)
+    else:
+        branches = (FULL,)
+    inputs = _network_inputs(network, condition, branches, frame_mask)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        timestep = to_timestep(t.to(x.device), num_timesteps)
+        with without_text_dropout(network) as quiet:
+            output = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep.repeat(len(branches)), **inputs, **quiet)
+        # colossalai's tensor subclass does not update in place, and it spreads through every result.
+        output = output.as_subclass(Tensor).float()
+        if output.shape[1] == 2 * x.shape[1]:  # pred_sigma: the second half holds a variance that rectified flow never uses
+            output = output.chunk(2, dim=1)[0]
+        parts = host_to_velocity(output).chunk(len(branches))
+        if len(parts) == 3:
+            scale = image_scale.to(x.device) if isinstance(image_scale, Tensor) else image_scale
+            return text_and_image(*parts, text_scale, scale)
+        if len(parts) == 2:
+            v = classifier_free(*parts, text_scale)
+            return rescale_to_cond(v, parts[0]) if flaw_fix else v
+        return parts[0]
+
+    return velocity
+
+
+def reference_frame_weights(reference: Reference, weight: float) -> Tensor:
+    """Loss weights [B, T] that give each reference frame `weight` and keep the total at T."""
+    batch_size, _, num_frames = reference.latents.shape[:3]
+    count = len(reference.frames)
+    other = (num_frames - count * weight) / (num_frames - count) if count < num_frames else 1.0
+    weights = torch.full((batch_size, num_frames), other, device=reference.latents.device)
+    weights[:, list(reference.frames)] = weight
+    return weights
+
+
+def _network_inputs(
+    network: nn.Module, condition: Condition, branches: Sequence[Branch], frame_mask: Tensor | None
+) -> dict[str, Any]:
+    accepts = accepted_arguments(network)
+    inputs = dict(condition.extras)
+    if any(not branch.text for branch in branches) and condition.null is None:
+        raise ValueError(
+            "guidance needs the network's null text (y_embedder.y_embedding), and this network has none for the text it is "
+            'given (skip_y_embedder or pre-computed text features); use guidance=dict(mode="sync") with cfg_scale=1 or a '
+            'teacher that needs no guidance: guidance=dict(mode="fixed", scale=1.0)'
+        )
+    if len(branches) == 1:
+        inputs["y"] = condition.text
+    else:  # negative prompts and null text are float32 from the encoder, the text may be half precision: cat promotes
+        inputs["y"] = torch.cat([condition.text if branch.text else condition.null for branch in branches])
+    if condition.text_mask is not None:
+        inputs["mask"] = condition.text_mask
+        if len(branches) > 1 and condition.null_mask is not None:
+            inputs["mask"] = torch.cat([condition.text_mask if b.text else condition.null_mask for b in branches])
+    if frame_mask is not None:
+        if not accepts("x_mask"):
+            raise ValueError(f"{type(network).__name__} takes no frame mask (x_mask); leave out mask_ratios and references")
+        inputs["x_mask"] = frame_mask.repeat(len(branches), 1)
+    if condition.reference is not None:
+        if not declares(network, "mask_index"):
+            raise ValueError(
+                f"{type(network).__name__} takes no reference frames (mask_index); image and video conditioning needs the "
+                "STDiT3 of Open-Sora 1.3"
+            )
+        latents, mask = condition.reference.latents, condition.reference.mask
+        nothing = torch.zeros_like(latents)
+        inputs["cond"] = torch.cat([latents if branch.reference else nothing for branch in branches])
+        inputs["cond_mask"] = mask.repeat(len(branches), 1, 1, 1, 1)
+        inputs["mask_index"] = list(condition.reference.frames)
+        inputs["y_null"] = condition.strict_null.repeat(len(branches), 1, 1, 1)
+    return inputs
+
+
+def _extras(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    accepts = accepted_arguments(network)
+    return {key: value for key, value in arguments.items() if key not in _OWN_ARGUMENTS and accepts(key)}
+
+
+def _encode(text_encoder: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    tokenize = getattr(text_encoder, "tokenize_fn", None)  # v1.3 tokenizes in the dataset's workers, 1.2 inside encode
+    return dict(text_encoder.encode(**tokenize(list(prompts))) if tokenize else text_encoder.encode(list(prompts)))

@@ -1,0 +1,25 @@
+"""The PeRFlow objective (arXiv:2405.07510, eq. 4): match the constant velocity of each window's straight line."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
+from opensora_perflow.registry import OBJECTIVES
+from opensora_perflow.solvers import Velocity
+
+
+@OBJECTIVES.register_module("perflow")
+def perflow(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+    r"""|| student(x_t, t) - (x_e - x_s) / (t_e - t_s) ||^2, averaged over elements.
+
+    Args:
+        student: The network being trained, as a velocity field.
+        pair: Ends of each sample's window.
+        t: Drawn times inside the windows, [B], float64.
+        frame_weights: [B, T], see `mean_over_frames`.
+
+    Returns:
+        Loss per sample, [B], float32, with the student's graph.
+    """
+    return mean_over_frames((student(pair.point(t), t) - pair.velocity).square(), frame_weights)

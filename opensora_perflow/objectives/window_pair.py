@@ -1,0 +1,50 @@
+"""What every objective starts from: the two ends of a window, and how errors become one loss a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from opensora_perflow.conventions import expand_like
+
+
+@dataclass(frozen=True)
+class WindowPair:
+    """A teacher trajectory across one window per sample.
+
+    x_start, x_end: states at the noisy and the clean edge, [B, ...], float32. t_start > t_end: the edges, [B], float64.
+    """
+
+    x_start: Tensor
+    x_end: Tensor
+    t_start: Tensor
+    t_end: Tensor
+
+    def point(self, t: Tensor) -> Tensor:
+        """x_t on the straight line between the edges (PeRFlow, arXiv:2405.07510, eq. 4); t [B] inside the window."""
+        return self.x_start + (self.x_end - self.x_start) * expand_like(
+            (t - self.t_start) / (self.t_end - self.t_start), self.x_start
+        )
+
+    @property
+    def velocity(self) -> Tensor:
+        """dx/dt of that line, the same for every t of the window."""
+        return (self.x_end - self.x_start) / expand_like(self.t_end - self.t_start, self.x_start)
+
+
+def mean_over_frames(error: Tensor, frame_weights: Tensor | None) -> Tensor:
+    """Mean of an elementwise error over everything but the batch: [B, C, T, ...] -> [B], float32.
+
+    Args:
+        error: Errors, [B, C, T, H, W]; any [B, ...] if frame_weights is None.
+        frame_weights: Weight of each frame, [B, T], or None for equal weights. A frame of weight 0 (a frozen frame) neither
+            counts nor dilutes the mean; a sample without any weight has loss 0.
+    """
+    error = error.float()
+    if frame_weights is None:
+        return error.flatten(1).mean(dim=1)
+    per_frame = error.transpose(1, 2).flatten(2).mean(dim=2)  # [B, T]
+    weights = frame_weights.to(per_frame.dtype)
+    total = weights.sum(dim=1)
+    return (per_frame * weights).sum(dim=1) / total.where(total > 0, total.new_ones(()))

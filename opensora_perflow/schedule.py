@@ -1,0 +1,97 @@
+"""Times: which ones training draws, and the grids that the teacher and the sampler step on. All in untransformed time."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.windows import TimeWindows
+
+TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
+
+
+def draw_times(
+    batch_size: int,
+    *,
+    distribution: str = "uniform",
+    loc: float = 0.0,
+    scale: float = 1.0,
+    num_levels: int | None = None,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one time in [0, 1] for each sample of a batch.
+
+    Args:
+        batch_size: Number of times.
+        distribution: "uniform" on [0, 1), or "logit-normal": the sigmoid of a normal variable with mean `loc` and standard
+            deviation `scale` (the two that Open-Sora's `sample_method` knows).
+        num_levels: Draw uniformly from 0, 1/n, ..., (n - 1)/n instead; uniform only.
+
+    Returns:
+        [B], float64.
+
+    Raises:
+        ValueError: unknown distribution.
+    """
+    if distribution == "uniform":
+        if num_levels is not None:
+            return torch.randint(num_levels, (batch_size,), device=device, generator=generator).double() / num_levels
+        return torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+    if distribution == "logit-normal":
+        normal = torch.randn(batch_size, dtype=torch.float64, device=device, generator=generator)
+        return torch.sigmoid(loc + scale * normal)
+    raise ValueError(f"unknown time distribution {distribution!r}; known: {', '.join(TIME_DISTRIBUTIONS)}")
+
+
+def redraw_above(t: Tensor, threshold: float, generator: torch.Generator | None = None) -> Tensor:
+    """Times above `threshold` are drawn again, uniformly between it and 1 (Open-Sora 1.3's uniform_over_threshold)."""
+    fresh = threshold + (1.0 - threshold) * torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator)
+    return torch.where(t > threshold, fresh, t)
+
+
+def linear_grid(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
+    """Uniform grid from `start` [B] to `end` [B] with both ends exact: [num_steps + 1, B], float64.
+
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    check_num_steps(num_steps)
+    fraction = torch.arange(num_steps + 1, dtype=torch.float64, device=start.device)[:, None] / num_steps
+    grid = start + (end - start) * fraction
+    grid[-1] = end
+    return grid
+
+
+def sampling_grid(windows: TimeWindows, num_steps: int) -> tuple[float, ...]:
+    """Grid of `num_steps` sampling steps over the whole of [1, 0].
+
+    With num_steps >= K every window edge is a grid point: each window gets num_steps // K equal steps and the remainder goes
+    to the noisiest windows, one each (as PeRFlow's own sampler distributes them). If K divides num_steps and the windows are
+    uniform, or if K is 1, this is the host's own uniform grid. With fewer steps than windows, each step spans whole windows,
+    as evenly as their number allows: possible, but the student was not trained for steps across an edge.
+
+    Returns:
+        num_steps + 1 times, descending from 1 to 0.
+
+    Raises:
+        ValueError: num_steps is not an integer >= 1.
+    """
+    check_num_steps(num_steps)
+    num_windows = windows.num_windows
+    if num_steps < num_windows:
+        return tuple(windows.edges[round(i * num_windows / num_steps)] for i in range(num_steps + 1))
+    each, extra = divmod(num_steps, num_windows)
+    grid = [1.0]
+    for k, (start, end) in enumerate(zip(windows.edges, windows.edges[1:])):
+        steps = each + (k < extra)
+        grid += [start + (end - start) * i / steps for i in range(1, steps)] + [end]
+    return tuple(grid)
+
+
+def check_num_steps(num_steps: int) -> None:
+    """Raises ValueError unless num_steps is an integer >= 1."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, Real) or int(num_steps) != num_steps or num_steps < 1:
+        raise ValueError(f"the number of steps must be an integer >= 1, got {num_steps!r}")

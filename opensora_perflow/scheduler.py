@@ -1,0 +1,328 @@
+"""`perflow`: the object that Open-Sora builds. It validates its config and wires the parts; the algorithms are elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import opensora_perflow.objectives  # noqa: F401  registers the objectives
+from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping
+from opensora_perflow.conventions import from_timestep, interpolate, shift_time, unshift_time
+from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
+from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.network import settle, text_dropout, unwrap
+from opensora_perflow.hosts.run_config import check_teacher_source
+from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
+from opensora_perflow.objectives.window_pair import WindowPair
+from opensora_perflow.registry import OBJECTIVES, SCHEDULERS
+from opensora_perflow.sampling import FrameEdit, sample
+from opensora_perflow.schedule import draw_times, linear_grid, redraw_above, sampling_grid
+from opensora_perflow.solvers import hold_frames, solve
+from opensora_perflow.teacher import check_finite, load_teacher
+
+logger = logging.getLogger("opensora_perflow")
+
+
+@SCHEDULERS.register_module("perflow")
+class PeRFlow:
+    """PeRFlow for Open-Sora: `training_losses` distils a frozen teacher window by window, `sample` takes a few Euler steps.
+
+    Built by the host from `scheduler=dict(type="perflow", ...)`; the keys are those of `config.PeRFlowConfig`. Construction
+    is cheap and touches no weights. The teacher is made at the first training step and survives a repeated `__init__`
+    (Open-Sora's gradio app re-initialises the live object) as long as its settings stay the same.
+
+    Raises:
+        ValueError: unknown keys or invalid values (received, accepted, remedy).
+    """
+
+    def __init__(self, **config: Any) -> None:
+        before: TeacherConfig | None = getattr(self, "config", None) and self.config.teacher
+        self.config: PeRFlowConfig = from_mapping(PeRFlowConfig, config, 'scheduler=dict(type="perflow")')
+        if self.config.prediction not in ("auto", stdit.PREDICTION):
+            raise ValueError(
+                f"prediction={self.config.prediction!r} needs an epsilon network (IDDPM); the rectified-flow networks of "
+                f'Open-Sora 1.2 and 1.3 output a {stdit.PREDICTION}: use prediction="auto"'
+            )
+        self.num_timesteps = int(self.config.num_timesteps)
+        self._objective = _build_objective(self.config.objective)
+        if before != self.config.teacher:
+            self._teacher: nn.Module | None = None
+        self._warned: set[str] = set()
+
+    def training_losses(
+        self,
+        model: nn.Module,
+        x_start: Tensor,
+        model_args: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        t: Tensor | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        mask_index: Sequence[int] | None = None,
+        x_gt: Tensor | None = None,
+        noise_disable_threshold: float | None = None,
+        text_uncond_prob: float | None = None,
+        x_noisy_ref: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One training step's losses, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+
+        Args:
+            model: The student, in the booster's wrapper or bare.
+            x_start: Clean latents, [B, C, T, H, W]; never written to.
+            model_args: y [B, 1, L, D], mask [B, L], and sizes [B]; also as `model_kwargs`.
+            noise: Noise of the window starts, like x_start; drawn in float32 if None.
+            mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
+            weights: Loss weight of each timestep, [num_timesteps] or None.
+            t: Timesteps in [0, num_timesteps], [B]; drawn if None. Taken as already transformed, as upstream does.
+            mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
+                sampled, without the reference embedders' biases.
+            x_gt: Clean latents where x_start was degraded (v1.3). The target comes from the teacher, so they are used only
+                above `noise_disable_threshold`.
+            noise_disable_threshold: Timestep above which windows start from x_gt.
+            text_uncond_prob: Probability of dropping a prompt; None: the network's own. Not used with fixed guidance.
+            x_noisy_ref: Latents to take the reference frames from; x_start if None.
+
+        Returns:
+            dict(loss=[B] float32 with the student's graph).
+
+        Raises:
+            ValueError: see teacher.load_teacher, hosts.run_config.check_teacher_source, hosts.stdit; a non-finite teacher.
+        """
+        config, network = self.config, unwrap(model)
+        model_args = dict(model_args or model_kwargs or {})
+        teacher = self._teacher_of(model)
+        data = x_start.detach().float()
+
+        t, t_start, t_end, window_times = self._draw_windows(data, model_args, t)
+        if noise_disable_threshold is not None and x_gt is not None:
+            clean = t_start * self.num_timesteps > noise_disable_threshold
+            data = torch.where(clean.to(data.device)[:, None, None, None, None], x_gt.detach().float(), data)
+        x_win_start = interpolate(data, torch.randn_like(data) if noise is None else noise.float(), t_start)
+        if mask is not None:
+            x_win_start = torch.where(mask[:, None, :, None, None], x_win_start, data)
+
+        drop = None
+        if config.guidance.mode == "sync":
+            probability = text_dropout(network) if text_uncond_prob is None or not network.training else text_uncond_prob
+            drop = torch.rand(len(data), device=data.device) < probability if probability > 0 else None
+        student_condition = stdit.training_condition(network, model_args, drop)
+        teacher_condition = stdit.training_condition(teacher, model_args, drop)
+        frame_weights = None if mask is None else mask.float()
+        if mask_index is not None and len(mask_index) > 0:
+            reference = stdit.Reference.of(x_start if x_noisy_ref is None else x_noisy_ref, mask_index)
+            drawn = stdit.draw_reference_drop(reference, config.drop_condition if config.guidance.mode == "sync" else None)
+            student_condition, teacher_condition = (
+                stdit.with_reference(c, reference, drawn) for c in (student_condition, teacher_condition)
+            )
+            frame_weights = stdit.reference_frame_weights(reference, config.x_cond_weight)
+
+        x_win_end = self._solve_teacher(teacher, teacher_condition, x_win_start, window_times, mask)
+        student = stdit.velocity_field(model, network, student_condition, num_timesteps=self.num_timesteps, frame_mask=mask)
+        loss = self._objective(student, WindowPair(x_win_start, x_win_end, t_start, t_end), t, frame_weights)
+        if weights is not None:
+            index = (t * self.num_timesteps).long().clamp(max=len(weights) - 1)
+            loss = loss * weights.to(loss.device, loss.dtype)[index.to(loss.device)]
+        return {"loss": loss}
+
+    def sample(
+        self,
+        model: nn.Module,
+        text_encoder: Any,
+        z: Tensor,
+        prompts: Sequence[str],
+        device: torch.device | str,
+        additional_args: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        guidance_scale: float | None = None,
+        image_cfg_scale: float | None = None,
+        progress: bool = True,
+        neg_prompts: Sequence[str] | None = None,
+        z_cond: Tensor | None = None,
+        z_cond_mask: Tensor | None = None,
+        mask_index: Sequence[int] | None = None,
+        use_sdedit: bool = False,
+        use_oscillation_guidance_for_text: bool | None = None,
+        use_oscillation_guidance_for_image: bool | None = None,
+    ) -> Tensor:
+        """Sample latents for prompts, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+
+        Args:
+            model: The student; eval mode, gradients off (the host's scripts see to both).
+            text_encoder: encode(prompts) and null(n); v1.3's tokenize_fn is used where there is one.
+            z: Noise with reference frames already in place, [B, C, T, H, W], any float dtype.
+            prompts: B prompts.
+            device: Where to sample.
+            additional_args: height, width, num_frames, fps, ar, [B] each; not changed.
+            mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit`; None or ones generate everything.
+            guidance_scale: Text guidance in mode sync; None: the config's cfg_scale.
+            image_cfg_scale: Guidance by reference frames in mode sync; None: the config's cfg_scale, as upstream.
+            neg_prompts: B negative prompts, mode sync only.
+            z_cond, mask_index: Reference latents and their frames (v1.3); z_cond_mask follows from mask_index.
+            use_sdedit: Put the noised reference back onto its frames before each step.
+            use_oscillation_guidance_for_text, use_oscillation_guidance_for_image: None: the config's.
+
+        Returns:
+            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps with fixed guidance; twice
+            that in mode sync (three times with reference frames), once where the scales are 1.
+        """
+        config, network = self.config, unwrap(model)
+        additional_args = dict(additional_args or {})
+        x = z.to(device).float()
+        synced = config.guidance.mode == "sync"
+        if not synced and (guidance_scale is not None or neg_prompts is not None):
+            self._warn_once("guidance is folded into the weights: guidance_scale and negative prompts have no effect")
+        text_scale = (config.cfg_scale if guidance_scale is None else guidance_scale) if synced else 1.0
+        image_scale = (config.cfg_scale if image_cfg_scale is None else image_cfg_scale) if synced else 1.0
+
+        reference = None
+        if mask_index is not None and len(mask_index) > 0:
+            if z_cond is None:
+                raise ValueError(f"mask_index {list(mask_index)} names reference frames, but z_cond is None; pass both")
+            reference = stdit.Reference.of(z_cond.to(device).float(), mask_index)
+        condition = stdit.sampling_condition(
+            network,
+            text_encoder,
+            prompts,
+            negative_prompts=neg_prompts,
+            additional_args=additional_args,
+            reference=reference,
+            needs_null=synced,
+        )
+        times = self._sampling_times(x, additional_args)
+        num_steps = len(times) - 1
+        oscillate = [
+            config.use_oscillation_guidance if asked is None else asked
+            for asked in (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
+        ]
+
+        def field_at(step: int, frame_mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+            text, image = (
+                oscillating_scale(scale, step, config.force_num) if synced and on else scale
+                for scale, on in zip((text_scale, image_scale), oscillate)
+            )
+            if synced and config.scale_image_weight and image > config.initial_image_scale:
+                image = image_scale_ramp(image, config.initial_image_scale, step, num_steps, x.shape[2])
+            return stdit.velocity_field(
+                model,
+                network,
+                condition,
+                num_timesteps=self.num_timesteps,
+                frame_mask=frame_mask,
+                text_scale=text,
+                image_scale=image,
+                flaw_fix=config.use_flaw_fix,
+            )
+
+        before_step = None
+        if use_sdedit and reference is not None:
+            before_step = partial(stdit.put_back_reference, reference=reference)
+        return sample(
+            field_at,
+            x,
+            times,
+            edit=None if mask is None else FrameEdit(mask.to(device)),
+            before_step=before_step,
+            progress=progress,
+        )
+
+    def _draw_windows(
+        self, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(t, t_start, t_end, teacher times [S + 1, B]): a drawn or given time per sample, and the window it lies in."""
+        config = self.config
+        draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
+        if timestep is not None:
+            t = from_timestep(timestep, self.num_timesteps).clamp(0.0, 1.0)
+            u = unshift_time(t, window_ratio)
+        else:
+            u = draw_times(
+                len(data),
+                distribution=config.sample_method,
+                loc=config.loc,
+                scale=config.scale,
+                num_levels=self.num_timesteps if config.use_discrete_timesteps else None,
+                device=data.device,
+            )
+            t = shift_time(u, draw_ratio)
+            if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
+                t = redraw_above(t, config.uniform_over_threshold)
+            u = unshift_time(t, window_ratio)
+        u_start, u_end = config.windows.bounds(config.windows.lookup(u))
+        window_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
+        return t, window_times[0], window_times[-1], window_times
+
+    def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
+        grid = torch.tensor(sampling_grid(self.config.windows, self.config.sampling_steps), dtype=torch.float64)
+        if self.config.use_discrete_timesteps:
+            grid = torch.round(grid * self.num_timesteps) / self.num_timesteps
+        grid = grid.to(x.device)[:, None].expand(-1, len(x))
+        return shift_time(grid, self._window_ratio(model_args))
+
+    def _window_ratio(self, model_args: Mapping[str, Any]) -> Tensor | None:
+        """Warp of the window edges: the one of the host's sampler, so that each window holds whole sampling steps."""
+        return self._ratios(model_args, sampling=True) if self.config.window_time == "host" else None
+
+    def _ratios(self, model_args: Mapping[str, Any], *, sampling: bool) -> Tensor | None:
+        config = self.config
+        if not config.use_timestep_transform:
+            return None
+        formula = installed_formula() if config.transform == "auto" else config.transform
+        # v1.2 applies transform_scale when it draws training times, v1.3 when it samples (HOST: rf/__init__.py of each tag).
+        scale = config.transform_scale if sampling == (formula == "v1.3") else 1.0
+        return shift_ratio(model_args, formula, scale=scale, scale_temporal=config.scale_temporal)
+
+    def _teacher_of(self, model: nn.Module) -> nn.Module:
+        if self._teacher is None:
+            self._teacher_source = check_teacher_source(self.config.teacher)
+            settle(model)
+            self._teacher = load_teacher(unwrap(model), self.config.teacher.from_pretrained)
+            logger.info("PeRFlow teacher: %s", self._teacher_source)
+        return self._teacher
+
+    @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
+    def _solve_teacher(
+        self, teacher: nn.Module, condition: stdit.Condition, x: Tensor, times: Tensor, frame_mask: Tensor | None
+    ) -> Tensor:
+        guidance = self.config.guidance
+        scale = 1.0 if guidance.mode == "sync" else guidance.scale
+        velocity = stdit.velocity_field(
+            teacher,
+            teacher,
+            condition,
+            num_timesteps=self.num_timesteps,
+            frame_mask=frame_mask,
+            text_scale=scale,
+            image_scale=scale if guidance.image_scale is None else guidance.image_scale,
+            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
+        )
+        x_win_end = solve(hold_frames(velocity, frame_mask), x, times, method=self.config.teacher.solver)
+        check_finite(x_win_end, times[0], times[-1], self._teacher_source)
+        return x_win_end
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _build_objective(value: str | Mapping[str, Any]) -> Callable[..., Tensor]:
+    settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    name = settings.pop("type", None)
+    objective = OBJECTIVES.get(name) if isinstance(name, str) else None
+    if objective is None:
+        raise ValueError(
+            f"objective must be one of {', '.join(sorted(OBJECTIVES.module_dict))} or dict(type=one of them, ...), got {value!r}"
+        )
+    known = list(inspect.signature(objective).parameters)[4:]
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key(s) {unknown} for objective {name!r}; known: {known or 'none'}")
+    return partial(objective, **settings)

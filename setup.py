@@ -1,0 +1,45 @@
+"""Packaging of opensora_perflow. The version is read from the package, so that it is written in one place."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "opensora_perflow" / "__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="opensora-perflow",
+    version=VERSION,
+    description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["opensora_perflow", "opensora_perflow.*"]),
+    package_data={"opensora_perflow": ["demo/weights/*"]},
+    install_requires=[
+        "torch>=2.2,<=2.13",
+        "mmengine>=0.10.3",
+        "einops",
+        "av>=12",
+        "safetensors",
+        "matplotlib",
+        "tqdm",
+        "numpy",
+    ],
+    extras_require={
+        # Open-Sora pins its own colossalai (0.3.7 for v1.2.0, >= 0.4.1 for v1.3), so it is never required here.
+        "train": ["colossalai>=0.3.7"],
+        "test": ["pytest>=7"],
+    },
+    entry_points={"console_scripts": ["opensora-perflow = opensora_perflow.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
