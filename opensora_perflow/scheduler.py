@@ -318,9 +318,8 @@ def _build_objective(value: str | Mapping[str, Any]) -> Callable[..., Tensor]:
     name = settings.pop("type", None)
     objective = OBJECTIVES.get(name) if isinstance(name, str) else None
     if objective is None:
-        raise ValueError(
-            f"objective must be one of {', '.join(sorted(OBJECTIVES.module_dict))} or dict(type=one of them, ...), got {value!r}"
-        )
+        known = ", ".join(sorted(OBJECTIVES.module_dict))
+        raise ValueError(f"objective must be one of {known}, or dict(type=one of them, ...), got {value!r}")
     known = list(inspect.signature(objective).parameters)[4:]
     unknown = [key for key in settings if key not in known]
     if unknown:
