@@ -32,15 +32,17 @@ def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def shift_time(u: Tensor, ratio: Tensor | float | None) -> Tensor:
     """Warp untransformed time: t = r u / (1 + (r - 1) u). Fixes 0 and 1, increasing for r > 0; None leaves u as it is.
 
+    Written as r u / (r u + (1 - u)), which is exact at both ends.
+
     Source: the timestep_transform of Open-Sora 1.2/1.3; the same map as the resolution shift of SD3 (arXiv:2403.03206,
     eq. 23).
     """
-    return u if ratio is None else ratio * u / (1.0 + (ratio - 1.0) * u)
+    return u if ratio is None else ratio * u / (ratio * u + (1.0 - u))
 
 
 def unshift_time(t: Tensor, ratio: Tensor | float | None) -> Tensor:
-    """Inverse of `shift_time`: u = t / (r - (r - 1) t)."""
-    return t if ratio is None else (t / (ratio - (ratio - 1.0) * t)).clamp(0.0, 1.0)
+    """Inverse of `shift_time`: u = t / (r - (r - 1) t), written as t / (t + r (1 - t))."""
+    return t if ratio is None else t / (t + ratio * (1.0 - t))
 
 
 def to_timestep(t: Tensor, num_timesteps: int) -> Tensor:

@@ -1,0 +1,90 @@
+"""Small networks with the call contract of Open-Sora's STDiT3, and what a batch of their training looks like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.demo.model import TinySTDiT
+from opensora_perflow.demo.text import TinyTextEncoder
+
+PROMPTS = ["a red circle moving right", "a blue square"]
+
+
+def tiny_network(seed: int = 0, **settings: Any) -> TinySTDiT:
+    """A TinySTDiT whose output is not the zero that its initialisation gives."""
+    torch.manual_seed(seed)
+    network = TinySTDiT(**{"hidden_size": 32, "depth": 1, "num_heads": 2, **settings})
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return network.eval()
+
+
+def sizes(batch_size: int, num_frames: int = 17, side: int = 64, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The video sizes that the host sends with a batch."""
+    values = {"height": side, "width": side, "num_frames": num_frames, "ar": 1.0, "fps": 24.0}
+    return {key: torch.full((batch_size,), float(value), dtype=dtype) for key, value in values.items()}
+
+
+def batch(network: nn.Module, batch_size: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    """Latents [B, 4, 5, 4, 4] and the host's model_args for them."""
+    encoder = text_encoder(network)
+    prompts = [PROMPTS[i % 2] for i in range(batch_size)]
+    return torch.randn(batch_size, 4, 5, 4, 4), {**encoder.encode(prompts), **sizes(batch_size)}
+
+
+def text_encoder(network: nn.Module) -> TinyTextEncoder:
+    encoder = TinyTextEncoder()
+    encoder.y_embedder = network.y_embedder
+    return encoder
+
+
+class CountCalls:
+    """Counts a network's evaluations, in samples: a doubled batch of B counts 2 B."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.calls = self.samples = 0
+        network.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.calls += 1
+        self.samples += len(args[0])
+
+
+class Reference13(nn.Module):
+    """Has v1.3's arguments for reference frames and records what it was given; its output depends on each of them."""
+
+    def __init__(self, tokens: int = 10, channels: int = 32) -> None:
+        super().__init__()
+        self.y_embedder = nn.Module()
+        self.y_embedder.register_buffer("y_embedding", torch.randn(tokens, channels))
+        self.y_embedder.uncond_prob = 0.1
+        self.gain = nn.Parameter(torch.ones(()))
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        fps: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        cond: Tensor | None = None,
+        cond_mask: Tensor | None = None,
+        mask_index: list[int] | None = None,
+        y_null: Tensor | None = None,
+        text_uncond_prob: float | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        given = {key: value for key, value in locals().items() if key not in ("self", "kwargs", "__class__")}
+        self.seen.append({**given, **kwargs})
+        out = self.gain * x.float() * 0.1 + y.mean(dim=(1, 2, 3))[:, None, None, None, None]
+        if cond is not None:
+            out = out + 0.3 * cond + 0.05 * cond_mask
+        return torch.cat([out, torch.zeros_like(out)], dim=1)

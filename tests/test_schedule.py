@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from opensora_perflow.schedule import draw_times, linear_grid, redraw_above, sampling_grid
+from opensora_perflow.windows import TimeWindows
+
+
+@pytest.mark.parametrize("steps", [4, 8, 28, 32])
+def test_grid_is_the_hosts_when_windows_divide_it(steps):
+    host = [1 - i / steps for i in range(steps)] + [0.0]
+    assert sampling_grid(TimeWindows.uniform(4), steps) == pytest.approx(host, abs=1e-15)
+    assert sampling_grid(TimeWindows.uniform(1), 30) == pytest.approx([1 - i / 30 for i in range(31)], abs=1e-15)
+
+
+@pytest.mark.parametrize("steps", range(3, 17))
+def test_grid_holds_every_edge_and_extra_steps_go_to_the_noise(steps):
+    windows = TimeWindows((1.0, 0.9, 0.3, 0.0))
+    grid = sampling_grid(windows, steps)
+    assert len(grid) == steps + 1 and set(windows.edges) <= set(grid)
+    assert all(a > b for a, b in zip(grid, grid[1:]))
+    per_window = windows.lookup(torch.tensor(grid[:-1], dtype=torch.float64)).bincount().tolist()
+    assert max(per_window) - min(per_window) <= 1 and per_window == sorted(per_window, reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_fewer_steps_than_windows_span_whole_windows(steps):
+    windows = TimeWindows.uniform(4)
+    grid = sampling_grid(windows, steps)
+    assert len(grid) == steps + 1 and set(grid) <= set(windows.edges)
+    assert grid[0] == 1 and grid[-1] == 0 and all(a > b for a, b in zip(grid, grid[1:]))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "4"])
+def test_step_counts_below_one_are_refused(steps):
+    with pytest.raises(ValueError, match="number of steps must be an integer >= 1"):
+        sampling_grid(TimeWindows.uniform(4), steps)
+
+
+def test_linear_grid_has_exact_ends():
+    start, end = torch.tensor([[1.0, 0.3], [0.7, 0.1]], dtype=torch.float64)
+    grid = linear_grid(start, end, 7)
+    assert torch.equal(grid[0], start) and torch.equal(grid[-1], end)
+    torch.testing.assert_close(grid.diff(dim=0), ((end - start) / 7).expand(7, 2), atol=1e-15, rtol=0)
+
+
+def test_logit_normal_has_its_median_and_spread():
+    u = draw_times(20_000, distribution="logit-normal", loc=0.5, scale=2.0)
+    logits = torch.logit(u)
+    # Standard error of the mean is 2 / sqrt(20000) = 0.014, of the deviation 0.01: five of them.
+    assert abs(logits.mean().item() - 0.5) < 0.07 and abs(logits.std().item() - 2.0) < 0.05
+
+
+def test_discrete_times_are_whole_timesteps():
+    u = draw_times(1000, num_levels=50)
+    assert u.dtype == torch.float64 and u.max() < 1
+    torch.testing.assert_close((u * 50).round(), u * 50, atol=1e-13, rtol=0)  # one rounding of k / 50
+
+
+def test_unknown_distribution_is_refused():
+    with pytest.raises(ValueError, match="unknown time distribution 'beta'; known: uniform, logit-normal"):
+        draw_times(2, distribution="beta")
+
+
+def test_redraw_moves_only_times_above_the_threshold():
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    redrawn = redraw_above(t, 0.6)
+    assert torch.equal(redrawn[t <= 0.6], t[t <= 0.6])
+    assert (redrawn[t > 0.6] >= 0.6).all() and not torch.equal(redrawn[t > 0.6], t[t > 0.6])
+
+
+def test_draws_follow_the_generator():
+    first, second = (draw_times(5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
