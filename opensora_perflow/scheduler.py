@@ -118,7 +118,7 @@ class PeRFlow:
         frame_weights = None if mask is None else mask.float()
         if mask_index is not None and len(mask_index) > 0:
             reference = stdit.Reference.of(x_start if x_noisy_ref is None else x_noisy_ref, mask_index)
-            drawn = stdit.draw_reference_drop(reference, config.drop_condition if config.guidance.mode == "sync" else None)
+            drawn = stdit.draw_reference_drop(config.drop_condition if config.guidance.mode == "sync" else None)
             student_condition, teacher_condition = (
                 stdit.with_reference(c, reference, drawn) for c in (student_condition, teacher_condition)
             )

@@ -29,11 +29,9 @@ def test_every_prediction_leads_back_to_the_window_velocity(edges, prediction, w
 
 
 def test_ddim_eps_of_one_ddim_step_is_its_epsilon(edges):
-    # A deterministic DDIM step with epsilon e: x_e = alpha_e (x_s - sigma_s e) / alpha_s + sigma_e e (arXiv:2010.02502, eq. 12).
+    # A deterministic DDIM step: x_e = alpha_e (x_s - sigma_s e) / alpha_s + sigma_e e (arXiv:2010.02502, eq. 12).
     x_start, eps = torch.randn(2, 3, 4, dtype=F64)
-    a_s, a_e, s_s, s_e = (
-        v[:, None] for v in (edges.alpha_start, edges.alpha_end, edges.sigma_start, edges.sigma_end)
-    )
+    a_s, a_e, s_s, s_e = (v[:, None] for v in (edges.alpha_start, edges.alpha_end, edges.sigma_start, edges.sigma_end))
     x_end = a_e * (x_start - s_s * eps) / a_s + s_e * eps
     torch.testing.assert_close(target(x_start, x_end, edges, "ddim_eps"), eps, atol=1e-12, rtol=1e-12)
 
@@ -49,7 +47,7 @@ def test_diff_eps_is_the_noise_between_the_marginals(edges):
 def test_epsilon_needs_signal_at_the_noisy_edge():
     rectified = variance_preserving(torch.ones(1, dtype=F64), torch.full((1,), 0.5, dtype=F64))
     rectified = WindowEdges(**{**rectified.__dict__, "alpha_start": torch.zeros(1, dtype=F64)})
-    with pytest.raises(ValueError, match="use prediction=\"velocity\" for rectified-flow models"):
+    with pytest.raises(ValueError, match='use prediction="velocity" for rectified-flow models'):
         edge_map(rectified, "ddim_eps")
 
 

@@ -61,7 +61,7 @@ def test_an_edited_frame_joins_noised_at_the_first_time_below_its_ratio():
     assert [t for t, _, mask in seen if mask[0, 1]] == [0.5, 0.25]
     generator.manual_seed(1)
     noise = [torch.randn(z.shape, generator=generator) for _ in range(4)]
-    for t, x, _ in seen[:2]:
+    for _, x, _ in seen[:2]:
         assert torch.equal(x, z)  # still frozen and clean
     joined = seen[2][1][:, :, 1]
     torch.testing.assert_close(joined, 0.5 * z[:, :, 1] + 0.5 * noise[2][:, :, 1])

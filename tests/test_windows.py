@@ -6,7 +6,6 @@ import torch
 from opensora_perflow.windows import TimeWindows
 
 
-
 def random_edges(seed):
     generator = random.Random(seed)
     return (1.0, *sorted((generator.random() for _ in range(seed)), reverse=True), 0.0)

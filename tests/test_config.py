@@ -1,0 +1,101 @@
+import copy
+import json
+
+import pytest
+
+from opensora_perflow import SCHEDULERS, PeRFlow, build_module
+from opensora_perflow.config import PeRFlowConfig
+from opensora_perflow.windows import TimeWindows
+
+
+def refused(match, **config):
+    with pytest.raises(ValueError, match=match):
+        build_module(dict(type="perflow", **config), SCHEDULERS)
+
+
+def test_type_alone_is_a_whole_config():
+    scheduler = build_module(dict(type="perflow"), SCHEDULERS)
+    assert isinstance(scheduler, PeRFlow)
+    assert scheduler.config == PeRFlowConfig() and scheduler.num_timesteps == 1000
+    assert scheduler.config.windows == TimeWindows.uniform(4) and scheduler.config.sampling_steps == 4
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        dict(use_timestep_transform=True, sample_method="logit-normal"),  # v1.2 stage 1
+        dict(use_timestep_transform=True, num_sampling_steps=30, cfg_scale=7.0),  # v1.2 sample
+        dict(use_timestep_transform=True, num_sampling_steps=30, cfg_scale=7.5, use_oscillation_guidance=True,
+             use_flaw_fix=True, transform_scale=2.0),  # v1.3 t2v
+        dict(use_timestep_transform=True, num_sampling_steps=30, cfg_scale=7.5, scale_image_weight=True,
+             initial_image_scale=1.0),  # v1.3 v2v
+        dict(drop_condition=dict(null=0.05, cond=0.05, text=0.1, keep=0.8), x_cond_weight=0, uniform_over_threshold=0.9,
+             scale_temporal=False, force_num=5, num_timesteps=1000, use_discrete_timesteps=False),
+    ],
+)  # fmt: skip
+def test_upstreams_rflow_keys_are_accepted(upstream):
+    scheduler = build_module(dict(type="perflow", **upstream), SCHEDULERS)
+    assert {key: getattr(scheduler.config, key) for key in upstream} == upstream
+
+
+def test_config_survives_copy_and_json():
+    config = dict(type="perflow", windows=[1, 0.5, 0], teacher=dict(steps_per_window=2), guidance=dict(mode="fixed", scale=7.0))
+    again = json.loads(json.dumps(copy.deepcopy(config)))
+    assert build_module(again, SCHEDULERS).config == build_module(config, SCHEDULERS).config
+    assert config["type"] == "perflow"  # building left it as it was
+
+
+def test_init_may_run_again_on_a_live_object():
+    scheduler = PeRFlow(num_sampling_steps=4)
+    scheduler._teacher = teacher = object()
+    scheduler.__init__(num_sampling_steps=8, cfg_scale=2.0)
+    assert scheduler.config.sampling_steps == 8 and scheduler._teacher is teacher
+    scheduler.__init__(teacher=dict(steps_per_window=2))
+    assert scheduler._teacher is None
+
+
+def test_unknown_keys_name_the_closest_and_all_known_ones():
+    refused(r"unknown key\(s\) 'window' in scheduler.*did you mean windows\?.*Known keys: windows, window_time", window=4)
+    refused(r"unknown key\(s\) 'step' in teacher.*Known keys: from_pretrained", teacher=dict(step=4))
+
+
+def test_invalid_values_say_what_is_accepted():
+    refused("integer >= 1", windows=0)
+    refused("must descend strictly", windows=[1, 0.2, 0.4, 0])
+    refused("number of steps must be an integer >= 1, got 0", num_sampling_steps=0)
+    refused("window_time must be one of host, flow, got 'raw'", window_time="raw")
+    refused("prediction must be one of auto, velocity, ddim_eps, diff_eps", prediction="x0")
+    refused("needs an epsilon network", prediction="ddim_eps")
+    refused("transform must be one of auto, v1.2, v1.3", transform="v2")
+    refused("sample_method must be one of uniform, logit-normal", sample_method="beta")
+    refused("cfg_scale must be a number >= 0, got 'high'", cfg_scale="high")
+    refused("transform_scale must be > 0", transform_scale=0)
+    refused("scale must be a number, got None", scale=None)
+    refused("use_discrete_timesteps needs sample_method", use_discrete_timesteps=True, sample_method="logit-normal")
+    refused("a key of drop_condition must be one of null, cond, text, keep", drop_condition=dict(image=1))
+    refused("drop_condition needs a positive weight", drop_condition=dict(keep=0))
+    refused("uniform_over_threshold must be a number", uniform_over_threshold="x")
+
+
+def test_teacher_and_guidance_settings_are_checked():
+    refused("teacher must be a dict", teacher="checkpoint")
+    refused("number of steps must be an integer >= 1", teacher=dict(steps_per_window=0))
+    refused("teacher.solver must be one of euler, heun, midpoint, got 'rk4'", teacher=dict(solver="rk4"))
+    refused("teacher.from_pretrained must be a path", teacher=dict(from_pretrained=3))
+    refused("teacher.allow_distilled must be True or False", teacher=dict(allow_distilled="yes"))
+    refused("guidance.mode must be one of sync, fixed", guidance=dict(mode="free"))
+    refused('mode "fixed" needs a scale', guidance=dict(mode="fixed"))
+    refused('mode "sync" takes no scale', guidance=dict(scale=4.0))
+    refused("guidance.scale must be a number", guidance=dict(mode="fixed", scale="7"))
+    refused("guidance.image_scale must be a number", guidance=dict(mode="fixed", scale=7, image_scale="7"))
+
+
+def test_objectives_are_checked():
+    refused("objective must be one of perflow", objective="l1")
+    refused("objective must be one of perflow", objective=3)
+    refused(r"unknown key\(s\) \['power'\] for objective 'perflow'; known: none", objective=dict(type="perflow", power=2))
+
+
+def test_a_config_without_type_is_refused():
+    with pytest.raises(ValueError, match="needs a 'type' key"):
+        build_module(dict(windows=4), SCHEDULERS)

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+from mmengine import Config
+
+from opensora_perflow.config import TeacherConfig
+from opensora_perflow.hosts.run_config import check_teacher_source, is_distilled, running_config
+
+
+def main(call, **values):
+    """Stands for main() of a host script: its config lies in `cfg`."""
+    cfg = Config(dict(scheduler=dict(type="perflow"), model=dict(from_pretrained="teacher"), **values))
+    return call(), cfg
+
+
+def test_the_calling_scripts_config_is_found():
+    found, cfg = main(lambda: running_config())
+    assert found is cfg
+
+
+def test_outside_a_script_there_is_none():
+    assert running_config() is None
+    assert "first step" in check_teacher_source(TeacherConfig())
+
+
+def test_a_fresh_run_may_copy_the_student():
+    assert main(lambda: check_teacher_source(TeacherConfig()), load=None)[0].endswith("(loaded from teacher)")
+
+
+def test_a_resumed_student_never_becomes_its_own_teacher():
+    with pytest.raises(ValueError, match=r'resumes from .*ckpt.*teacher=dict\(from_pretrained="teacher"\)'):
+        main(lambda: check_teacher_source(TeacherConfig(allow_distilled=True)), load="outputs/000/ckpt")
+    named = TeacherConfig(from_pretrained="elsewhere")
+    assert main(lambda: check_teacher_source(named), load="outputs/000/ckpt")[0] == "weights from elsewhere"
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    (tmp_path / "config.txt").write_text(json.dumps({"scheduler": {"type": "perflow"}}))
+    (tmp_path / "epoch0-global_step8" / "model").mkdir(parents=True)
+    return tmp_path
+
+
+def test_checkpoints_of_a_perflow_run_are_recognised(run_folder, tmp_path_factory):
+    for path in ("epoch0-global_step8", "epoch0-global_step8/model", "epoch0-global_step8/ema.pt"):
+        assert is_distilled(run_folder / path)
+    other = tmp_path_factory.mktemp("rflow")
+    (other / "config.txt").write_text(json.dumps({"scheduler": {"type": "rflow"}}))
+    assert not is_distilled(other / "epoch0-global_step8")
+    assert not is_distilled("hpcai-tech/OpenSora-STDiT-v3")
+
+
+def test_a_distilled_teacher_must_be_meant(run_folder):
+    weights = str(run_folder / "epoch0-global_step8")
+    with pytest.raises(ValueError, match="allow_distilled=True"):
+        check_teacher_source(TeacherConfig(from_pretrained=weights))
+    assert check_teacher_source(TeacherConfig(from_pretrained=weights, allow_distilled=True)) == f"weights from {weights}"

@@ -1,0 +1,381 @@
+"""The scheduler object: the calls that Open-Sora makes, on a small network with STDiT3's call contract."""
+
+import logging
+
+import pytest
+import torch
+from mmengine import Config
+from networks import PROMPTS, CountCalls, Reference13, batch, sizes, text_encoder, tiny_network
+
+from opensora_perflow import PeRFlow
+from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.hosts import stdit
+
+FIXED = dict(mode="fixed", scale=3.0)
+
+
+class Wrapper(torch.nn.Module):
+    """Stands for the booster's wrapper: casts what it is given to bfloat16, as v1.2's does, and gathers late, as v1.3's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.waited = 0
+
+    def _force_wait_all_gather(self):
+        self.waited += 1
+
+    def forward(self, *args, **kwargs):
+        def cast(v):
+            return v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+
+        return self.module(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+
+
+def losses(scheduler, network, model_args=None, **arguments):
+    x, args = batch(network)
+    return scheduler.training_losses(network, x, args if model_args is None else model_args, **arguments)["loss"]
+
+
+@pytest.mark.parametrize("guidance", [{}, FIXED])
+def test_loss_is_one_float32_number_a_sample_with_gradients(guidance):
+    network = tiny_network().train()
+    loss = losses(PeRFlow(guidance=guidance), network)
+    assert loss.shape == (2,) and loss.dtype == torch.float32
+    loss.mean().backward()
+    grads = [p.grad for p in network.parameters() if p.requires_grad]
+    assert sum(g.abs().sum().item() for g in grads if g is not None) > 0
+
+
+def test_the_calls_of_each_host_script():
+    network = tiny_network().train()
+    x, args = batch(network)
+    scheduler = PeRFlow()
+    mask = torch.tensor([[True] * 5, [False] + [True] * 4])
+    scheduler.training_losses(network, x, {**args, "x_mask": mask}, mask=mask)  # v1.2 train.py
+    scheduler.training_losses(  # v1.3 train.py
+        network, x, model_args=args, mask=None, mask_index=[], x_gt=x, noise_disable_threshold=None,
+        text_uncond_prob=0.1, x_noisy_ref=x,
+    )  # fmt: skip
+    scheduler.training_losses(network, x, model_kwargs=args)
+    with torch.no_grad():  # eval_loss.py: bare model, timesteps in its dtype
+        network.eval()
+        loss = scheduler.training_losses(network, x, args, mask=None, t=torch.tensor([909.0, 90.0], dtype=torch.bfloat16))
+    assert loss["loss"].shape == (2,)
+
+
+def test_the_objective_is_zero_where_the_teachers_path_is_straight():
+    # v does not depend on x or t: the student, equal to its teacher, is already straight.
+    network = Reference13().eval()
+    with torch.no_grad():
+        network.gain.zero_()
+    # One rounding of x_e - x_s, 1e-7, divided by the window's length 1/4 and squared.
+    assert losses(PeRFlow(), network).max() < 1e-10
+
+
+def test_the_target_is_the_teachers_window_solution():
+    network, seen = tiny_network(), {}
+    scheduler = PeRFlow(windows=2, teacher=dict(steps_per_window=3, solver="heun"))
+    x, args = batch(network)
+    noise = torch.randn_like(x)
+
+    def record(student, pair, t, frame_weights):
+        seen.update(pair=pair, t=t)
+        return student(pair.point(t), t).flatten(1).mean(dim=1)
+
+    scheduler._objective = record
+    scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([800.0, 300.0]))
+    pair = seen["pair"]
+    assert pair.t_start.tolist() == [1.0, 0.5] and pair.t_end.tolist() == [0.5, 0.0] and seen["t"].tolist() == [0.8, 0.3]
+    torch.testing.assert_close(pair.x_start[0], noise[0])
+    torch.testing.assert_close(pair.x_start[1], (x[1] + noise[1]) / 2)
+    velocity = stdit.velocity_field(network, network, stdit.training_condition(network, args), num_timesteps=1000)
+    state, times = pair.x_start, [(1 - i / 3) * pair.t_start + i / 3 * pair.t_end for i in range(4)]
+    with torch.no_grad():
+        for t, t_next in zip(times, times[1:]):  # Heun by hand
+            dt = (t_next - t).float()[:, None, None, None, None]
+            v = velocity(state, t)
+            state = state + dt / 2 * (v + velocity(state + dt * v, t_next))
+    torch.testing.assert_close(pair.x_end, state, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_frames_stay_clean_and_do_not_count():
+    network, seen = tiny_network(), {}
+    scheduler = PeRFlow()
+
+    def record(student, pair, t, frame_weights):
+        seen.update(pair=pair, weights=frame_weights)
+        return student(pair.point(t), t).flatten(1).mean(dim=1)
+
+    scheduler._objective = record
+    x, args = batch(network)
+    mask = torch.tensor([[True] * 5, [False, False] + [True] * 3])
+    scheduler.training_losses(network, x, args, mask=mask)
+    for state in (seen["pair"].x_start, seen["pair"].x_end):
+        assert torch.equal(state[1, :, :2], x[1, :, :2]) and not torch.equal(state[1, :, 2:], x[1, :, 2:])
+    assert torch.equal(seen["weights"], mask.float())
+
+
+def test_nothing_the_host_passes_is_changed():
+    network = tiny_network().train()
+    x, args = batch(network)
+    x_before, args_before = x.clone(), {key: value.clone() for key, value in args.items()}
+    PeRFlow().training_losses(network, x, args, x_gt=torch.zeros_like(x), noise_disable_threshold=0.0)
+    assert torch.equal(x, x_before) and set(args) == set(args_before)
+    assert all(torch.equal(args[key], args_before[key]) for key in args)
+
+
+def test_windows_start_from_the_clean_latents_above_the_threshold():
+    network, seen = tiny_network(), {}
+    scheduler = PeRFlow(windows=2)
+    scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair) or torch.zeros(2)
+    x, args = batch(network)
+    zero = torch.zeros_like(x)
+    arguments = dict(noise=zero, x_gt=torch.ones_like(x), noise_disable_threshold=600, t=torch.tensor([900.0, 100.0]))
+    scheduler.training_losses(network, x, args, **arguments)
+    assert seen["pair"].x_start[0].unique().tolist() == [0.0]  # t_start = 1: pure noise
+    torch.testing.assert_close(seen["pair"].x_start[1], x[1] / 2)  # starts at 500 < 600: the degraded latents
+    scheduler.training_losses(network, x, args, **{**arguments, "noise_disable_threshold": 400})
+    torch.testing.assert_close(seen["pair"].x_start[1], torch.full_like(x[1], 0.5))
+
+
+def test_weights_are_per_timestep():
+    network = tiny_network()
+    t = torch.tensor([1000.0, 10.0])
+    table = torch.zeros(1000)
+    table[999], table[10] = 2.0, 3.0
+    torch.manual_seed(1)
+    plain = losses(PeRFlow(), network, t=t)
+    torch.manual_seed(1)
+    torch.testing.assert_close(losses(PeRFlow(), network, t=t, weights=table), plain * torch.tensor([2.0, 3.0]))
+
+
+def test_the_wrapper_is_what_is_trained_and_waited_for():
+    network = tiny_network().to(torch.bfloat16).train()
+    wrapper = Wrapper(network)
+    count = CountCalls(wrapper)
+    scheduler = PeRFlow(teacher=dict(steps_per_window=3))
+    x, args = batch(network)
+    loss = scheduler.training_losses(wrapper, x.bfloat16(), args)["loss"]
+    assert (wrapper.waited, count.calls) == (1, 1) and loss.dtype == torch.float32
+    assert scheduler._teacher is not network and next(scheduler._teacher.parameters()).dtype == torch.bfloat16
+    scheduler.training_losses(wrapper, x.bfloat16(), args)
+    assert wrapper.waited == 1  # the teacher is made once
+
+
+def test_the_teacher_stays_what_it_was_while_the_student_trains():
+    network = tiny_network().train()
+    scheduler = PeRFlow()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    losses(scheduler, network).mean().backward()
+    before = {key: value.clone() for key, value in scheduler._teacher.state_dict().items()}
+    optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in scheduler._teacher.state_dict().items())
+    assert not any(p.requires_grad for p in scheduler._teacher.parameters()) and not scheduler._teacher.training
+
+
+def test_sync_shows_teacher_and_student_the_same_dropped_text():
+    network = Reference13().train()
+    network.y_embedder.uncond_prob = 0.5
+    scheduler = PeRFlow(teacher=dict(steps_per_window=1))
+    for _ in range(5):
+        network.seen.clear()
+        x, args = batch(network, 8)
+        scheduler.training_losses(network, x, args)
+        student, teacher = network.seen[-1]["y"], scheduler._teacher.seen[-1]["y"]
+        assert torch.equal(student, teacher)
+        dropped = (student == network.y_embedder.y_embedding).all(dim=(1, 2, 3)) if student.dim() == 4 else None
+        assert 0 < dropped.sum() < 8
+    assert network.seen[-1]["text_uncond_prob"] == 0.0
+
+
+def test_fixed_guidance_drops_no_text():
+    network = Reference13().train()
+    network.y_embedder.uncond_prob = 1.0
+    x, args = batch(network)
+    PeRFlow(guidance=FIXED).training_losses(network, x, args, text_uncond_prob=1.0)
+    assert torch.equal(network.seen[-1]["y"], args["y"])
+
+
+@pytest.mark.parametrize("mask_index", [None, []])
+def test_text_to_video_trains_as_it_is_sampled(mask_index):
+    # Upstream trains t2v with mask_index=[] (which adds the reference embedders' biases) and samples it with None.
+    network = Reference13().train()
+    scheduler = PeRFlow(teacher=dict(steps_per_window=1))
+    losses(scheduler, network, mask_index=mask_index)
+    assert network.seen[-1]["mask_index"] is None and scheduler._teacher.seen[-1]["mask_index"] is None
+
+
+def test_reference_frames_reach_both_networks():
+    network = Reference13().train()
+    scheduler = PeRFlow(
+        teacher=dict(steps_per_window=1), x_cond_weight=0.0, guidance=dict(mode="fixed", scale=2.0, image_scale=5.0)
+    )
+    x, args = batch(network)
+    noisy = x + 1
+    scheduler.training_losses(network, x, args, mask_index=[0, 2], x_noisy_ref=noisy)
+    student, teacher = network.seen[-1], scheduler._teacher.seen[-1]
+    assert student["mask_index"] == teacher["mask_index"] == [0, 2]
+    assert torch.equal(student["cond"][:, :, 0], noisy[:, :, 0]) and student["cond"][:, :, 1].abs().sum() == 0
+    assert len(student["x"]) == 2 and len(teacher["x"]) == 6
+
+
+def test_windows_are_warped_per_sample_with_the_hosts_transform():
+    network, seen = tiny_network(), {}
+    scheduler = PeRFlow(use_timestep_transform=True, transform="v1.2")
+    scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
+    x, args = batch(network)
+    args["num_frames"] = torch.tensor([17.0, 102.0])
+    args["height"] = args["width"] = torch.tensor([512.0, 360.0])
+    scheduler.training_losses(network, x, args)
+    from opensora_perflow.conventions import shift_time, unshift_time
+    from opensora_perflow.hosts.timestep_transform import shift_ratio
+
+    ratio = shift_ratio(args, "v1.2")
+    edges = torch.tensor(scheduler.config.windows.edges, dtype=torch.float64)
+    for i in range(2):
+        warped = shift_time(edges, ratio[i])
+        assert seen["pair"].t_start[i] in warped and seen["pair"].t_end[i] in warped
+        assert seen["pair"].t_end[i] < seen["t"][i] <= seen["pair"].t_start[i]
+    assert (unshift_time(seen["t"], ratio) >= 0).all()
+    raw = PeRFlow(use_timestep_transform=True, transform="v1.2", window_time="flow")
+    raw._objective = scheduler._objective
+    raw.training_losses(network, x, args)
+    assert set(seen["pair"].t_start.tolist()) <= {1.0, 0.75, 0.5, 0.25}
+
+
+@pytest.mark.parametrize("transform, seen_in", [("v1.2", "draws"), ("v1.3", "windows")])
+def test_transform_scale_means_what_it_means_upstream(transform, seen_in):
+    network, seen = tiny_network(), {}
+
+    def run(scale):
+        torch.manual_seed(3)
+        scheduler = PeRFlow(use_timestep_transform=True, transform=transform, transform_scale=scale, windows=1000)
+        scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
+        x, args = batch(network)
+        scheduler.training_losses(network, x, args)
+        return seen["t"], scheduler._sampling_times(x, args)
+
+    (t1, grid1), (t2, grid2) = run(1.0), run(3.0)
+    assert torch.equal(t1, t2) == (seen_in == "windows") and torch.equal(grid1, grid2) == (seen_in == "draws")
+
+
+def test_drawn_times_of_videos_are_redrawn_above_the_threshold():
+    network, times = tiny_network(), []
+    scheduler = PeRFlow(use_timestep_transform=True, transform="v1.3", uniform_over_threshold=0.0)
+    scheduler._objective = lambda student, pair, t, w: times.append(t) or torch.zeros(2)
+    for _ in range(200):
+        losses(scheduler, network)
+    # At 64 x 64 the warp's ratio is 1/4: its times have mean .28; those drawn again are uniform, .5 +- .014.
+    assert abs(torch.cat(times).mean().item() - 0.5) < 0.06
+
+
+def test_a_resumed_run_without_a_teacher_stops_before_it_trains():
+    network = tiny_network().train()
+
+    def main():
+        cfg = Config(dict(scheduler=dict(type="perflow"), model=dict(from_pretrained="base"), load="outputs/000/epoch0"))
+        return losses(PeRFlow(), network), cfg
+
+    with pytest.raises(ValueError, match=r'resumes from .*teacher=dict\(from_pretrained="base"\)'):
+        main()
+
+
+def test_a_named_teacher_is_used(tmp_path):
+    source = tiny_network(5)
+    write_state_dict(tmp_path / "t.safetensors", source.state_dict())
+    scheduler, network = PeRFlow(teacher=dict(from_pretrained=str(tmp_path / "t.safetensors"))), tiny_network(6)
+    losses(scheduler, network)
+    weight = scheduler._teacher.final_layer.linear.weight
+    assert torch.equal(weight, source.final_layer.linear.weight) and not torch.equal(weight, network.final_layer.linear.weight)
+
+
+def test_a_teacher_that_returns_nan_is_named():
+    network = tiny_network()
+    with torch.no_grad():
+        network.final_layer.linear.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the teacher .*first step.* returned NaN or infinity for 2 of 2 samples"):
+        losses(PeRFlow(), network)
+
+
+# --- sampling ---
+
+
+def sampled(scheduler, network, z=None, **arguments):
+    z = torch.randn(2, 4, 5, 4, 4) if z is None else z
+    defaults = dict(prompts=PROMPTS, device="cpu", additional_args=sizes(2), progress=False)
+    with torch.no_grad():
+        return scheduler.sample(network, text_encoder(network), z, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize("guidance, evaluations", [({}, 2), (FIXED, 1)])
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+def test_network_evaluations(guidance, evaluations, steps):
+    network = tiny_network()
+    count = CountCalls(network)
+    out = sampled(PeRFlow(guidance=guidance, num_sampling_steps=steps), network)
+    assert (count.calls, count.samples) == (steps, 2 * steps * evaluations) and out.dtype == torch.float32
+
+
+def test_steps_default_to_one_a_window():
+    network = tiny_network()
+    count = CountCalls(network)
+    sampled(PeRFlow(windows=3, guidance=FIXED), network)
+    assert count.calls == 3
+
+
+def test_half_precision_noise_is_integrated_in_float32():
+    network, z = tiny_network(), torch.randn(2, 4, 5, 4, 4).bfloat16()
+    torch.testing.assert_close(sampled(PeRFlow(), network, z), sampled(PeRFlow(), network, z.float()), rtol=0, atol=0)
+
+
+def test_sampling_changes_neither_arguments_nor_noise():
+    network, z, args = tiny_network(), torch.randn(2, 4, 5, 4, 4), sizes(2)
+    before = z.clone()
+    sampled(PeRFlow(use_timestep_transform=True), network, z, additional_args=args, mask=torch.tensor([[0.0] + [1.0] * 4] * 2))
+    assert torch.equal(z, before) and set(args) == set(sizes(2))
+
+
+def test_sampling_works_in_inference_mode():
+    network, scheduler = tiny_network(), PeRFlow()
+    with torch.inference_mode():
+        out = sampled(scheduler, network)
+    assert torch.isfinite(out).all()
+    losses(scheduler, network.train()).mean().backward()  # nothing of inference mode is left behind
+
+
+def test_guidance_scale_argument_wins_over_the_config():
+    network, z = tiny_network(), torch.randn(2, 4, 5, 4, 4)
+    one = sampled(PeRFlow(cfg_scale=2.0), network, z)
+    torch.testing.assert_close(sampled(PeRFlow(cfg_scale=9.0), network, z, guidance_scale=2.0), one, rtol=0, atol=0)
+    assert not torch.allclose(sampled(PeRFlow(cfg_scale=9.0), network, z), one)
+
+
+def test_folded_guidance_says_that_it_ignores_a_scale(caplog):
+    with caplog.at_level(logging.WARNING):
+        scheduler = PeRFlow(guidance=FIXED)
+        for _ in range(2):
+            sampled(scheduler, tiny_network(), guidance_scale=5.0)
+    assert [r.message for r in caplog.records if "no effect" in r.message] == [
+        "guidance is folded into the weights: guidance_scale and negative prompts have no effect"
+    ]
+
+
+def test_reference_frames_need_their_latents():
+    with pytest.raises(ValueError, match=r"mask_index \[0\] names reference frames, but z_cond is None"):
+        sampled(PeRFlow(), Reference13().eval(), mask_index=[0])
+
+
+def test_image_conditioning_makes_three_branches_or_one():
+    for guidance, rows in ({}, 6), (FIXED, 2):
+        network = Reference13().eval()
+        sampled(PeRFlow(guidance=guidance), network, mask_index=[0], z_cond=torch.randn(2, 4, 5, 4, 4), use_sdedit=True)
+        assert {len(call["x"]) for call in network.seen} == {rows}
+        assert all(len(call["y_null"]) == rows for call in network.seen)
+
+
+def test_discrete_timesteps_are_whole():
+    network = Reference13().eval()
+    sampled(PeRFlow(windows=7, use_discrete_timesteps=True), network)
+    times = torch.stack([call["timestep"][0] for call in network.seen])
+    assert torch.equal(times, times.round()) and times[1] == 857
