@@ -1,0 +1,183 @@
+"""Small stand-ins for Open-Sora's network, VAE and text encoder, so that its real scripts run on a laptop.
+
+Importing this module registers "perflow_tiny_stdit3" (Open-Sora 1.2, 1.3), "perflow_tiny_stdit2" (1.1),
+"perflow_tiny_stdit" (1.0), "perflow_tiny_vae" and "perflow_tiny_text" in the host's MODELS. A config names them like the
+host's own:
+
+    custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.tiny"], allow_failed_imports=False)
+    model = dict(type="perflow_tiny_stdit3", from_pretrained="outputs/000-perflow_tiny_stdit3/epoch0-global_step4")
+    vae = dict(type="perflow_tiny_vae")
+    text_encoder = dict(type="perflow_tiny_text")
+
+The networks are the host's own classes in other sizes; the host's factories fix depth and width (STDiT3-XL/2 is 1.1 B
+parameters). VAE and text encoder are the demo's, which the host calls in ways explained there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.demo.codec import TinyVAE
+from opensora_perflow.demo.text import TinyTextEncoder
+
+try:
+    from opensora.registry import MODELS
+except ImportError as error:
+    raise ImportError(
+        "opensora_perflow.hosts.tiny registers stand-ins in Open-Sora's MODELS, and the package `opensora` could not "
+        f"be imported ({error}); run the script through `python -m opensora_perflow.run ROOT/scripts/...`, or put the "
+        "checkout of hpcaitech/Open-Sora on PYTHONPATH"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+
+@MODELS.register_module("perflow_tiny_stdit3")
+def tiny_stdit3(
+    from_pretrained: str | os.PathLike | None = None,
+    hidden_size: int = 96,
+    depth: int = 2,
+    num_heads: int = 4,
+    **kwargs: Any,
+) -> nn.Module:
+    """The host's STDiT3 in any size; the defaults give 0.7 M parameters.
+
+    Args:
+        from_pretrained: None for random weights, or what `checkpoints.read_state_dict` takes: a checkpoint folder of
+            train.py (epochE-global_stepG), a .safetensors file or a .pt file of plain tensors.
+        hidden_size: Divisible by 4 and by num_heads; hidden_size / num_heads even (rotary embedding).
+        depth: Pairs of one spatial and one temporal block.
+        kwargs: Everything else STDiT3Config knows; the host's scripts pass input_size, in_channels, caption_channels,
+            model_max_length and enable_sequence_parallelism.
+
+    Raises:
+        ValueError: sizes that do not divide, or weights that do not fit this network (the message lists the first few).
+        ImportError: this Open-Sora has no STDiT3 (1.0 and 1.1 have not).
+    """
+    from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
+
+    sizes = _sizes(hidden_size, depth, num_heads)
+    return _load(STDiT3(STDiT3Config(**sizes, **kwargs)), from_pretrained)
+
+
+@MODELS.register_module("perflow_tiny_stdit2")
+def tiny_stdit2(
+    from_pretrained: str | os.PathLike | None = None,
+    hidden_size: int = 96,
+    depth: int = 2,
+    num_heads: int = 4,
+    **kwargs: Any,
+) -> nn.Module:
+    """Open-Sora 1.1's STDiT2 in any size; arguments and errors as `tiny_stdit3`."""
+    from opensora.models.stdit.stdit2 import STDiT2, STDiT2Config
+
+    sizes = _sizes(hidden_size, depth, num_heads)
+    return _load(STDiT2(STDiT2Config(**sizes, **kwargs)), from_pretrained)
+
+
+@MODELS.register_module("perflow_tiny_stdit")
+def tiny_stdit(
+    from_pretrained: str | os.PathLike | None = None,
+    hidden_size: int = 96,
+    depth: int = 2,
+    num_heads: int = 4,
+    **kwargs: Any,
+) -> nn.Module:
+    """Open-Sora 1.0's STDiT in any size; arguments and errors as `tiny_stdit3`. It is made for one video size."""
+    from opensora.models.stdit.stdit import STDiT
+
+    return _load(STDiT(**_sizes(hidden_size, depth, num_heads), **kwargs), from_pretrained)
+
+
+def _sizes(hidden_size: int, depth: int, num_heads: int) -> dict[str, Any]:
+    if hidden_size % 4 or hidden_size % (2 * num_heads) or depth < 1:
+        raise ValueError(
+            "a tiny network takes hidden_size divisible by 4 and by 2 * num_heads, and depth >= 1, got "
+            f"hidden_size={hidden_size}, num_heads={num_heads}, depth={depth}; the defaults are 96, 4 and 2"
+        )
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": (1, 2, 2)}
+
+
+def _load(network: nn.Module, source: str | os.PathLike | None) -> nn.Module:
+    """Load all weights or refuse: the host's own loader goes on with whatever was missing (utils/ckpt_utils.py)."""
+    if source is None:
+        return network
+    # STDiT's position tables are computed from its video size, and its checkpoints hold those of another size.
+    state = {name: value for name, value in read_state_dict(source).items() if not name.startswith("pos_embed")}
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("pos_embed")}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    if missing or unexpected or reshaped:
+        raise ValueError(
+            f"the weights in {str(source)!r} do not fit this network: {len(missing)} are missing "
+            f"{missing[:3]}, {len(unexpected)} are unknown {unexpected[:3]}, {len(reshaped)} have another shape "
+            f"{sorted(reshaped)[:3]}; give hidden_size, depth, num_heads and the text encoder the values of the run that "
+            "wrote them"
+        )
+    network.load_state_dict(state, strict=False)  # checked above; what is left out are the position tables
+    logger.info("%s: loaded %d tensors from %s", type(network).__name__, len(state), source)
+    return network
+
+
+@MODELS.register_module("perflow_tiny_vae")
+class HostVAE(TinyVAE):
+    """The demo's video codec as the host's VAE.
+
+    Args:
+        pretrained: Whether to load the weights shipped with the demo.
+        from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone: the host's VAEs take
+            settings that mean nothing here (micro batches, tiles).
+    """
+
+    # v1.3's collect_references_batch (utils/inference_utils.py:184-189) cuts a reference to a length its VAE takes. By
+    # the rule for pieces that do not overlap, an image (1 frame) would be cut to 0 // 17 * 17 = no frame at all.
+    temporal_overlap = True
+
+    def __init__(self, pretrained: bool = True, from_pretrained: str | None = None, **kwargs: Any) -> None:
+        super().__init__(pretrained=pretrained)
+
+    def decode(self, z: Tensor, num_frames: int | None = None, **kwargs: Any) -> Tensor:
+        """As TinyVAE.decode; the host may name a length that the latents do not have, and then gets theirs.
+
+        After cutting its latents to a multiple of five, v1.3 passes t_cut * 17 // 5 (scripts/inference.py:356-358);
+        v1.2.0 passes the config's num_frames for every loop.
+        """
+        num_latent_frames = z.shape[-3]
+        if num_frames is not None and self.get_latent_size([num_frames, None, None])[0] != num_latent_frames:
+            num_frames = None
+        return super().decode(z, num_frames)
+
+
+@MODELS.register_module("perflow_tiny_text")
+class HostTextEncoder(TinyTextEncoder):
+    """The demo's text encoder as the host's T5.
+
+    Args:
+        from_pretrained, kwargs: Taken and ignored, as in HostVAE (T5's cache_dir, shardformer, local_files_only).
+        Others: as TinyTextEncoder.
+    """
+
+    def __init__(
+        self,
+        from_pretrained: str | None = None,
+        model_max_length: int = 10,
+        output_dim: int = 32,
+        device: Any = "cpu",
+        dtype: Any = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        dtype_option = {} if dtype is None else {"dtype": dtype}
+        super().__init__(model_max_length, output_dim, device=device, seed=seed, **dtype_option)
+
+
+__all__ = ["HostTextEncoder", "HostVAE", "tiny_stdit", "tiny_stdit2", "tiny_stdit3"]

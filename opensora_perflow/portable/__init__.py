@@ -1,0 +1,70 @@
+"""Adaptations that let Open-Sora's unmodified scripts run where CUDA, xformers or a compiled kernel is missing.
+
+One small file per adaptation. Each has a `NAME` and an `install()` that looks at the machine, changes something only
+where the real thing is missing, logs one line on the logger "opensora_perflow.portable" that names what it replaced and
+why, and returns whether it did. With CUDA and the host's own packages present nothing is replaced.
+
+Importing this package changes nothing; `activate()` does, and only `opensora_perflow.run` calls it. Where the code to
+be adapted belongs to the host or to ColossalAI, the change is armed now and made when that module is imported, so that
+a script pays for nothing it does not use (see `imports`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opensora_perflow.portable import (
+    adam,
+    cached_download,
+    cpu_accelerator,
+    cuda_queue,
+    device_default,
+    ema_weights,
+    mp4_codec,
+    process_group,
+    pyav_error,
+    script_assert,
+    text_dropout,
+    xformers_attention,
+    zero_optimizer,
+)
+
+INSTALLERS: dict[str, Callable[[], bool]] = {
+    module.NAME: module.install
+    for module in (
+        xformers_attention,
+        cached_download,
+        pyav_error,
+        script_assert,
+        cuda_queue,
+        process_group,
+        cpu_accelerator,
+        zero_optimizer,
+        adam,
+        ema_weights,
+        text_dropout,
+        device_default,
+        mp4_codec,
+    )
+}
+"""Every adaptation by name, in the order in which they are asked; none depends on another having been installed."""
+
+_active: dict[str, bool] = {}
+
+
+def activate() -> list[str]:
+    """Ask every adaptation to install itself; safe to call more than once.
+
+    Call it after the host's folder is on sys.path and before the script is started: some adaptations read the host's
+    source to see whether it needs them.
+
+    Returns:
+        Names of the adaptations switched on in this process, in order; [] on a machine that lacks nothing.
+    """
+    for name, install in INSTALLERS.items():
+        if name not in _active:
+            _active[name] = install()
+    return [name for name in INSTALLERS if _active[name]]
+
+
+__all__ = ["INSTALLERS", "activate"]
