@@ -1,0 +1,17 @@
+# Stage 1: straighten the flow in 4 windows. Guidance stays at sampling time.
+
+scheduler = dict(
+    type="perflow",
+    windows=4,  # number of uniform windows, or edges such as [1, 0.75, 0.5, 0.25, 0]
+    window_time="host",  # edges pass through the timestep transform, per resolution and length; "flow" = as they stand
+    prediction="auto",  # what the network outputs; velocity for 1.2 and 1.3
+    teacher=dict(
+        from_pretrained=None,  # None = the student's weights at the first step. To resume: the teacher's checkpoint
+        steps_per_window=8,  # ODE steps a window, >= 1
+        solver="euler",  # euler, heun or midpoint (these two evaluate twice a step)
+    ),
+    guidance=dict(mode="sync"),  # sampled with cfg_scale: 2 evaluations a step
+    objective="perflow",
+    use_timestep_transform=True,  # as upstream
+    sample_method="uniform",  # training times: uniform or logit-normal
+)

@@ -1,0 +1,17 @@
+# Stage 2: fold guidance into the weights. Sampling needs one evaluation a step instead of two.
+
+scheduler = dict(
+    type="perflow",
+    windows=4,
+    window_time="host",
+    prediction="auto",
+    teacher=dict(
+        from_pretrained=None,  # the original model (v1.2: "hpcai-tech/OpenSora-STDiT-v3"), or None as in stage 1
+        steps_per_window=8,
+        solver="euler",
+    ),
+    guidance=dict(mode="fixed", scale=7.0),  # the scale that the teacher would be sampled with, >= 0
+    objective="perflow",
+    use_timestep_transform=True,
+    sample_method="uniform",
+)

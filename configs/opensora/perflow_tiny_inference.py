@@ -1,0 +1,12 @@
+# Few-step sampling on a laptop; --ckpt-path names a checkpoint of a tiny stage 2 or 3.
+#   python -m opensora_perflow.run ../Open-Sora/scripts/inference.py configs/opensora/perflow_tiny_inference.py \
+#       --ckpt-path outputs/000-perflow_tiny_stdit3/epoch0-global_step16 --prompt "a red circle moving right"
+
+_base_ = ["_base_/sample.py", "_base_/tiny.py"]
+
+custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.tiny"], allow_failed_imports=False)
+
+num_frames = 17
+image_size = (192, 192)
+save_fps = 8
+dtype = "fp32"
