@@ -63,7 +63,7 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and not isinstance(self.from_pretrained, (str, os.PathLike)):
             raise ValueError(f"teacher.from_pretrained must be a path, a repository id or None, got {self.from_pretrained!r}")
-        check_num_steps(self.steps_per_window)
+        check_num_steps(self.steps_per_window, "teacher.steps_per_window")
         check_choice("teacher.solver", self.solver, tuple(SOLVERS))
         if not isinstance(self.allow_distilled, bool):
             raise ValueError(f"teacher.allow_distilled must be True or False, got {self.allow_distilled!r}")
@@ -168,8 +168,8 @@ class PeRFlowConfig:
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
         if self.num_sampling_steps is not None:
-            check_num_steps(self.num_sampling_steps)
-        check_num_steps(self.num_timesteps)
+            check_num_steps(self.num_sampling_steps, "num_sampling_steps")
+        check_num_steps(self.num_timesteps, "num_timesteps")
         for name in ("cfg_scale", "x_cond_weight", "initial_image_scale", "force_num"):
             check_number(name, getattr(self, name), low=0)
         check_number("loc", self.loc)

@@ -91,7 +91,7 @@ def sampling_grid(windows: TimeWindows, num_steps: int) -> tuple[float, ...]:
     return tuple(grid)
 
 
-def check_num_steps(num_steps: int) -> None:
+def check_num_steps(num_steps: int, name: str = "the number of steps") -> None:
     """Raises ValueError unless num_steps is an integer >= 1."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, Real) or int(num_steps) != num_steps or num_steps < 1:
-        raise ValueError(f"the number of steps must be an integer >= 1, got {num_steps!r}")
+        raise ValueError(f"{name} must be an integer >= 1, got {num_steps!r}")

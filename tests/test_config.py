@@ -62,7 +62,7 @@ def test_unknown_keys_name_the_closest_and_all_known_ones():
 def test_invalid_values_say_what_is_accepted():
     refused("integer >= 1", windows=0)
     refused("must descend strictly", windows=[1, 0.2, 0.4, 0])
-    refused("number of steps must be an integer >= 1, got 0", num_sampling_steps=0)
+    refused("num_sampling_steps must be an integer >= 1, got 0", num_sampling_steps=0)
     refused("window_time must be one of host, flow, got 'raw'", window_time="raw")
     refused("prediction must be one of auto, velocity, ddim_eps, diff_eps", prediction="x0")
     refused("needs an epsilon network", prediction="ddim_eps")
@@ -79,7 +79,7 @@ def test_invalid_values_say_what_is_accepted():
 
 def test_teacher_and_guidance_settings_are_checked():
     refused("teacher must be a dict", teacher="checkpoint")
-    refused("number of steps must be an integer >= 1", teacher=dict(steps_per_window=0))
+    refused("teacher.steps_per_window must be an integer >= 1", teacher=dict(steps_per_window=0))
     refused("teacher.solver must be one of euler, heun, midpoint, got 'rk4'", teacher=dict(solver="rk4"))
     refused("teacher.from_pretrained must be a path", teacher=dict(from_pretrained=3))
     refused("teacher.allow_distilled must be True or False", teacher=dict(allow_distilled="yes"))

@@ -9,6 +9,7 @@ bucket_config = {"144p": {17: (1.0, 1)}}  # 192 x 192, 17 frames, one clip a ste
 num_workers = 0  # load the data in the training process
 num_bucket_build_workers = 1
 grad_checkpoint = False
+epochs = 4  # passes over the clips
 log_every = 1
 ckpt_every = 8  # steps
 lr = 1e-3

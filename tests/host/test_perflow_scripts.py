@@ -1,0 +1,141 @@
+"""PeRFlow through Open-Sora's real train.py, inference.py and inference_i2v.py, with the configs of this repository."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _harness import REPOSITORY, Clips, checkpoints, decode_video, mp4_files, run_python, run_script
+
+from opensora_perflow.checkpoints import read_state_dict
+
+pytestmark = pytest.mark.host
+CONFIGS = REPOSITORY / "configs" / "opensora"
+
+
+def losses(output: str) -> list[float]:
+    return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", output)]
+
+
+def child_config(path: Path, base: str, **changes: object) -> Path:
+    """A config that inherits one of the repository's and changes some keys, as a user writes it."""
+    lines = [f"_base_ = {str(CONFIGS / base)!r}", *(f"{key} = {value!r}" for key, value in changes.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def stage1(host_root: Path, clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """16 training steps on 4 clips in one process: (outputs folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("stage1")
+    options = ["--data-path", clips.csv, "--outputs", folder / "outputs"]
+    printed = run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage1.py", *options, cwd=folder)
+    return folder / "outputs", printed
+
+
+@pytest.fixture(scope="module")
+def stage2(host_root: Path, clips: Clips, stage1: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with guidance folded in, started from stage 1's last."""
+    folder = tmp_path_factory.mktemp("stage2")
+    options = ["--data-path", clips.csv, "--outputs", folder / "outputs", "--ckpt-path", checkpoints(stage1[0])[-1]]
+    run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage2.py", *options, cwd=folder)
+    return checkpoints(folder / "outputs")[-1]
+
+
+def test_sixteen_steps_train_the_student_and_nothing_else(stage1: tuple[Path, str]) -> None:
+    outputs, printed = stage1
+    assert [folder.name for folder in checkpoints(outputs)] == ["epoch1-global_step8", "epoch3-global_step16"]
+    found = losses(printed)
+    assert len(found) >= 16 and np.isfinite(found).all()
+    assert "PeRFlow teacher: a copy of the student's weights at this run's first step" in printed
+    first, last = (read_state_dict(folder) for folder in checkpoints(outputs))
+    ema = read_state_dict(checkpoints(outputs)[-1] / "ema.pt")
+    assert first.keys() == last.keys() == ema.keys() and not any("teacher" in key for key in last)
+    assert any(not torch.equal(first[key], last[key]) for key in last)
+
+
+def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
+    host_root: Path, clips: Clips, stage1: tuple[Path, str], tmp_path: Path
+) -> None:
+    start = checkpoints(stage1[0])[0]
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs", "--load", start]
+    with pytest.raises(AssertionError, match="its weights are already those of a student and must not become"):
+        run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage1.py", *options, cwd=tmp_path)
+    assert checkpoints(tmp_path / "outputs") == []
+    teacher = dict(from_pretrained=str(start), allow_distilled=True)
+    config = child_config(tmp_path / "resume.py", "perflow_tiny_stage1.py", scheduler=dict(teacher=teacher))
+    printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
+    assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step16"]
+    assert f"PeRFlow teacher: weights from {start}" in printed and np.isfinite(losses(printed)).all()
+
+
+def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path: Path) -> None:
+    config = child_config(tmp_path / "two.py", "perflow_tiny_stage1.py", mask_ratios={"image_head": 0.5, "random": 0.4})
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
+    printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=tmp_path)
+    assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step8"]
+    assert np.isfinite(losses(printed)).all()
+
+
+def test_image_and_video_conditioning(host_root: Path, host_tag: str, clips: Clips, tmp_path: Path) -> None:
+    if host_tag != "1.3":
+        pytest.skip("mask_types is new in Open-Sora 1.3")
+    config = child_config(
+        tmp_path / "i2v.py",
+        "perflow_tiny_stage2.py",
+        epochs=2,
+        mask_types={"i2v_head": 1, "v2v_head_noisy": 1, "i2v_loop": 1, "none": 1},
+        scheduler=dict(x_cond_weight=0.1, guidance=dict(image_scale=2.0)),
+        plugin="zero1",
+        accumulation_steps=2,
+    )
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
+    printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
+    found = losses(printed)
+    assert len(found) >= 8 and np.isfinite(found).all()
+
+
+def sample(host_root: Path, script: str, checkpoint: Path, folder: Path, *options: object, **changes: object) -> np.ndarray:
+    config = child_config(folder / "sample.py", "perflow_tiny_inference.py", **changes)
+    arguments = ["--ckpt-path", checkpoint, "--save-dir", folder / "samples", "--prompt", "a red circle moving right"]
+    run_script(host_root, script, config, *arguments, *options, cwd=folder)
+    (video,) = mp4_files(folder / "samples")
+    return decode_video(video)
+
+
+def test_few_step_inference(host_root: Path, stage2: Path, tmp_path: Path) -> None:
+    assert sample(host_root, "inference.py", stage2, tmp_path, verbose=2).shape == (17, 192, 192, 3)
+    assert "4/4" in (tmp_path / "inference.log").read_text()  # the sampler's progress bar: one step a window
+
+
+def test_guided_inference_of_stage_1(host_root: Path, stage1: tuple[Path, str], tmp_path: Path) -> None:
+    options = ["--num-sampling-steps", "8", "--cfg-scale", "4.0"]
+    scheduler = dict(guidance=dict(_delete_=True, mode="sync"))
+    video = sample(host_root, "inference.py", checkpoints(stage1[0])[-1], tmp_path, *options, scheduler=scheduler, verbose=2)
+    assert video.shape == (17, 192, 192, 3) and "8/8" in (tmp_path / "inference.log").read_text()
+
+
+def test_loops_extend_the_video(host_root: Path, stage2: Path, tmp_path: Path) -> None:
+    options = ["--loop", "2", "--condition-frame-length", "5"]
+    video = sample(host_root, "inference.py", stage2, tmp_path, *options, num_frames=34, image_size=(64, 64))
+    assert video.shape == (51, 64, 64, 3)  # 34 + 34 frames, 17 of them shared
+
+
+def test_image_to_video(host_root: Path, host_tag: str, clips: Clips, stage2: Path, tmp_path: Path) -> None:
+    if host_tag != "1.3":
+        pytest.skip("inference_i2v.py is new in Open-Sora 1.3")
+    from PIL import Image
+
+    Image.fromarray(decode_video(clips.videos[0])[0]).save(tmp_path / "reference.png")
+    options = ["--cond-type", "i2v_head", "--reference-path", tmp_path / "reference.png"]
+    video = sample(host_root, "inference_i2v.py", stage2, tmp_path, *options, image_size=(64, 64), use_sdedit=True)
+    assert video.shape == (17, 64, 64, 3)
+
+
+def test_sampler_equals_the_hosts_own(host_root: Path, tmp_path: Path) -> None:
+    command = [str(REPOSITORY / "benchmarks" / "sampler_parity.py"), "--open-sora", str(host_root)]
+    printed = run_python(command, nproc=1, log=tmp_path / "parity.log", cwd=tmp_path)
+    assert "largest absolute difference" in printed
