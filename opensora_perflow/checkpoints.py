@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from opensora_perflow.files import replacing
 
 FORMS = (
     "an Open-Sora checkpoint folder (epochE-global_stepG, or the model/ folder in it), "
@@ -42,17 +43,10 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
 
 def write_state_dict(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         # Contiguous copies: safetensors refuses tensors that share memory.
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary, dict(metadata or {}))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+        save_file(tensors, temporary, dict(metadata or {}))
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

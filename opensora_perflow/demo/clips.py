@@ -10,14 +10,10 @@ the [-1, 1], channels-first tensors that a VAE takes.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import logging
-import os
 import re
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from opensora_perflow.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +106,7 @@ def make_clip(
         content = Content(*(str(rng.choice(list(names))) for names in (COLORS, SHAPES, DIRECTIONS)))
     if content.color not in COLORS or content.shape not in SHAPES or content.direction not in DIRECTIONS:
         raise ValueError(
-            f"unknown content {tuple(content)}; colors are {list(COLORS)}, shapes {list(SHAPES)}, "
-            f"directions {list(DIRECTIONS)}"
+            f"unknown content {tuple(content)}; colors are {list(COLORS)}, shapes {list(SHAPES)}, directions {list(DIRECTIONS)}"
         )
     side = min(height, width)
     radius = side * rng.uniform(0.15, 0.19)
@@ -123,9 +120,7 @@ def make_clip(
     progress = np.linspace(-0.5, 0.5, num_frames) if num_frames > 1 else np.zeros(1)
     centers = middle + progress[:, None] * heading * travel  # [T, 2]
     y, x = np.mgrid[:height, :width] + 0.5
-    distance = _signed_distance(
-        content.shape, x[None] - centers[:, 0, None, None], y[None] - centers[:, 1, None, None], radius
-    )
+    distance = _signed_distance(content.shape, x[None] - centers[:, 0, None, None], y[None] - centers[:, 1, None, None], radius)
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]  # one pixel of anti-aliasing at the outline
     frames = coverage * np.array(COLORS[content.color]) + (1 - coverage) * np.array(BACKGROUND)
     return np.rint(frames).astype(np.uint8), content.caption
@@ -179,7 +174,7 @@ def write_clips(
                 "resolution": height * width,
             }
         )
-    with _replacing(folder / "clips.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "clips.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -265,7 +260,7 @@ def write_video(path: str | Path, frames: np.ndarray, *, fps: float = FPS) -> Pa
         )
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary, av.open(str(temporary), "w") as container:
+    with replacing(path) as temporary, av.open(str(temporary), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.options = {"crf": "12", "preset": "fast"} if codec == "libx264" else {"qscale": "2"}
@@ -350,9 +345,7 @@ def _list_videos(source: Path) -> tuple[list[Path], dict[Path, str]]:
         paths = [_resolve(source, row["path"]) for row in rows]
         return paths, {path: row.get("text") or "" for path, row in zip(paths, rows)}
     if not source.is_dir():
-        raise ValueError(
-            f"{source} is neither a folder nor a CSV file; pass a folder of videos, or make one with write_clips"
-        )
+        raise ValueError(f"{source} is neither a folder nor a CSV file; pass a folder of videos, or make one with write_clips")
     paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not paths:
         raise ValueError(
@@ -416,17 +409,3 @@ def _read_video(path: Path, num_frames: int, height: int, width: int) -> tuple[n
         raise ValueError("no frame in it")
     take = np.linspace(0, len(held) - 1, num_frames).round().astype(int)
     return np.stack([held[index] for index in take]), fps
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, moved onto it at the end, removed on an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    os.chmod(name, 0o644)  # mkstemp's own mode would hide the result from other users
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
