@@ -87,8 +87,8 @@ def run_case(case: dict[str, Any], network: nn.Module, text_encoder: Any) -> flo
         call["z_cond_mask"][:, :, call["mask_index"]] = 1.0
     if case.get("negative"):
         call["neg_prompts"] = ["a blurry clip", "green"][:batch_size]
-    # 360p. Where the warp's ratio is below 1 (small, short videos) upstream's float32 arithmetic can warp 1000 to more than 1000:
-    # then no frame of a mask of ones is active in its first step, and all are noised anew in its second.
+    # 360p. Where the warp's ratio is below 1 (small, short videos) upstream's float32 arithmetic can warp 1000 to more than
+    # 1000: then no frame of a mask of ones is active in its first step, and all are noised anew in its second.
     sizes = dict(height=360.0, width=640.0, num_frames=51.0, ar=0.5625, fps=24.0)
     results = []
     for scheduler in (dict(type="rflow"), dict(type="perflow", windows=case["windows"])):

@@ -1,0 +1,98 @@
+"""The demo as a user starts it, with everything made small."""
+
+import json
+import logging
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from opensora_perflow import cli
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.demo import run as demo
+from opensora_perflow.demo.clips import write_clips
+from opensora_perflow.demo.model import load_teacher
+
+SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch-size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def coarse_reference(monkeypatch):
+    monkeypatch.setattr(demo, "REFERENCE_STEPS", 8)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "REFERENCE_STEPS", 8)
+        assert cli.main(["demo", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def test_everything_that_is_promised_is_there(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"clips", "side_by_side.mp4", "frames.png", "training.png", "results.json", "student.safetensors"}
+
+    with av.open(str(finished / "side_by_side.mp4")) as container:
+        video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(video) == 17 and video.std() > 10
+
+
+def test_numbers_are_those_of_the_samplers(finished):
+    result = json.loads((finished / "results.json").read_text())
+    assert [row["nfe"] for row in result["samplers"]] == [16, 60, 8, 4]  # the reference is 8 guided steps here
+    assert result["samplers"][0]["endpoint_error"] == 0 and result["samplers"][3]["endpoint_error"] > 0
+    assert [row["t_start"] for row in result["windows"]] == [1, 0.75, 0.5, 0.25]
+    assert result["network"] == "opensora_perflow.TinySTDiT"
+
+
+def test_the_student_is_trained_and_can_be_loaded(finished):
+    state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
+    assert state.keys() == teacher.keys()
+    assert any(not torch.equal(state[key], teacher[key]) for key in state)
+    assert torch.equal(state["y_embedder.y_embedding"], teacher["y_embedder.y_embedding"])
+
+
+def test_own_videos_with_a_corrupt_one(tmp_path, caplog, capsys):
+    clips = write_clips(tmp_path / "mine", 3, seed=5).parent
+    (clips / "broken.mp4").write_bytes(b"no video")
+    (clips / "clips.csv").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["demo", "--videos", str(clips), "--out", str(tmp_path / "out"), *SMALL]) == 0
+    messages = " ".join(record.message for record in caplog.records)
+    assert "broken.mp4" in messages and "skipped 1 of 4 videos" in messages
+    assert "student, 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--iterations", "0"], "iterations must be an integer >= 1, got 0"),
+        (["--num-samples", "1"], "num_samples must be >= 2"),
+        (["--guidance-scale", "-1"], "guidance_scale must be a number >= 0"),
+        (["--videos", "nowhere"], "nowhere"),
+        (["--open-sora", "nowhere"], "must be the root of an Open-Sora"),
+    ],
+)
+def test_mistakes_are_one_line_and_touch_nothing(options, message, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["demo", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("opensora-perflow: ") and message in error
+    assert not out.exists()
+
+
+def test_an_empty_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["demo", "--videos", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert "video" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["demo", "--help"])
+    text = capsys.readouterr().out
+    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "4 minutes", "default 300"):
+        assert expected in text
