@@ -10,11 +10,12 @@ from numbers import Real
 from typing import Any
 
 from opensora_perflow.predictions import PREDICTIONS
-from opensora_perflow.schedule import TIME_DISTRIBUTIONS, check_num_steps
+from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS, check_num_steps
 from opensora_perflow.solvers import SOLVERS
 from opensora_perflow.windows import TimeWindows
 
 GUIDANCE_MODES = ("sync", "fixed")
+STARTS = ("diffused", "student", "mixed")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
 
 
@@ -33,10 +34,11 @@ def from_mapping(cls: type, value: Mapping[str, Any], where: str) -> Any:
     return cls(**value)
 
 
-def check_number(name: str, value: Any, low: float | None = None) -> None:
-    """Raises ValueError unless value is a real number (and at least `low`)."""
-    if isinstance(value, bool) or not isinstance(value, Real) or (low is not None and value < low):
-        bound = "" if low is None else f" >= {low:g}"
+def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> None:
+    """Raises ValueError unless value is a real number (and at least `low`, and at most `high`)."""
+    out = isinstance(value, Real) and ((low is not None and not value >= low) or (high is not None and not value <= high))
+    if isinstance(value, bool) or not isinstance(value, Real) or out:
+        bound = ("" if low is None else f" >= {low:g}") + ("" if high is None else f" and <= {high:g}")
         raise ValueError(f"{name} must be a number{bound}, got {value!r}")
 
 
@@ -97,6 +99,42 @@ class GuidanceConfig:
 
 
 @dataclass(frozen=True)
+class DrawsConfig:
+    """What the student is trained on: where windows start, and at which times inside them."""
+
+    starts: str = "diffused"
+    """diffused: data with noise. student: states that the student itself reaches from noise, one step a window, guided as
+    it is sampled; no data is used, only its shape. mixed: `student_share` of the samples start there."""
+    student_share: float = 0.5
+    """Share of starts="mixed" that the student reaches, 0..1; no effect otherwise."""
+    distribution: str = "host"
+    """Times inside a window. host: the time that sample_method drew; uniform: evenly over the untransformed window; beta."""
+    beta: Any = (2.0, 1.0)
+    """Parameters (a, b) > 0 of distribution="beta", from the window's clean edge to its noisy one: a > b leans to noise."""
+    edge_mass: float = 0.0
+    """Share of the times exactly at the window's noisy edge, 0..1."""
+    per_solve: int = 1
+    """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
+    loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform."""
+
+    def __post_init__(self) -> None:
+        check_choice("draws.starts", self.starts, STARTS)
+        check_number("draws.student_share", self.student_share, low=0, high=1)
+        check_choice("draws.distribution", self.distribution, ("host", *POSITION_DISTRIBUTIONS))
+        beta = self.beta
+        pair = isinstance(beta, Sequence) and not isinstance(beta, str) and len(beta) == 2
+        if not pair or not all(isinstance(v, Real) and not isinstance(v, bool) and v > 0 for v in beta):
+            raise ValueError(f"draws.beta must be two numbers > 0, got {beta!r}; write for example (2, 1)")
+        object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
+        check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
+        check_num_steps(self.per_solve, "draws.per_solve")
+        if self.edge_mass == 1 and self.per_solve > 1:
+            raise ValueError(
+                f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
+            )
+
+
+@dataclass(frozen=True)
 class PeRFlowConfig:
     """All keys of `scheduler=dict(type="perflow", ...)`.
 
@@ -112,6 +150,7 @@ class PeRFlowConfig:
     """What the student's network outputs. auto: what the host's network is trained for (velocity for 1.2 and 1.3)."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    draws: DrawsConfig = field(default_factory=DrawsConfig)
     objective: Any = "perflow"
     """Name of a registered objective, or dict(type=name, its keywords)."""
     transform: str = "auto"
@@ -157,7 +196,7 @@ class PeRFlowConfig:
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
         set_(self, "windows", TimeWindows.from_config(self.windows))
-        for name, cls in (("teacher", TeacherConfig), ("guidance", GuidanceConfig)):
+        for name, cls in (("teacher", TeacherConfig), ("guidance", GuidanceConfig), ("draws", DrawsConfig)):
             value = getattr(self, name)
             if isinstance(value, Mapping):
                 set_(self, name, from_mapping(cls, value, name))
@@ -181,6 +220,11 @@ class PeRFlowConfig:
             check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
         if self.use_discrete_timesteps and self.sample_method != "uniform":
             raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
+        if self.use_discrete_timesteps and (self.draws.distribution != "host" or self.draws.per_solve > 1):
+            raise ValueError(
+                'use_discrete_timesteps draws whole timesteps as the host does: it needs draws with distribution="host" and '
+                f"per_solve=1, got {self.draws.distribution!r} and {self.draws.per_solve}"
+            )
         if self.drop_condition is not None:
             known = ("null", "cond", "text", "keep")
             for key, weight in self.drop_condition.items():

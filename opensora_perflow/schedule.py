@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from opensora_perflow.windows import TimeWindows
 
 TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
+POSITION_DISTRIBUTIONS = ("uniform", "beta")
 
 
 def draw_times(
@@ -50,6 +52,82 @@ def redraw_above(t: Tensor, threshold: float, generator: torch.Generator | None 
     """Times above `threshold` are drawn again, uniformly between it and 1 (Open-Sora 1.3's uniform_over_threshold)."""
     fresh = threshold + (1.0 - threshold) * torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator)
     return torch.where(t > threshold, fresh, t)
+
+
+@dataclass(frozen=True)
+class WeightedTimes:
+    """Several times for each sample of a batch, and what each counts in the sample's loss.
+
+    times: [n, B], float64. weights: [n, B], float64; each column sums to 1.
+    """
+
+    times: Tensor
+    weights: Tensor
+
+
+def draw_positions(
+    count: int,
+    batch_size: int,
+    *,
+    distribution: str = "uniform",
+    beta: tuple[float, float] = (2.0, 1.0),
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw places inside a window: 1 is its noisy edge, 0 its clean one.
+
+    Args:
+        count, batch_size: n and B.
+        distribution: "uniform" on (0, 1], or "beta" with the parameters `beta` (a, b): a > b leans to the noisy edge,
+            mean a / (a + b).
+
+    Returns:
+        [n, B], float64.
+
+    Raises:
+        ValueError: unknown distribution.
+    """
+    shape = (count, batch_size)
+    if distribution == "uniform":  # 1 - [0, 1): windows hold their noisy edge and not their clean one
+        return 1.0 - torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
+    if distribution == "beta":
+        # A ratio of gamma variables; torch.distributions.Beta does the same and takes no generator.
+        rising, falling = (
+            torch._standard_gamma(torch.full(shape, value, dtype=torch.float64, device=device), generator=generator)
+            for value in beta
+        )
+        return rising / (rising + falling)
+    raise ValueError(f"unknown distribution of places in a window {distribution!r}; known: {', '.join(POSITION_DISTRIBUTIONS)}")
+
+
+def mix_in_edge(times: Tensor, t_start: Tensor, edge_mass: float, generator: torch.Generator | None = None) -> WeightedTimes:
+    """Put a share of the drawn times exactly at the window's noisy edge.
+
+    There the target is a function of the input, while inside a window the lines of several pairs cross and the student can
+    only learn their mean; a few-step sampler evaluates at the edge first.
+
+    Args:
+        times: Drawn times inside each sample's window, [n, B], float64.
+        t_start: The noisy edges, [B].
+        edge_mass: Share in [0, 1]. With n = 1 each time is moved to the edge with this probability; with n > 1 one of the n
+            is, always, and counts `edge_mass`, while the others share the rest: the same expected loss, without evaluating
+            any pair twice at the same point.
+
+    Returns:
+        WeightedTimes of the same shape; all weights are 1 / n if edge_mass is 0.
+    """
+    count = len(times)
+    weights = torch.full_like(times, 1.0 / count)
+    if edge_mass == 0:
+        return WeightedTimes(times, weights)
+    times = times.clone()
+    if count == 1:
+        drawn = torch.rand(t_start.shape, dtype=t_start.dtype, device=t_start.device, generator=generator)
+        times[0] = torch.where(drawn < edge_mass, t_start, times[0])
+        return WeightedTimes(times, weights)
+    times[0] = t_start
+    weights[0], weights[1:] = edge_mass, (1.0 - edge_mass) / (count - 1)
+    return WeightedTimes(times, weights)
 
 
 def linear_grid(start: Tensor, end: Tensor, num_steps: int) -> Tensor:

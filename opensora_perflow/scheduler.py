@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,42 @@ from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.objectives.window_pair import WindowPair
 from opensora_perflow.registry import OBJECTIVES, SCHEDULERS
-from opensora_perflow.sampling import FrameEdit, sample
-from opensora_perflow.schedule import draw_times, linear_grid, redraw_above, sampling_grid
+from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
+from opensora_perflow.schedule import (
+    WeightedTimes,
+    draw_positions,
+    draw_times,
+    linear_grid,
+    mix_in_edge,
+    redraw_above,
+    sampling_grid,
+)
 from opensora_perflow.solvers import hold_frames, solve
 from opensora_perflow.teacher import check_finite, load_teacher
 
 logger = logging.getLogger("opensora_perflow")
+
+
+@dataclass(frozen=True)
+class DrawnWindows:
+    """A window for each sample of a batch, and the times at which the student is trained in it. All times float64."""
+
+    window_idx: Tensor
+    """[B], 0 is the noisiest."""
+    edges: Tensor
+    """[K + 1, B], all window edges of each sample, warped as its window is."""
+    solver_times: Tensor
+    """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
+    drawn: WeightedTimes
+    """[n, B]."""
+
+    @property
+    def t_start(self) -> Tensor:
+        return self.solver_times[0]
+
+    @property
+    def t_end(self) -> Tensor:
+        return self.solver_times[-1]
 
 
 @SCHEDULERS.register_module("perflow")
@@ -101,13 +132,13 @@ class PeRFlow:
         teacher = self._teacher_of(model)
         data = x_start.detach().float()
 
-        t, t_start, t_end, window_times = self._draw_windows(data, model_args, t)
+        windows = self._draw_windows(data, model_args, t)
+        t_start, t_end = windows.t_start, windows.t_end
         if noise_disable_threshold is not None and x_gt is not None:
             clean = t_start * self.num_timesteps > noise_disable_threshold
             data = torch.where(clean.to(data.device)[:, None, None, None, None], x_gt.detach().float(), data)
-        x_win_start = interpolate(data, torch.randn_like(data) if noise is None else noise.float(), t_start)
-        if mask is not None:
-            x_win_start = torch.where(mask[:, None, :, None, None], x_win_start, data)
+        noise = torch.randn_like(data) if noise is None else noise.float()
+        x_win_start = self._hold(interpolate(data, noise, t_start), data, mask)
 
         drop = None
         if config.guidance.mode == "sync":
@@ -124,12 +155,23 @@ class PeRFlow:
             )
             frame_weights = stdit.reference_frame_weights(reference, config.x_cond_weight)
 
-        x_win_end = self._solve_teacher(teacher, teacher_condition, x_win_start, window_times, mask)
+        if config.draws.starts != "diffused":
+            reached = self._roll_out(model, student_condition, self._hold(noise, data, mask), windows, mask)
+            share = 1.0 if config.draws.starts == "student" else config.draws.student_share
+            own = torch.rand(len(data), device=data.device) < share
+            x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
+
+        x_win_end = self._solve_teacher(teacher, teacher_condition, x_win_start, windows.solver_times, mask)
         student = stdit.velocity_field(model, network, student_condition, num_timesteps=self.num_timesteps, frame_mask=mask)
-        loss = self._objective(student, WindowPair(x_win_start, x_win_end, t_start, t_end), t, frame_weights)
-        if weights is not None:
-            index = (t * self.num_timesteps).long().clamp(max=len(weights) - 1)
-            loss = loss * weights.to(loss.device, loss.dtype)[index.to(loss.device)]
+        pair = WindowPair(x_win_start, x_win_end, t_start, t_end)
+        loss = 0.0
+        # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
+        for t, share in zip(windows.drawn.times, windows.drawn.weights):
+            part = self._objective(student, pair, t, frame_weights)
+            if weights is not None:
+                index = (t * self.num_timesteps).long().clamp(max=len(weights) - 1)
+                part = part * weights.to(part.device, part.dtype)[index.to(part.device)]
+            loss = loss + part * share.to(part.device, part.dtype)
         return {"loss": loss}
 
     def sample(
@@ -233,15 +275,12 @@ class PeRFlow:
             progress=progress,
         )
 
-    def _draw_windows(
-        self, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(t, t_start, t_end, teacher times [S + 1, B]): a drawn or given time per sample, and the window it lies in."""
-        config = self.config
+    def _draw_windows(self, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
+        """Windows by a drawn or given time per sample, and the times inside them; a given time is the only one."""
+        config, draws = self.config, self.config.draws
         draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
         if timestep is not None:
             t = from_timestep(timestep, self.num_timesteps).clamp(0.0, 1.0)
-            u = unshift_time(t, window_ratio)
         else:
             u = draw_times(
                 len(data),
@@ -254,10 +293,57 @@ class PeRFlow:
             t = shift_time(u, draw_ratio)
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
                 t = redraw_above(t, config.uniform_over_threshold)
-            u = unshift_time(t, window_ratio)
-        u_start, u_end = config.windows.bounds(config.windows.lookup(u))
-        window_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
-        return t, window_times[0], window_times[-1], window_times
+        window_idx = config.windows.lookup(unshift_time(t, window_ratio))
+        u_start, u_end = config.windows.bounds(window_idx)
+        solver_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
+        drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
+        if timestep is None:
+            positions = draw_positions(
+                draws.per_solve - (draws.distribution == "host"),
+                len(data),
+                distribution="uniform" if draws.distribution == "host" else draws.distribution,
+                beta=draws.beta,
+                device=t.device,
+            )
+            times = shift_time(u_end + (u_start - u_end) * positions, window_ratio)
+            times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
+            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass)
+        return DrawnWindows(window_idx, self._edges(len(data), t.device, window_ratio), solver_times, drawn)
+
+    def _edges(self, batch_size: int, device: torch.device, ratio: Tensor | None) -> Tensor:
+        """Window edges of each sample as flow times, [K + 1, B]."""
+        edges = torch.tensor(self.config.windows.edges, dtype=torch.float64, device=device)
+        return shift_time(edges[:, None].expand(-1, batch_size), ratio)
+
+    @torch.no_grad()
+    def _roll_out(
+        self,
+        model: nn.Module,
+        condition: stdit.Condition,
+        noise: Tensor,
+        windows: DrawnWindows,
+        frame_mask: Tensor | None,
+    ) -> Tensor:
+        """Where the student, sampled with one step a window, reaches each sample's window."""
+        config = self.config
+        # Guided as it will be sampled. A network without a null text cannot be.
+        scale = config.cfg_scale if config.guidance.mode == "sync" and condition.null is not None else 1.0
+        velocity = stdit.velocity_field(
+            model,
+            unwrap(model),
+            condition,
+            num_timesteps=self.num_timesteps,
+            frame_mask=frame_mask,
+            text_scale=scale,
+            image_scale=scale,
+            flaw_fix=config.use_flaw_fix and scale != 1.0,
+        )
+        return carry_to_windows(hold_frames(velocity, frame_mask), noise, windows.edges, windows.window_idx)
+
+    @staticmethod
+    def _hold(x: Tensor, data: Tensor, frame_mask: Tensor | None) -> Tensor:
+        """Frames that are False in the mask are the data's."""
+        return x if frame_mask is None else torch.where(frame_mask[:, None, :, None, None], x, data)
 
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
         grid = torch.tensor(sampling_grid(self.config.windows, self.config.sampling_steps), dtype=torch.float64)

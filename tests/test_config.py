@@ -40,6 +40,7 @@ def test_upstreams_rflow_keys_are_accepted(upstream):
 
 def test_config_survives_copy_and_json():
     config = dict(type="perflow", windows=[1, 0.5, 0], teacher=dict(steps_per_window=2), guidance=dict(mode="fixed", scale=7.0))
+    config["draws"] = dict(distribution="beta", beta=[3, 1])
     again = json.loads(json.dumps(copy.deepcopy(config)))
     assert build_module(again, SCHEDULERS).config == build_module(config, SCHEDULERS).config
     assert config["type"] == "perflow"  # building left it as it was
@@ -88,6 +89,21 @@ def test_teacher_and_guidance_settings_are_checked():
     refused('mode "sync" takes no scale', guidance=dict(scale=4.0))
     refused("guidance.scale must be a number", guidance=dict(mode="fixed", scale="7"))
     refused("guidance.image_scale must be a number", guidance=dict(mode="fixed", scale=7, image_scale="7"))
+
+
+def test_draws_are_checked():
+    refused(r"unknown key\(s\) 'start' in draws; did you mean starts\?", draws=dict(start="student"))
+    refused("draws must be a dict", draws="student")
+    refused("draws.starts must be one of diffused, student, mixed, got 'noise'", draws=dict(starts="noise"))
+    refused("draws.student_share must be a number >= 0 and <= 1, got 2", draws=dict(student_share=2))
+    refused("draws.distribution must be one of host, uniform, beta, got 'edge'", draws=dict(distribution="edge"))
+    refused("draws.beta must be two numbers > 0", draws=dict(beta=(1, 0)))
+    refused("draws.beta must be two numbers > 0", draws=dict(beta=2.0))
+    refused("draws.edge_mass must be a number >= 0 and <= 1, got 1.5", draws=dict(edge_mass=1.5))
+    refused("draws.edge_mass must be a number >= 0 and <= 1, got nan", draws=dict(edge_mass=float("nan")))
+    refused("draws.per_solve must be an integer >= 1", draws=dict(per_solve=0))
+    refused("draws.edge_mass=1 leaves one time in a window, got per_solve=2", draws=dict(edge_mass=1, per_solve=2))
+    refused("whole timesteps.*got 'beta' and 1", draws=dict(distribution="beta"), use_discrete_timesteps=True)
 
 
 def test_objectives_are_checked():

@@ -32,9 +32,7 @@ def test_config_loads_builds_and_dumps(path, load):
 
 
 def test_stages_are_what_they_say(load):
-    one, two, three = (
-        build_module(load(FOLDER / f"perflow_stage{n}.py").scheduler, SCHEDULERS).config for n in (1, 2, 3)
-    )
+    one, two, three = (build_module(load(FOLDER / f"perflow_stage{n}.py").scheduler, SCHEDULERS).config for n in (1, 2, 3))
     assert (one.windows.num_windows, one.guidance.mode) == (4, "sync")
     assert (two.windows.num_windows, two.guidance.mode, two.guidance.scale) == (4, "fixed", 7.0)
     assert (three.windows.num_windows, three.guidance.scale, three.teacher.allow_distilled) == (2, 1.0, True)

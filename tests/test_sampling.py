@@ -1,9 +1,9 @@
 import pytest
 import torch
-from problems import Gaussian
+from problems import Gaussian, LinearInState
 
 from opensora_perflow.objectives import WindowPair
-from opensora_perflow.sampling import FrameEdit, sample
+from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
 from opensora_perflow.schedule import sampling_grid
 from opensora_perflow.windows import TimeWindows
 
@@ -99,3 +99,16 @@ def test_window_pair_of_the_sampler_and_of_training_agree():
     pair = WindowPair(torch.randn(2, 1), torch.randn(2, 1), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64))
     out = sample(lambda step, mask: lambda x, t: pair.velocity, pair.x_start, grid(4, 2))
     torch.testing.assert_close(out, pair.x_end)
+
+
+def test_each_sample_is_carried_to_its_own_window():
+    field = LinearInState(1.3)
+    edges = torch.tensor([[1.0, 0.75, 0.5, 0.0], [1.0, 0.9, 0.6, 0.0], [1.0, 0.8, 0.2, 0.0]], dtype=F64).T
+    window_idx = torch.tensor([0, 2, 1])
+    noise = torch.randn(3, 5, dtype=F64)
+    reached = carry_to_windows(field, noise, edges, window_idx)
+    # One Euler step of v = a x multiplies by 1 + a h; algebra in float64.
+    factor = torch.tensor([1.0, (1 - 0.13) * (1 - 0.39), 1 - 0.26], dtype=F64)[:, None]
+    torch.testing.assert_close(reached, factor * noise, atol=1e-12, rtol=0)
+    assert field.calls == 2 and torch.equal(reached[0], noise[0])
+    assert torch.equal(carry_to_windows(field, noise, edges, torch.zeros(3, dtype=torch.int64)), noise) and field.calls == 2

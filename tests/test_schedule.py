@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opensora_perflow.schedule import draw_times, linear_grid, redraw_above, sampling_grid
+from opensora_perflow.schedule import draw_positions, draw_times, linear_grid, mix_in_edge, redraw_above, sampling_grid
 from opensora_perflow.windows import TimeWindows
 
 
@@ -71,3 +71,46 @@ def test_redraw_moves_only_times_above_the_threshold():
 def test_draws_follow_the_generator():
     first, second = (draw_times(5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_places_in_a_window_hold_its_noisy_edge_and_not_its_clean_one():
+    places = draw_positions(3, 1000)
+    assert places.shape == (3, 1000) and places.dtype == torch.float64
+    assert places.min() > 0 and places.max() <= 1
+
+
+@pytest.mark.parametrize("a, b", [(2.0, 1.0), (1.0, 3.0), (0.5, 0.5)])
+def test_beta_places_have_the_moments_of_the_beta_distribution(a, b):
+    places = draw_positions(2, 20_000, distribution="beta", beta=(a, b))
+    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+    # 40000 draws: five standard errors of the mean; the variance's own error is below 1% of 1/4.
+    assert abs(places.mean().item() - mean) < 5 * (variance / 40_000) ** 0.5
+    assert abs(places.var().item() - variance) < 0.005
+
+
+def test_an_unknown_distribution_of_places_is_refused():
+    with pytest.raises(ValueError, match="places in a window 'edge'; known: uniform, beta"):
+        draw_positions(1, 2, distribution="edge")
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.3, 1.0])
+def test_one_time_moves_to_the_edge_with_its_share(mass):
+    t_start = torch.full((20_000,), 0.75, dtype=torch.float64)
+    drawn = mix_in_edge(0.5 + 0.2 * torch.rand(1, 20_000, dtype=torch.float64), t_start, mass)
+    share = (drawn.times == 0.75).double().mean().item()
+    assert abs(share - mass) < 5 * (mass * (1 - mass) / 20_000) ** 0.5 + 1e-12  # five standard errors
+    assert (drawn.weights == 1).all()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("mass", [0.0, 0.3, 0.75])
+def test_several_times_weigh_the_edge_with_its_share(count, mass):
+    t_start = torch.tensor([1.0, 0.75], dtype=torch.float64)
+    times = torch.rand(count, 2, dtype=torch.float64) * 0.5
+    before = times.clone()
+    drawn = mix_in_edge(times, t_start, mass)
+    at_edge = drawn.times == t_start
+    torch.testing.assert_close(drawn.weights.sum(dim=0), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close((drawn.weights * at_edge).sum(dim=0), torch.full((2,), mass, dtype=torch.float64))
+    assert at_edge.sum(dim=0).tolist() == [int(mass > 0)] * 2  # no pair is evaluated twice at the same point
+    assert torch.equal(times, before)

@@ -298,6 +298,124 @@ def test_a_teacher_that_returns_nan_is_named():
         losses(PeRFlow(), network)
 
 
+# --- draws ---
+
+
+def recorded(scheduler):
+    """Puts an objective in place that keeps every pair and time it is called with, and depends on the student."""
+    seen = []
+
+    def record(student, pair, t, frame_weights):
+        seen.append((pair, t))
+        return student(pair.point(t), t).flatten(1).mean(dim=1)
+
+    scheduler._objective = record
+    return seen
+
+
+@pytest.mark.parametrize("per_solve", [1, 3])
+def test_one_solution_of_the_teacher_feeds_several_times(per_solve):
+    network = tiny_network()
+    scheduler = PeRFlow(draws=dict(per_solve=per_solve), teacher=dict(steps_per_window=2))
+    losses(scheduler, network)
+    student, teacher = CountCalls(network), CountCalls(scheduler._teacher)
+    seen = recorded(scheduler)
+    losses(scheduler, network)
+    assert (student.calls, student.samples, teacher.calls) == (per_solve, 2 * per_solve, 2)
+    assert len({id(pair) for pair, _ in seen}) == 1
+    pair, times = seen[0][0], torch.stack([t for _, t in seen])
+    assert ((times > pair.t_end) & (times <= pair.t_start)).all() and len(times.unique()) == 2 * per_solve
+
+
+def test_the_loss_of_several_times_is_their_weighted_mean():
+    network, values = tiny_network(), iter([1.0, 5.0, 9.0])
+    scheduler = PeRFlow(draws=dict(per_solve=3, edge_mass=0.5))
+    scheduler._objective = lambda student, pair, t, w: torch.full((2,), next(values))
+    torch.testing.assert_close(losses(scheduler, network), torch.full((2,), 0.5 * 1 + 0.25 * (5 + 9)))
+
+
+@pytest.mark.parametrize("per_solve", [1, 2])
+def test_a_given_time_is_the_only_one(per_solve):
+    scheduler = PeRFlow(draws=dict(per_solve=per_solve, edge_mass=0.5, distribution="beta"))
+    seen = recorded(scheduler)
+    losses(scheduler, tiny_network(), t=torch.tensor([800.0, 300.0]))
+    assert [t.tolist() for _, t in seen] == [[0.8, 0.3]]
+
+
+def test_edge_times_are_the_warped_edges_themselves():
+    network = tiny_network()
+    scheduler = PeRFlow(draws=dict(edge_mass=1.0), use_timestep_transform=True, transform="v1.2")
+    seen = recorded(scheduler)
+    losses(scheduler, network)
+    pair, t = seen[0]
+    assert torch.equal(t, pair.t_start)
+
+
+@pytest.mark.parametrize("guidance", [{}, FIXED])
+def test_a_student_start_is_what_its_own_sampler_reaches(guidance):
+    network = tiny_network()
+    settings = dict(windows=4, guidance=guidance, cfg_scale=2.0, use_timestep_transform=True, transform="v1.2")
+    scheduler = PeRFlow(draws=dict(starts="student"), **settings)
+    seen = recorded(scheduler)
+    x, args = batch(network)
+    noise = torch.randn_like(x)
+    scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([1000.0, 10.0]))
+    pair = seen[0][0]
+    assert torch.equal(pair.x_start[0], noise[0]) and pair.t_start[0] == 1  # window 0 starts at the noise
+    states = []
+    network.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][1]))
+    sampled(PeRFlow(**settings), network, noise, additional_args={k: v for k, v in args.items() if k not in ("y", "mask")})
+    # The fourth call of the sampler starts at the last window's edge. Same arithmetic, in float32.
+    torch.testing.assert_close(pair.x_start[1], states[3], rtol=1e-5, atol=1e-6)
+
+
+def test_student_starts_use_no_data():
+    network, results = tiny_network(), []
+    for x in (torch.zeros(2, 4, 5, 4, 4), torch.randn(2, 4, 5, 4, 4)):
+        args = batch(network)[1]
+        torch.manual_seed(4)
+        results.append(PeRFlow(draws=dict(starts="student")).training_losses(network, x, args)["loss"])
+    assert torch.equal(*results)
+
+
+def test_student_starts_keep_frozen_frames_and_references():
+    network = tiny_network()
+    scheduler = PeRFlow(draws=dict(starts="student"))
+    seen = recorded(scheduler)
+    x, args = batch(network)
+    mask = torch.tensor([[True] * 5, [False, False] + [True] * 3])
+    scheduler.training_losses(network, x, args, mask=mask, t=torch.tensor([100.0, 100.0]))
+    for state in (seen[0][0].x_start, seen[0][0].x_end):
+        assert torch.equal(state[1, :, :2], x[1, :, :2]) and not torch.equal(state[1, :, 2:], x[1, :, 2:])
+    network = Reference13().train()
+    scheduler = PeRFlow(draws=dict(starts="student"), guidance=FIXED)
+    scheduler.training_losses(network, x, batch(network)[1], mask_index=[0], t=torch.tensor([100.0, 100.0]))
+    assert len(network.seen) == 4 and all(torch.equal(call["cond"][:, :, 0], x[:, :, 0]) for call in network.seen)
+
+
+def test_mixed_starts_hold_their_share_of_both():
+    network = Reference13().eval()
+    x, args = batch(network, 400)
+    scheduler = PeRFlow(draws=dict(starts="mixed", student_share=0.25), windows=2, teacher=dict(steps_per_window=1))
+    seen = recorded(scheduler)
+    noise = torch.randn_like(x)
+    scheduler.training_losses(network, x, args, noise=noise, t=torch.full((400,), 100.0))
+    diffused = ((x + noise) / 2 - seen[0][0].x_start).flatten(1).abs().amax(dim=1) < 1e-6
+    assert abs(1 - diffused.float().mean().item() - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5  # five standard errors
+
+
+def test_a_rollout_goes_through_the_wrapper_and_leaves_no_gradient():
+    network = tiny_network().to(torch.bfloat16).train()
+    wrapper = Wrapper(network)
+    graphs = []
+    wrapper.register_forward_hook(lambda module, inputs, output: graphs.append(output.requires_grad))
+    x, args = batch(network)
+    scheduler = PeRFlow(draws=dict(starts="student"), windows=3, teacher=dict(steps_per_window=1))
+    loss = scheduler.training_losses(wrapper, x.bfloat16(), args, t=torch.tensor([900.0, 100.0]))["loss"]
+    loss.mean().backward()
+    assert graphs == [False, False, True]  # two windows above the last one, then the loss
+
+
 # --- sampling ---
 
 

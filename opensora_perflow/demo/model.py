@@ -159,9 +159,7 @@ class TinySTDiT(nn.Module):
         if fps is None or height is None or width is None:
             sizes = {"fps": fps, "height": height, "width": width}
             missing = [name for name, value in sizes.items() if value is None]
-            raise ValueError(
-                f"fps, height and width [B] are needed, got None for {missing}; pass them as the host does"
-            )
+            raise ValueError(f"fps, height and width [B] are needed, got None for {missing}; pass them as the host does")
         dtype = self.x_embedder.proj.weight.dtype
         batch, _, num_frames, rows, columns = x.shape
 
@@ -226,9 +224,7 @@ class TinySTDiT(nn.Module):
         try:
             self.load_state_dict(load_file(path))
         except RuntimeError as error:
-            raise ValueError(
-                f"{path} does not fit TinySTDiT({self.host_config()}): {error}; pass its own sizes"
-            ) from error
+            raise ValueError(f"{path} does not fit TinySTDiT({self.host_config()}): {error}; pass its own sizes") from error
 
 
 def _position_embedding(hidden_size: int, rows: int, columns: int, scale: float, device: torch.device) -> Tensor:
@@ -304,9 +300,7 @@ class _ScalarEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(_FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(_FREQUENCY_CHANNELS, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         half = _FREQUENCY_CHANNELS // 2
