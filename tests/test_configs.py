@@ -25,7 +25,7 @@ def test_config_loads_builds_and_dumps(path, load):
     scheduler = build_module(config.scheduler, SCHEDULERS)
     json.dumps(config.to_dict())  # train.py writes its config as JSON
     assert scheduler.config.use_timestep_transform
-    if "stage" in path.stem:
+    if "inference" not in path.stem:
         assert {"model", "vae", "text_encoder", "dataset", "bucket_config", "outputs"} <= set(config)
     else:
         assert {"model", "vae", "text_encoder", "num_frames", "fps", "save_dir", "multi_resolution"} <= set(config)
@@ -38,6 +38,12 @@ def test_stages_are_what_they_say(load):
     assert (three.windows.num_windows, three.guidance.scale, three.teacher.allow_distilled) == (2, 1.0, True)
     assert "720p" in load(FOLDER / "perflow_stage2.py").bucket_config
     assert "144p" not in load(FOLDER / "perflow_stage2.py").bucket_config
+
+
+def test_the_data_free_config_is_data_free(load):
+    config = load(FOLDER / "perflow_data_free.py")
+    scheduler = build_module(config.scheduler, SCHEDULERS).config
+    assert scheduler.draws.starts == "student" and scheduler.guidance.mode == "fixed" and "mask_ratios" not in config
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
