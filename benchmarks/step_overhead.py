@@ -3,8 +3,8 @@
     python benchmarks/step_overhead.py --open-sora ../Open-Sora [--json out.json]
 
 Needs the host's Python packages and 8 GB of memory; minutes on a CPU. The network's weights are random: time does not depend on
-them. The same sampler runs with the real network for two guided steps and with one that returns at once; the second gives the cost of
-everything else. The host's own rflow sampler is measured in the same way.
+them. The same sampler runs with the real network and with one that returns at once: the second gives the cost of everything
+else. The host's own rflow sampler is measured in the same way.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,9 +27,15 @@ def settle(model: nn.Module) -> None:
         wait()
 
 
+@lru_cache
+def _parameters(network_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a network's forward; cached, because it is asked at every sampling step."""
+    return inspect.signature(network_class.forward).parameters
+
+
 def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
     """Predicate: does the network's forward take a keyword of this name? (STDiT2 has no **kwargs, STDiT3 has.)"""
-    parameters = inspect.signature(network.forward).parameters
+    parameters = _parameters(type(network))
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return lambda name: True
     return parameters.__contains__
@@ -36,7 +43,7 @@ def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
 
 def declares(network: nn.Module, name: str) -> bool:
     """Does the network's forward declare this argument by name (not merely swallow it in **kwargs)?"""
-    return name in inspect.signature(network.forward).parameters
+    return name in _parameters(type(network))
 
 
 def null_text(network: nn.Module, like: Tensor) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -139,3 +140,11 @@ def test_sampler_equals_the_hosts_own(host_root: Path, tmp_path: Path) -> None:
     command = [str(REPOSITORY / "benchmarks" / "sampler_parity.py"), "--open-sora", str(host_root)]
     printed = run_python(command, nproc=1, log=tmp_path / "parity.log", cwd=tmp_path)
     assert "largest absolute difference" in printed
+
+
+def test_demo_on_the_real_network(host_root: Path, tmp_path: Path) -> None:
+    options = ["--iterations", "4", "--num-clips", "4", "--num-samples", "2", "--batch-size", "2", "--out", "out"]
+    command = ["-m", "opensora_perflow", "demo", "--open-sora", str(host_root), *options]
+    printed = run_python(command, nproc=1, log=tmp_path / "demo.log", cwd=tmp_path)
+    assert "student, 4 steps" in printed
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["network"] == "opensora.STDiT3"
