@@ -57,7 +57,9 @@ def frames_figure(path: Path, videos: dict[str, np.ndarray], captions: list[str]
     shown = np.linspace(0, clips.shape[1] - 1, num_frames).round().astype(int)
     captions = captions[: len(clips)]
     figure = Figure(figsize=(2.0 + 1.2 * num_frames * len(captions) * 0.75, 1.0 * len(videos) + 0.5), dpi=110)
-    blocks = figure.subfigures(1, len(captions), squeeze=False, wspace=0.02)[0]
+    # The first block is wider by the room for its labels, so that all frames come out the same size.
+    ratios = [0.96 / 0.73] + [1.0] * (len(captions) - 1)
+    blocks = figure.subfigures(1, len(captions), squeeze=False, wspace=0.02, width_ratios=ratios)[0]
     for n, (block, caption) in enumerate(zip(blocks, captions)):
         axes = block.subplots(len(videos), num_frames, squeeze=False)
         block.subplots_adjust(0.26 if n == 0 else 0.03, 0.02, 0.99, 0.86, wspace=0.04, hspace=0.04)
