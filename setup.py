@@ -16,8 +16,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["opensora_perflow", "opensora_perflow.*"]),
-    package_data={"opensora_perflow": ["demo/weights/*"]},
+    # configs/ and patches/ stand at the top level of the repository, and inside the package where it is installed:
+    # `opensora-perflow install` takes them from there (hosts/install.py).
+    packages=[
+        *find_packages(include=["opensora_perflow", "opensora_perflow.*"]),
+        "opensora_perflow.configs",
+        "opensora_perflow.patches",
+    ],
+    package_dir={"opensora_perflow.configs": "configs", "opensora_perflow.patches": "patches"},
+    package_data={
+        "opensora_perflow": ["demo/weights/*"],
+        "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py"],
+        "opensora_perflow.patches": ["*.patch", "README.md"],
+    },
     install_requires=[
         "torch>=2.2,<=2.13",
         "mmengine>=0.10.3",

@@ -8,6 +8,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opensora_perflow.hosts.install import Status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,11 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_install(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return _COMMANDS[args.pop("command")](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"opensora-perflow: {error}", file=sys.stderr)
         return 2
 
@@ -85,7 +90,72 @@ def _demo(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo}
+def _add_install(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "install",
+        help="register perflow in an Open-Sora checkout and put the configs into it, or undo that",
+        description=(
+            "Puts two things into an Open-Sora checkout (v1.0.0, v1.1.0, v1.2.0 or v1.3; which one is found out):\n"
+            "  1. one line in opensora/schedulers/__init__.py that registers perflow, so that any config may change its\n"
+            '     scheduler to type="perflow" and nothing else. From then on Open-Sora needs this package to be installed;\n'
+            "  2. this package's configs, as configs/opensora/perflow_*.py and configs/opensora/_base_/*.py.\n"
+            "No file is overwritten, a second run changes nothing, after a failure nothing is left, and --uninstall leaves\n"
+            "`git status` as it was before. Needs git on PATH; ROOT itself need not be a repository."
+        ),
+        epilog=(
+            "examples:\n"
+            "  opensora-perflow install ../Open-Sora\n"
+            "  cd ../Open-Sora && torchrun scripts/train.py configs/opensora/perflow_stage1.py --data-path videos.csv\n"
+            "  opensora-perflow install --check ../Open-Sora && echo ready\n"
+            "  opensora-perflow install --uninstall ../Open-Sora\n"
+            "status: 0 done, or --check found everything; 1 --check found something missing; 2 refused, with the reason"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder of the checkout, the one that holds opensora/")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--copy", action="store_true", help="copy the configs, to edit them there (default: link them)")
+    action.add_argument("--check", action="store_true", help="say what is installed; change nothing")
+    action.add_argument("--uninstall", action="store_true", help="take everything out that this command put in")
+
+
+def _install(args: dict) -> int:
+    from opensora_perflow.hosts import install
+
+    root = args["root"]
+    if args["check"]:
+        return _print_status(root, install.check(root))
+    tag = install.find_tag(root)
+    if args["uninstall"]:
+        done = install.uninstall(root)
+        print(f"Open-Sora {tag} at {root}: perflow was {'taken out' if done else 'not installed, nothing to do'}")
+        return 0
+    done = install.install(root, copy=args["copy"])
+    print(f"Open-Sora {tag} at {root}: perflow was {'installed' if done else 'installed already, nothing to do'}")
+    imported = install.imported_tree()
+    if imported is not None and imported != root.resolve():
+        print(
+            f"note: this Python imports opensora from {imported}, which is another tree; change that by `pip install -e {root}`"
+        )
+    return 0
+
+
+def _print_status(root: Path, status: Status) -> int:
+    present = "not installed" if status.record is None else "copied" if status.record.copied else "linked"
+    number = 0 if status.record is None else len(status.record.configs) - len(status.missing)
+    print(f"Open-Sora {status.tag} at {root}: perflow is {'' if status.complete else 'not (fully) '}installed")
+    print(f"  registering line  {'there' if status.registers else status.conflict or 'not there'}")
+    print(f"  configs           {present}" + (f", {number} of {len(status.record.configs)}" if status.record else ""))
+    if status.record is not None:
+        for what, names in {"missing": status.missing, "edited": status.edited}.items():
+            for name in names:
+                print(f"  {what:17} {name}")
+        if status.outdated:
+            print(f"  outdated          from version {status.record.version} or another folder of this package; install again")
+    return 0 if status.complete else 1
+
+
+_COMMANDS = {"demo": _demo, "install": _install}
 
 if __name__ == "__main__":
     sys.exit(main())
