@@ -1,5 +1,5 @@
-# Few-step sampling with Open-Sora 1.2.
-#   python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path outputs/001-.../epoch0-global_step4000 \
+# Few-step sampling with Open-Sora 1.2, student of stage 1.
+#   python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
 #       --prompt "a beautiful waterfall"
 
 _base_ = ["_base_/sample.py"]

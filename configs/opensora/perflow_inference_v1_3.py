@@ -1,5 +1,5 @@
-# Few-step sampling with Open-Sora 1.3; also for scripts/inference_i2v.py.
-#   python scripts/inference.py configs/opensora/perflow_inference_v1_3.py --ckpt-path outputs/001-.../epoch0-global_step4000 \
+# Few-step sampling with Open-Sora 1.3, student of stage 1; also for scripts/inference_i2v.py.
+#   python scripts/inference.py configs/opensora/perflow_inference_v1_3.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
 #       --prompt "a beautiful waterfall"
 
 _base_ = ["_base_/sample.py"]

@@ -99,8 +99,11 @@ def test_image_and_video_conditioning(host_root: Path, host_tag: str, clips: Cli
     assert len(found) >= 8 and np.isfinite(found).all()
 
 
-def sample(host_root: Path, script: str, checkpoint: Path, folder: Path, *options: object, **changes: object) -> np.ndarray:
-    config = child_config(folder / "sample.py", "perflow_tiny_inference.py", **changes)
+def sample(
+    host_root: Path, script: str, checkpoint: Path, folder: Path, *options: object, stage: int = 2, **changes: object
+) -> np.ndarray:
+    base = "perflow_tiny_inference.py" if stage == 1 else "perflow_tiny_inference_stage2.py"
+    config = child_config(folder / "sample.py", base, **changes)
     arguments = ["--ckpt-path", checkpoint, "--save-dir", folder / "samples", "--prompt", "a red circle moving right"]
     run_script(host_root, script, config, *arguments, *options, cwd=folder)
     (video,) = mp4_files(folder / "samples")
@@ -114,8 +117,7 @@ def test_few_step_inference(host_root: Path, stage2: Path, tmp_path: Path) -> No
 
 def test_guided_inference_of_stage_1(host_root: Path, stage1: tuple[Path, str], tmp_path: Path) -> None:
     options = ["--num-sampling-steps", "8", "--cfg-scale", "4.0"]
-    scheduler = dict(guidance=dict(_delete_=True, mode="sync"))
-    video = sample(host_root, "inference.py", checkpoints(stage1[0])[-1], tmp_path, *options, scheduler=scheduler, verbose=2)
+    video = sample(host_root, "inference.py", checkpoints(stage1[0])[-1], tmp_path, *options, stage=1, verbose=2)
     assert video.shape == (17, 192, 192, 3) and "8/8" in (tmp_path / "inference.log").read_text()
 
 

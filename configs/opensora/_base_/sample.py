@@ -16,13 +16,12 @@ condition_frame_length = 5  # latent frames carried from loop to loop
 aes = 6.5  # aesthetic score appended to the prompt
 flow = None
 
-# For a student of stage 2 or 3. Windows must be those it was trained with. For stage 1: guidance=dict(mode="sync"), and
-# cfg_scale (--cfg-scale) takes effect.
+# For a student of stage 1, guided while it is sampled. Windows must be those it was trained with.
 scheduler = dict(
     type="perflow",
     windows=4,
-    guidance=dict(mode="fixed", scale=7.0),
+    guidance=dict(mode="sync"),
     use_timestep_transform=True,
     num_sampling_steps=4,  # >= 1 (--num-sampling-steps); best a multiple of the number of windows
-    cfg_scale=7.0,  # guidance of a stage 1 student; no effect in mode fixed
+    cfg_scale=7.0,  # guidance (--cfg-scale), >= 0
 )

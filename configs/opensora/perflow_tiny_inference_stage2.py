@@ -1,0 +1,5 @@
+# Few-step sampling on a laptop, student of the tiny stage 2 or 3.
+
+_base_ = ["perflow_tiny_inference.py"]
+
+scheduler = dict(guidance=dict(mode="fixed", scale=7.0))
