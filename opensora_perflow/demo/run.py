@@ -115,6 +115,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
             windows=4,
             guidance=dict(mode="fixed", scale=settings.guidance_scale),
             teacher=dict(steps_per_window=4, solver="euler"),
+            draws=dict(edge_mass=0.5),  # so short a training needs the times that 4 steps are sampled at
         ),
         SCHEDULERS,
     )
