@@ -152,7 +152,7 @@ class PeRFlowConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
     objective: Any = "perflow"
-    """Name of a registered objective, or dict(type=name, its keywords)."""
+    """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 

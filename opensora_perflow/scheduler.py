@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import opensora_perflow.objectives  # noqa: F401  registers the objectives
 from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping
 from opensora_perflow.conventions import from_timestep, interpolate, shift_time, unshift_time
 from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
@@ -20,8 +18,8 @@ from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
 from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
-from opensora_perflow.objectives.window_pair import WindowPair
-from opensora_perflow.registry import OBJECTIVES, SCHEDULERS
+from opensora_perflow.objectives import WindowPair, combine
+from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
 from opensora_perflow.schedule import (
     WeightedTimes,
@@ -32,7 +30,7 @@ from opensora_perflow.schedule import (
     redraw_above,
     sampling_grid,
 )
-from opensora_perflow.solvers import hold_frames, solve
+from opensora_perflow.solvers import hold_frames, states
 from opensora_perflow.teacher import check_finite, load_teacher
 
 logger = logging.getLogger("opensora_perflow")
@@ -81,7 +79,7 @@ class PeRFlow:
                 f'Open-Sora 1.2 and 1.3 output a {stdit.PREDICTION}: use prediction="auto"'
             )
         self.num_timesteps = int(self.config.num_timesteps)
-        self._objective = _build_objective(self.config.objective)
+        self._objective = combine(self.config.objective)
         if before != self.config.teacher:
             self._teacher: nn.Module | None = None
         self._warned: set[str] = set()
@@ -161,9 +159,9 @@ class PeRFlow:
             own = torch.rand(len(data), device=data.device) < share
             x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
 
-        x_win_end = self._solve_teacher(teacher, teacher_condition, x_win_start, windows.solver_times, mask)
+        path = self._solve_teacher(teacher, teacher_condition, x_win_start, windows.solver_times, mask)
         student = stdit.velocity_field(model, network, student_condition, num_timesteps=self.num_timesteps, frame_mask=mask)
-        pair = WindowPair(x_win_start, x_win_end, t_start, t_end)
+        pair = WindowPair(path[0], path[-1], t_start, t_end, path, windows.solver_times)
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):
@@ -377,6 +375,7 @@ class PeRFlow:
     def _solve_teacher(
         self, teacher: nn.Module, condition: stdit.Condition, x: Tensor, times: Tensor, frame_mask: Tensor | None
     ) -> Tensor:
+        """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]."""
         guidance = self.config.guidance
         scale = 1.0 if guidance.mode == "sync" else guidance.scale
         velocity = stdit.velocity_field(
@@ -389,25 +388,11 @@ class PeRFlow:
             image_scale=scale if guidance.image_scale is None else guidance.image_scale,
             flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
         )
-        x_win_end = solve(hold_frames(velocity, frame_mask), x, times, method=self.config.teacher.solver)
-        check_finite(x_win_end, times[0], times[-1], self._teacher_source)
-        return x_win_end
+        path = torch.stack(list(states(hold_frames(velocity, frame_mask), x, times, method=self.config.teacher.solver)))
+        check_finite(path[-1], times[0], times[-1], self._teacher_source)
+        return path
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-
-def _build_objective(value: str | Mapping[str, Any]) -> Callable[..., Tensor]:
-    settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
-    name = settings.pop("type", None)
-    objective = OBJECTIVES.get(name) if isinstance(name, str) else None
-    if objective is None:
-        known = ", ".join(sorted(OBJECTIVES.module_dict))
-        raise ValueError(f"objective must be one of {known}, or dict(type=one of them, ...), got {value!r}")
-    known = list(inspect.signature(objective).parameters)[4:]
-    unknown = [key for key in settings if key not in known]
-    if unknown:
-        raise ValueError(f"unknown key(s) {unknown} for objective {name!r}; known: {known or 'none'}")
-    return partial(objective, **settings)

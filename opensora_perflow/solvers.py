@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,6 +63,11 @@ def hold_frames(velocity: Velocity, frame_mask: Tensor | None) -> Velocity:
 
 
 def solve(velocity: Velocity, x: Tensor, times: Tensor, *, method: str = "euler") -> Tensor:
+    r"""Follow a velocity field along a grid of times; see `states`, of which this is the last."""
+    return deque(states(velocity, x, times, method=method), maxlen=1).pop()
+
+
+def states(velocity: Velocity, x: Tensor, times: Tensor, *, method: str = "euler") -> Iterator[Tensor]:
     r"""Follow a velocity field along a grid of times.
 
     Every batch element has its own grid (its own window, its own warp), so unequal windows need no special case.
@@ -72,8 +78,9 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, *, method: str = "euler"
         times: [S + 1, B], float64, monotone along the first axis. Field calls: S times the solver's `evaluations`.
         method: A key of SOLVERS.
 
-    Returns:
-        State at times[-1]; shape and dtype of `x`. Gradients flow; callers wrap a teacher in no_grad.
+    Yields:
+        The states at times[0] (x itself), times[1], ..., one at a time; shape and dtype of `x`. Gradients flow; callers wrap
+        a teacher in no_grad.
 
     Raises:
         ValueError: unknown method.
@@ -83,6 +90,7 @@ def solve(velocity: Velocity, x: Tensor, times: Tensor, *, method: str = "euler"
     if method not in SOLVERS:
         raise ValueError(f"unknown solver {method!r}; known: {', '.join(SOLVERS)}")
     step = SOLVERS[method].step
+    yield x
     for t, t_next in zip(times, times[1:]):
         x = step(velocity, x, t, t_next)
-    return x
+        yield x

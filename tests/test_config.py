@@ -109,7 +109,10 @@ def test_draws_are_checked():
 def test_objectives_are_checked():
     refused("objective must be one of perflow", objective="l1")
     refused("objective must be one of perflow", objective=3)
-    refused(r"unknown key\(s\) \['power'\] for objective 'perflow'; known: none", objective=dict(type="perflow", power=2))
+    refused(r"unknown key\(s\) \['power'\] for objective 'perflow'; known: weight", objective=dict(type="perflow", power=2))
+    refused("at least one objective, got an empty list", objective=[])
+    refused("weight of objective 'perflow' must be a number >= 0, got -1", objective=[dict(type="perflow", weight=-1)])
+    refused(r"known: weight, target", objective=dict(type="perflow_consistency", goal="x"))
 
 
 def test_a_config_without_type_is_refused():

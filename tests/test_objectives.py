@@ -1,11 +1,23 @@
+import math
+
 import pytest
 import torch
-from problems import Gaussian
+from problems import Constant, Gaussian
 from torch import nn
 
-from opensora_perflow.objectives import WindowPair, mean_over_frames, perflow
+from opensora_perflow.objectives import (
+    WindowPair,
+    combine,
+    mean_over_frames,
+    perflow,
+    perflow_consistency,
+    perflow_direction,
+    perflow_huber,
+    perflow_phased,
+)
+from opensora_perflow.objectives.combination import remember_last
 from opensora_perflow.schedule import draw_times, linear_grid
-from opensora_perflow.solvers import solve
+from opensora_perflow.solvers import solve, states
 from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
@@ -83,3 +95,151 @@ def test_training_on_a_gaussian_teacher_converges_to_the_closed_form():
     # optimum has no loss left, so the optimiser adds nothing that counts.
     exact = teacher.window_velocity(x_t, u, start, end)
     torch.testing.assert_close(student(x_t, u).detach(), exact, atol=2e-3, rtol=0)
+
+
+def middle(pair):
+    return (pair.t_start + pair.t_end) / 2
+
+
+@pytest.mark.parametrize("objective", [perflow_direction, perflow_phased, perflow_huber])
+def test_every_objective_is_least_at_the_windows_velocity(objective, pair):
+    bias = torch.zeros((), requires_grad=True)
+    loss = objective(lambda x, t: pair.velocity + bias, pair, middle(pair))
+    loss.sum().backward()
+    # The cosine of a vector with itself is 1 up to the rounding of three float32 sums; the others are exactly 0.
+    assert loss.abs().max() < 1e-6 and bias.grad.abs() < 1e-6 and loss.dtype == torch.float32
+
+
+def test_direction_is_the_angle_whatever_the_length(pair):
+    across = torch.randn_like(pair.velocity)
+    dots = ((across * pair.velocity).flatten(1).sum(1) / pair.velocity.square().flatten(1).sum(1)).reshape(-1, 1, 1, 1, 1)
+    across = across - dots * pair.velocity
+    across *= (pair.velocity.flatten(1).norm(dim=1) / across.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1, 1)
+    for angle, length in ((0.0, 3.0), (0.3, 0.1), (1.5, 1.0), (3.0, 5.0)):
+        turned = length * (math.cos(angle) * pair.velocity + math.sin(angle) * across)
+        loss = perflow_direction(lambda x, t, v=turned: v, pair, middle(pair))
+        torch.testing.assert_close(loss, torch.full((2,), 1 - math.cos(angle)), atol=2e-6, rtol=0)  # float32 sums of 48
+
+
+def test_direction_leaves_out_masked_frames(pair):
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    wrong = pair.velocity.clone()
+    wrong[0, :, 0] = -7.0
+    loss = perflow_direction(lambda x, t: wrong, pair, middle(pair), mask.float())
+    torch.testing.assert_close(loss, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("place", [1.0, 0.5, 0.1])
+def test_the_phased_loss_is_the_error_at_the_windows_end(pair, place):
+    t = pair.t_end + place * (pair.t_start - pair.t_end)
+    loss = perflow_phased(lambda x, t: pair.velocity + 0.5, pair, t)
+    torch.testing.assert_close(loss, torch.full((2,), 0.25 * place**2))
+    # The form in which the paper writes it: one step to the clean edge against the teacher's state there.
+    step = (pair.t_end - t).float().reshape(-1, 1, 1, 1, 1)
+    ends = pair.point(t) + step * (pair.velocity + 0.5)
+    length = (pair.t_start - pair.t_end).float().reshape(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(loss, (((ends - pair.x_end) / length) ** 2).flatten(1).mean(1), rtol=1e-4, atol=1e-7)
+
+
+def test_pseudo_huber_is_squared_for_small_errors_and_linear_for_large_ones(pair):
+    def loss(error, c):
+        return perflow_huber(lambda x, t: pair.velocity + error, pair, middle(pair), c=c)
+
+    torch.testing.assert_close(loss(3.0, 4.0), torch.full((2,), 1.0))  # sqrt(9 + 16) - 4
+    torch.testing.assert_close(loss(0.01, 1.0), torch.full((2,), 5e-5), rtol=1e-2, atol=0)  # e^2 / 2c, next term e^4 / 8c^3
+    torch.testing.assert_close(loss(10.0, 1e-3), torch.full((2,), 10.0 - 1e-3), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="needs c > 0, got 0"):
+        loss(1.0, 0)
+
+
+def gaussian_path(teacher, steps=16):
+    """Exact states of a Gaussian's flow on a grid inside two different windows: [S + 1, B, 1]."""
+    start, end = torch.tensor([[1.0, 0.6], [0.6, 0.1]], dtype=F64)
+    times = linear_grid(start, end, steps)
+    x = teacher.std(start)[:, None] * torch.randn(2, 1, dtype=F64) + (1 - start)[:, None] * teacher.m
+    path = torch.stack([teacher.exact(x, start, t) for t in times])
+    return WindowPair(path[0], path[-1], start, end, path, times)
+
+
+@pytest.mark.parametrize("target", ["student", "solution"])
+@pytest.mark.parametrize("place", [1.0, 0.7, 0.31, 0.01])
+def test_a_student_that_knows_the_flow_is_consistent(target, place):
+    teacher = Gaussian()
+    pair = gaussian_path(teacher)
+
+    def student(x, t):  # the mean velocity to the window's end: what consistency asks for
+        rest = pair.t_end - t
+        exact = (teacher.exact(x, t, pair.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None]
+        return exact
+
+    loss = perflow_consistency(student, pair, pair.t_end + place * (pair.t_start - pair.t_end), target=target)
+    assert loss.max() < 1e-12  # float64 algebra, returned as float32
+
+
+def test_a_constant_error_is_inconsistent_by_the_step_it_is_made_in():
+    pair = gaussian_path(Gaussian(), steps=4)
+
+    def student(x, t):
+        rest = pair.t_end - t
+        return (Gaussian().exact(x, t, pair.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None] + 0.5
+
+    length = pair.t_start - pair.t_end
+    for place, i in ((1.0, 0), (0.76, 0), (0.75, 1), (0.1, 3)):
+        t = pair.t_end + place * length
+        # f is off by 0.5 times the rest of the window: neighbours differ by a quarter of it, the solution by all of it.
+        loss = perflow_consistency(student, pair, t)
+        torch.testing.assert_close(loss, torch.full((2,), (0.5 / 4) ** 2))
+        loss = perflow_consistency(student, pair, t, target="solution")
+        torch.testing.assert_close(loss, torch.full((2,), (0.5 * (1 - i / 4)) ** 2))
+
+
+def test_consistency_takes_no_gradient_through_its_target():
+    pair, gain = gaussian_path(Gaussian(), steps=2), torch.ones((), requires_grad=True, dtype=F64)
+    calls = []
+
+    def student(x, t):
+        calls.append(torch.is_grad_enabled())
+        return gain * x
+
+    perflow_consistency(student, pair, pair.t_start).sum().backward()
+    assert calls == [False, True] and gain.grad != 0
+
+
+def test_consistency_says_what_it_needs(pair):
+    with pytest.raises(ValueError, match="needs the teacher's states inside the window"):
+        perflow_consistency(Constant(), pair, pair.t_start)
+    with pytest.raises(ValueError, match="unknown target 'teacher' of perflow_consistency; known: student, solution"):
+        perflow_consistency(Constant(), pair, pair.t_start, target="teacher")
+
+
+def test_weighted_objectives_add_up_with_one_evaluation(pair):
+    student = Constant(0.3)
+    t = middle(pair)
+    both = combine([dict(type="perflow", weight=2.0), dict(type="perflow_direction", weight=0.1), "perflow_phased"])
+    loss = both(student, pair, t)
+    assert student.calls == 1
+    parts = 2 * perflow(student, pair, t) + 0.1 * perflow_direction(student, pair, t) + perflow_phased(student, pair, t)
+    torch.testing.assert_close(loss, parts)
+    torch.testing.assert_close(combine("perflow")(student, pair, t), perflow(student, pair, t), rtol=0, atol=0)
+
+
+def test_an_evaluation_is_remembered_for_the_same_state_time_and_graph_alone():
+    field = Constant()
+    remembering = remember_last(field)
+    x, t = torch.randn(2, 3), torch.tensor([0.5, 0.6])
+    remembering(x, t), remembering(x.clone(), t.clone())
+    assert field.calls == 1
+    with torch.no_grad():
+        remembering(x, t)
+    remembering(x, t)
+    remembering(x, t + 0.1)
+    remembering(x + 1, t)
+    assert field.calls == 5
+
+
+def test_a_solution_is_the_last_of_its_states():
+    times = linear_grid(torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64), 5)
+    x = torch.randn(2, 3, dtype=F64)
+    path = list(states(Gaussian(), x, times, method="heun"))
+    assert len(path) == 6 and path[0] is x
+    torch.testing.assert_close(path[-1], solve(Gaussian(), x, times, method="heun"), rtol=0, atol=0)

@@ -298,6 +298,30 @@ def test_a_teacher_that_returns_nan_is_named():
         losses(PeRFlow(), network)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "perflow_direction",
+        "perflow_phased",
+        dict(type="perflow_huber", c=0.1),
+        "perflow_consistency",
+        dict(type="perflow_consistency", target="solution"),
+        [dict(type="perflow"), dict(type="perflow_direction", weight=0.1)],
+    ],
+)
+def test_every_objective_trains_through_the_scheduler(objective):
+    network = tiny_network().train()
+    scheduler = PeRFlow(objective=objective, guidance=FIXED, teacher=dict(steps_per_window=2))
+    losses(scheduler, network)  # makes the teacher
+    with torch.no_grad():
+        network.final_layer.linear.bias += 0.5
+    mask = torch.tensor([[True] * 5, [False, False] + [True] * 3])
+    loss = losses(scheduler, network, mask=mask)
+    assert loss.shape == (2,) and loss.dtype == torch.float32 and (loss > 0).all()
+    loss.mean().backward()
+    assert network.final_layer.linear.bias.grad.abs().sum() > 0
+
+
 # --- draws ---
 
 

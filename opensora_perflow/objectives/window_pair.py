@@ -14,12 +14,15 @@ class WindowPair:
     """A teacher trajectory across one window per sample.
 
     x_start, x_end: states at the noisy and the clean edge, [B, ...], float32. t_start > t_end: the edges, [B], float64.
+    path: the teacher's states on its way, both edges included, [S + 1, B, ...], at path_times [S + 1, B], float64.
     """
 
     x_start: Tensor
     x_end: Tensor
     t_start: Tensor
     t_end: Tensor
+    path: Tensor | None = None
+    path_times: Tensor | None = None
 
     def point(self, t: Tensor) -> Tensor:
         """x_t on the straight line between the edges (PeRFlow, arXiv:2405.07510, eq. 4); t [B] inside the window."""

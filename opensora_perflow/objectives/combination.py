@@ -1,0 +1,70 @@
+"""A weighted sum of objectives, as configs write it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.objectives.window_pair import WindowPair
+from opensora_perflow.registry import OBJECTIVES
+from opensora_perflow.solvers import Velocity
+
+Objective = Callable[[Velocity, WindowPair, Tensor, "Tensor | None"], Tensor]
+"""objective(student, pair, t, frame_weights) -> loss [B]."""
+
+
+def combine(value: Any) -> Objective:
+    """The objective that a config describes.
+
+    Args:
+        value: A registered name; dict(type=name, weight=1.0, its keywords); or a list of those, whose losses are added.
+
+    Raises:
+        ValueError: an unknown name or keyword, an empty list, or a weight that is not a number >= 0.
+    """
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not items:
+        raise ValueError("objective must name at least one objective, got an empty list")
+    terms = [_term(item) for item in items]
+
+    def weighted_sum(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+        field = remember_last(student) if len(terms) > 1 else student
+        return sum(weight * objective(field, pair, t, frame_weights) for weight, objective in terms)
+
+    return weighted_sum
+
+
+def remember_last(velocity: Velocity) -> Velocity:
+    """The field, evaluated once where it is asked twice in a row for the same state, times and use of gradients."""
+    last: list[tuple[Tensor, Tensor, bool, Tensor]] = []
+
+    def remembering(x: Tensor, t: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled()
+        if last and last[0][2] == graph and torch.equal(last[0][0], x) and torch.equal(last[0][1], t):
+            return last[0][3]
+        last[:] = [(x, t, graph, velocity(x, t))]
+        return last[0][3]
+
+    return remembering
+
+
+def _term(value: Any) -> tuple[float, Objective]:
+    settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
+    name, weight = settings.pop("type", None), settings.pop("weight", 1.0)
+    objective = OBJECTIVES.get(name) if isinstance(name, str) else None
+    if objective is None:
+        known = ", ".join(sorted(OBJECTIVES.module_dict))
+        raise ValueError(f"objective must be one of {known}, dict(type=one of them, ...), or a list of those, got {value!r}")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not weight >= 0:
+        raise ValueError(f"the weight of objective {name!r} must be a number >= 0, got {weight!r}")
+    known = list(inspect.signature(objective).parameters)[4:]
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(f"unknown key(s) {unknown} for objective {name!r}; known: {', '.join(['weight', *known])}")
+    return float(weight), partial(objective, **settings)
