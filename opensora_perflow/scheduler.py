@@ -12,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import opensora_perflow.objectives  # noqa: F401  registers the objectives
-from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping
-from opensora_perflow.conventions import from_timestep, interpolate, shift_time, unshift_time
+from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping, path_of_keys
+from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
 from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
-from opensora_perflow.objectives.window_pair import WindowPair
+from opensora_perflow.hosts.variance import VarianceMatch
+from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
+from opensora_perflow.paths import DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.registry import OBJECTIVES, SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, sample
 from opensora_perflow.schedule import draw_times, linear_grid, redraw_above, sampling_grid
-from opensora_perflow.solvers import hold_frames, solve
+from opensora_perflow.solvers import Velocity
 from opensora_perflow.teacher import check_finite, load_teacher
 
 logger = logging.getLogger("opensora_perflow")
@@ -43,13 +46,11 @@ class PeRFlow:
 
     def __init__(self, **config: Any) -> None:
         before: TeacherConfig | None = getattr(self, "config", None) and self.config.teacher
+        config["path"] = path_of_keys(config)
         self.config: PeRFlowConfig = from_mapping(PeRFlowConfig, config, 'scheduler=dict(type="perflow")')
-        if self.config.prediction not in ("auto", stdit.PREDICTION):
-            raise ValueError(
-                f"prediction={self.config.prediction!r} needs an epsilon network (IDDPM); the rectified-flow networks of "
-                f'Open-Sora 1.2 and 1.3 output a {stdit.PREDICTION}: use prediction="auto"'
-            )
-        self.num_timesteps = int(self.config.num_timesteps)
+        known = find_path(self.config.path)
+        self._path: Path | None = None if known is None else self._build_path(known)
+        self.num_timesteps = int(self.config.diffusion_steps if known == "ddpm" else self.config.num_timesteps)
         self._objective = _build_objective(self.config.objective)
         if before != self.config.teacher:
             self._teacher: nn.Module | None = None
@@ -59,8 +60,8 @@ class PeRFlow:
         self,
         model: nn.Module,
         x_start: Tensor,
-        model_args: Mapping[str, Any] | None = None,
-        noise: Tensor | None = None,
+        model_args: Mapping[str, Any] | Tensor | None = None,
+        noise: Tensor | Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
         t: Tensor | None = None,
@@ -72,7 +73,9 @@ class PeRFlow:
         text_uncond_prob: float | None = None,
         x_noisy_ref: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One training step's losses, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+        """One training step's losses, with the arguments of Open-Sora 1.2's and 1.3's rflow, or of 1.0's and 1.1's iddpm.
+
+        1.0 and 1.1 pass t [B] as the third argument and model_args as the fourth, the others model_args as the third.
 
         Args:
             model: The student, in the booster's wrapper or bare.
@@ -81,7 +84,8 @@ class PeRFlow:
             noise: Noise of the window starts, like x_start; drawn in float32 if None.
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
-            t: Timesteps in [0, num_timesteps], [B]; drawn if None. Taken as already transformed, as upstream does.
+            t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
+                upstream does; on the ddpm path indices 0..num_timesteps - 1.
             mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
                 sampled, without the reference embedders' biases.
             x_gt: Clean latents where x_start was degraded (v1.3). The target comes from the teacher, so they are used only
@@ -91,23 +95,29 @@ class PeRFlow:
             x_noisy_ref: Latents to take the reference frames from; x_start if None.
 
         Returns:
-            dict(loss=[B] float32 with the student's graph).
+            dict(loss=[B] float32 with the student's graph). It is in units of the network's output, see
+            predictions.output_gain; on the ddpm path the variance half's loss is added.
 
         Raises:
             ValueError: see teacher.load_teacher, hosts.run_config.check_teacher_source, hosts.stdit; a non-finite teacher.
         """
+        if isinstance(model_args, Tensor):
+            t, model_args, noise = model_args, noise, None
         config, network = self.config, unwrap(model)
         model_args = dict(model_args or model_kwargs or {})
+        path, prediction = self._path_of(network)
         teacher = self._teacher_of(model)
         data = x_start.detach().float()
 
-        t, t_start, t_end, window_times = self._draw_windows(data, model_args, t)
+        t, t_start, t_end, window_times = self._draw_windows(path, data, model_args, t)
         if noise_disable_threshold is not None and x_gt is not None:
             clean = t_start * self.num_timesteps > noise_disable_threshold
             data = torch.where(clean.to(data.device)[:, None, None, None, None], x_gt.detach().float(), data)
-        x_win_start = interpolate(data, torch.randn_like(data) if noise is None else noise.float(), t_start)
+        noise = torch.randn_like(data) if noise is None else noise.float()
+        x_win_start = path.add_noise(data, noise, t_start)
         if mask is not None:
-            x_win_start = torch.where(mask[:, None, :, None, None], x_win_start, data)
+            still = path.add_noise(data, noise, torch.full_like(t_start, path.still_time))
+            x_win_start = torch.where(mask[:, None, :, None, None], x_win_start, still)
 
         drop = None
         if config.guidance.mode == "sync":
@@ -124,21 +134,29 @@ class PeRFlow:
             )
             frame_weights = stdit.reference_frame_weights(reference, config.x_cond_weight)
 
-        x_win_end = self._solve_teacher(teacher, teacher_condition, x_win_start, window_times, mask)
-        student = stdit.velocity_field(model, network, student_condition, num_timesteps=self.num_timesteps, frame_mask=mask)
+        x_win_end = self._solve_teacher(path, teacher, teacher_condition, x_win_start, window_times, mask)
+        keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
+        variance = VarianceMatch(model, teacher) if keeps_variance and config.variance_weight > 0 else None
+        output = stdit.prediction_field(
+            variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask
+        )
+        student = path.student(output, prediction, lambda times: (t_start, t_end))
         loss = self._objective(student, WindowPair(x_win_start, x_win_end, t_start, t_end), t, frame_weights)
+        loss = loss * path.loss_weight(t, t_start, t_end, prediction).to(loss.device, loss.dtype)
         if weights is not None:
-            index = (t * self.num_timesteps).long().clamp(max=len(weights) - 1)
+            index = path.to_timestep(t).long().clamp(max=len(weights) - 1)
             loss = loss * weights.to(loss.device, loss.dtype)[index.to(loss.device)]
+        if variance is not None and variance.error is not None:
+            loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
         return {"loss": loss}
 
     def sample(
         self,
         model: nn.Module,
         text_encoder: Any,
-        z: Tensor,
-        prompts: Sequence[str],
-        device: torch.device | str,
+        z: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        device: torch.device | str = "cpu",
         additional_args: Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
         guidance_scale: float | None = None,
@@ -151,8 +169,9 @@ class PeRFlow:
         use_sdedit: bool = False,
         use_oscillation_guidance_for_text: bool | None = None,
         use_oscillation_guidance_for_image: bool | None = None,
+        z_size: Sequence[int] | None = None,
     ) -> Tensor:
-        """Sample latents for prompts, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+        """Sample latents for prompts, with the arguments of Open-Sora 1.2's and 1.3's rflow, or of 1.0's and 1.1's iddpm.
 
         Args:
             model: The student; eval mode, gradients off (the host's scripts see to both).
@@ -168,13 +187,22 @@ class PeRFlow:
             z_cond, mask_index: Reference latents and their frames (v1.3); z_cond_mask follows from mask_index.
             use_sdedit: Put the noised reference back onto its frames before each step.
             use_oscillation_guidance_for_text, use_oscillation_guidance_for_image: None: the config's.
+            z_size: (C, T, H, W) of noise to draw in float32 where there is no z (v1.0).
 
         Returns:
             Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps with fixed guidance; twice
             that in mode sync (three times with reference frames), once where the scales are 1.
+
+        Raises:
+            ValueError: neither or both of z and z_size; see hosts.stdit and hosts.host_path.
         """
         config, network = self.config, unwrap(model)
+        path, prediction = self._path_of(network)
         additional_args = dict(additional_args or {})
+        if (z is None) == (z_size is None):
+            raise ValueError(f"sample needs either z or z_size, got {'both' if z_size is not None else 'neither'}")
+        if z is None:
+            z = torch.randn(len(prompts), *z_size, device=device)
         x = z.to(device).float()
         synced = config.guidance.mode == "sync"
         if not synced and (guidance_scale is not None or neg_prompts is not None):
@@ -198,49 +226,72 @@ class PeRFlow:
         )
         times = self._sampling_times(x, additional_args)
         num_steps = len(times) - 1
+        window_ratio = self._window_ratio(additional_args)
+        channels = guided_channels(config.cfg_channel) if isinstance(path, DDPMPath) else None
         oscillate = [
             config.use_oscillation_guidance if asked is None else asked
             for asked in (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         ]
 
-        def field_at(step: int, frame_mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            edges = config.windows.bounds(config.windows.lookup(unshift_time(t, window_ratio)))
+            return shift_time(edges[0], window_ratio), shift_time(edges[1], window_ratio)
+
+        def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
             text, image = (
                 oscillating_scale(scale, step, config.force_num) if synced and on else scale
                 for scale, on in zip((text_scale, image_scale), oscillate)
             )
             if synced and config.scale_image_weight and image > config.initial_image_scale:
                 image = image_scale_ramp(image, config.initial_image_scale, step, num_steps, x.shape[2])
-            return stdit.velocity_field(
+            output = stdit.prediction_field(
                 model,
                 network,
                 condition,
-                num_timesteps=self.num_timesteps,
+                to_timestep=path.to_timestep,
                 frame_mask=frame_mask,
                 text_scale=text,
                 image_scale=image,
+                guided_channels=channels,
                 flaw_fix=config.use_flaw_fix,
             )
+            return path.student(output, prediction, bounds)
 
         before_step = None
         if use_sdedit and reference is not None:
-            before_step = partial(stdit.put_back_reference, reference=reference)
+            before_step = partial(stdit.put_back_reference, reference=reference, add_noise=path.add_noise)
         return sample(
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask.to(device)),
+            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise),
             before_step=before_step,
             progress=progress,
         )
 
+    def _build_path(self, name: str) -> Path:
+        config = self.config
+        if name == "linear":
+            path = LinearPath(int(config.num_timesteps))
+        else:
+            path = DDPMPath.from_schedule(config.noise_schedule, int(config.diffusion_steps))
+        check_prediction(path, config.prediction)
+        return path
+
+    def _path_of(self, network: nn.Module) -> tuple[Path, str]:
+        """The path that the network was trained on, and what a student of it outputs."""
+        if self._path is None:
+            self._path = self._build_path(find_path(self.config.path, network))
+        return self._path, check_prediction(self._path, self.config.prediction)
+
     def _draw_windows(
-        self, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None
+        self, path: Path, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(t, t_start, t_end, teacher times [S + 1, B]): a drawn or given time per sample, and the window it lies in."""
         config = self.config
         draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
         if timestep is not None:
-            t = from_timestep(timestep, self.num_timesteps).clamp(0.0, 1.0)
+            t = path.from_timestep(timestep)
             u = unshift_time(t, window_ratio)
         else:
             u = draw_times(
@@ -289,21 +340,28 @@ class PeRFlow:
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
     def _solve_teacher(
-        self, teacher: nn.Module, condition: stdit.Condition, x: Tensor, times: Tensor, frame_mask: Tensor | None
+        self,
+        path: Path,
+        teacher: nn.Module,
+        condition: stdit.Condition,
+        x: Tensor,
+        times: Tensor,
+        frame_mask: Tensor | None,
     ) -> Tensor:
         guidance = self.config.guidance
         scale = 1.0 if guidance.mode == "sync" else guidance.scale
-        velocity = stdit.velocity_field(
+        output = stdit.prediction_field(
             teacher,
             teacher,
             condition,
-            num_timesteps=self.num_timesteps,
+            to_timestep=path.to_timestep,
             frame_mask=frame_mask,
             text_scale=scale,
             image_scale=scale if guidance.image_scale is None else guidance.image_scale,
+            guided_channels=guided_channels(self.config.cfg_channel) if isinstance(path, DDPMPath) else None,
             flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
         )
-        x_win_end = solve(hold_frames(velocity, frame_mask), x, times, method=self.config.teacher.solver)
+        x_win_end = path.solve(output, x, times, method=self.config.teacher.solver, frame_mask=frame_mask)
         check_finite(x_win_end, times[0], times[-1], self._teacher_source)
         return x_win_end
 
