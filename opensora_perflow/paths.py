@@ -188,7 +188,7 @@ class DDPMPath:
         return output_gain(t, self.edges(t_start, t_end), prediction) ** -2.0
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
-        position = t.to(torch.float64) * self.num_timesteps
+        position = (t.to(torch.float64) * self.num_timesteps).clamp(0, self.num_timesteps)  # a rounding may lead outside
         k = position.floor().clamp(0, self.num_timesteps - 1).long()
         nodes = self._nodes.to(t.device)
         return nodes[k] + (position - k) * (nodes[k + 1] - nodes[k])
