@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from torch import nn
 
 from opensora_perflow.hosts.network import declares
-from opensora_perflow.registry import SCHEDULERS
 
 ADVICE = (
     'write path="ddpm" for a network that iddpm trained (and iddpm or dpm-solver samples), or path="linear" for one that '
@@ -60,5 +59,9 @@ def guided_channels(cfg_channel: int | str | None) -> int | None:
     """
     if cfg_channel != "auto":
         return cfg_channel
-    iddpm = SCHEDULERS.get("iddpm")
+    try:  # not registry.SCHEDULERS: through opensora_perflow.run the package is imported before the host can be
+        from opensora.registry import SCHEDULERS as host_schedulers
+    except ImportError:
+        return None
+    iddpm = host_schedulers.get("iddpm")
     return 3 if iddpm is not None and "cfg_channel" not in inspect.signature(iddpm).parameters else None
