@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
 from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS, check_num_steps
 from opensora_perflow.solvers import SOLVERS
@@ -17,6 +18,42 @@ from opensora_perflow.windows import TimeWindows
 GUIDANCE_MODES = ("sync", "fixed")
 STARTS = ("diffused", "student", "mixed")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
+PATHS = ("auto", "linear", "ddpm")
+PATH_KEYS = {
+    "linear": (
+        "window_time",
+        "transform",
+        "num_timesteps",
+        "use_discrete_timesteps",
+        "use_timestep_transform",
+        "sample_method",
+        "loc",
+        "scale",
+        "transform_scale",
+        "scale_temporal",
+        "uniform_over_threshold",
+        "drop_condition",
+        "x_cond_weight",
+        "use_oscillation_guidance",
+        "force_num",
+        "use_flaw_fix",
+        "scale_image_weight",
+        "initial_image_scale",
+    ),
+    "ddpm": (
+        "variance_weight",
+        "cfg_channel",
+        "timestep_respacing",
+        "noise_schedule",
+        "diffusion_steps",
+        "learn_sigma",
+        "sigma_small",
+        "predict_xstart",
+        "use_kl",
+        "rescale_learned_sigmas",
+    ),
+}
+"""Keys that only one path has: those of Open-Sora's rflow and of its iddpm. All others belong to both."""
 
 
 def from_mapping(cls: type, value: Mapping[str, Any], where: str) -> Any:
@@ -34,6 +71,29 @@ def from_mapping(cls: type, value: Mapping[str, Any], where: str) -> Any:
     return cls(**value)
 
 
+def path_of_keys(config: Mapping[str, Any]) -> str:
+    """The path that a config names: by its key `path`, or by keys that only rflow or only iddpm has; else "auto".
+
+    A config that replaced type="iddpm" or type="rflow" by "perflow" usually carries such keys.
+
+    Raises:
+        ValueError: keys of both, or keys of one and `path` naming the other.
+    """
+    named = config.get("path", "auto")
+    found = {path: [key for key in keys if key in config] for path, keys in PATH_KEYS.items()}
+    for path, other in (("linear", "ddpm"), ("ddpm", "linear")):
+        if found[path] and (found[other] or named == other):
+            raise ValueError(
+                f'{", ".join(found[path])} belong{"s" if len(found[path]) == 1 else ""} to path="{path}" '
+                f"({'rflow' if path == 'linear' else 'iddpm'}), but "
+                + (f'{", ".join(found[other])} to path="{other}"' if found[other] else f'the config says path="{other}"')
+                + "; keep those of the scheduler that the network was trained with"
+            )
+    if named == "auto":
+        return next((path for path, keys in found.items() if keys), "auto")
+    return named
+
+
 def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> None:
     """Raises ValueError unless value is a real number (and at least `low`, and at most `high`)."""
     out = isinstance(value, Real) and ((low is not None and not value >= low) or (high is not None and not value <= high))
@@ -42,10 +102,10 @@ def check_number(name: str, value: Any, low: float | None = None, high: float | 
         raise ValueError(f"{name} must be a number{bound}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError unless value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -146,8 +206,17 @@ class PeRFlowConfig:
     """Number K >= 1 of uniform windows, or a descending list of edges from 1 to 0 in untransformed time."""
     window_time: str = "host"
     """host: edges pass through the host's timestep transform, per sample; flow: edges are flow times as they stand."""
+    path: str = "auto"
+    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
+    variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
+    what the host and its network allow (see hosts/host_path.py)."""
     prediction: str = "auto"
-    """What the student's network outputs. auto: what the host's network is trained for (velocity for 1.2 and 1.3)."""
+    """What the student's network outputs: velocity; or, on the ddpm path, ddim_eps or diff_eps too, see predictions.py.
+    auto: velocity on the linear path, ddim_eps on the ddpm path. Sample with what was trained."""
+    variance_weight: float = 1.0
+    """ddpm path: loss weight that keeps the network's variance half as the teacher's, so that iddpm can sample the student
+    too; costs one evaluation of the teacher a training step. 0: off. No effect with prediction="velocity", which iddpm cannot
+    sample anyway."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
@@ -193,6 +262,26 @@ class PeRFlowConfig:
     initial_image_scale: float = 1.0
     """Where scale_image_weight decays to."""
 
+    cfg_channel: int | str | None = "auto"
+    """iddpm: guidance acts on the first so many channels; None: on all. auto: 3 under Open-Sora 1.0, which knows no other;
+    all under later ones."""
+    timestep_respacing: str | int | None = None
+    """iddpm's other name of num_sampling_steps; "" and None leave that to num_sampling_steps."""
+    noise_schedule: str = "linear"
+    """iddpm: linear or squaredcos_cap_v2, see paths.alpha_bars."""
+    diffusion_steps: int = 1000
+    """iddpm: size of the network's timestep range."""
+    learn_sigma: bool = True
+    """iddpm: False says that the network has no variance half worth keeping."""
+    sigma_small: bool = False
+    """iddpm; only False."""
+    predict_xstart: bool = False
+    """iddpm; only False."""
+    use_kl: bool = False
+    """iddpm; only False."""
+    rescale_learned_sigmas: bool = False
+    """iddpm; only False."""
+
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
         set_(self, "windows", TimeWindows.from_config(self.windows))
@@ -203,7 +292,9 @@ class PeRFlowConfig:
             elif not isinstance(value, cls):
                 raise ValueError(f"{name} must be a dict, got {value!r}; known keys: {', '.join(f.name for f in fields(cls))}")
         check_choice("window_time", self.window_time, ("host", "flow"))
+        check_choice("path", self.path, PATHS)
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
+        self._check_iddpm()
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
         if self.num_sampling_steps is not None:
@@ -233,7 +324,40 @@ class PeRFlowConfig:
             if not sum(self.drop_condition.values()) > 0:
                 raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
 
+    def _check_iddpm(self) -> None:
+        check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+        check_num_steps(self.diffusion_steps, "diffusion_steps")
+        check_number("variance_weight", self.variance_weight, low=0)
+        check_choice("learn_sigma", self.learn_sigma, (True, False))
+        if self.cfg_channel not in ("auto", None):
+            check_num_steps(self.cfg_channel, "cfg_channel (or None for all channels)")
+        respacing = self.timestep_respacing
+        if respacing not in (None, ""):
+            if not str(respacing).isdecimal():
+                raise ValueError(
+                    f"timestep_respacing={respacing!r} divides a diffusion into sections, which is what windows do here; write "
+                    "windows=[1, ..., 0] for where steps end and num_sampling_steps for how many there are"
+                )
+            if self.num_sampling_steps is not None:
+                raise ValueError(
+                    f"timestep_respacing={respacing!r} and num_sampling_steps={self.num_sampling_steps!r} name the same "
+                    "number; leave out timestep_respacing"
+                )
+            check_num_steps(int(respacing), "timestep_respacing")
+        for name, remedy in _ONLY_FALSE.items():
+            if getattr(self, name) is not False:
+                raise ValueError(f"{name}={getattr(self, name)!r} is iddpm's, and perflow takes only False: {remedy}")
+
     @property
     def sampling_steps(self) -> int:
-        """Number of sampling steps: num_sampling_steps, or one a window."""
-        return self.windows.num_windows if self.num_sampling_steps is None else int(self.num_sampling_steps)
+        """Number of sampling steps: num_sampling_steps (or timestep_respacing), or one a window."""
+        steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
+        return self.windows.num_windows if steps is None else int(steps)
+
+
+_ONLY_FALSE = {
+    "use_kl": "the student's loss is chosen by `objective`",
+    "rescale_learned_sigmas": "the variance is kept as the teacher's, with the weight `variance_weight`",
+    "sigma_small": "the sampler takes deterministic steps, so the size of random ones means nothing; leave it out",
+    "predict_xstart": "teacher and student predict noise (`prediction`); networks that predict clean data are not supported",
+}

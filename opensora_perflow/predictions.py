@@ -83,3 +83,18 @@ def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, edges: WindowEdges, pred
     x_win_end = expand_like(scale / divisor, x_t) * x_t + expand_like(rest * eta / divisor, x_t) * output
     x_win_start = (x_win_end - expand_like(eta, x_t) * output) / expand_like(scale, x_t)
     return (x_win_end - x_win_start) / expand_like(edges.t_end - edges.t_start, x_t)
+
+
+def output_gain(t: Tensor, edges: WindowEdges, prediction: str) -> Tensor:
+    """d(velocity) / d(output) of `to_velocity`, [B]: an error of the output is this many times smaller than the velocity's.
+
+    For the epsilon forms eta / ((t_e - t_s) (1 - s + s lambda)) with s = (t - t_s) / (t_e - t_s): the derivative of the
+    expression in `to_velocity`. PeRFlow compares outputs ("noise matching"), which is the squared velocity error divided by
+    this squared.
+    """
+    if prediction == "velocity":
+        return torch.ones_like(t)
+    scale, eta = edge_map(edges, prediction)
+    width = edges.t_end - edges.t_start
+    done = (t - edges.t_start) / width
+    return eta / (width * (1.0 - done + done * scale))

@@ -23,14 +23,22 @@ class FrameEdit:
             step whose time is at most r, noised to that step's time.
         generator: Source of the noise. A sample of it is drawn every step, needed or not, as the host does, so that the
             same seed gives the same result.
+        add_noise: (data, noise, t) -> the point of the path that frames join at; the straight path's if not given.
 
-    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample.
+    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample. The iddpm of every tag rounds the ratio down to
+    a step of its own and adds noise to reference frames (ratio 0) in its last step; here they stay as they are.
     """
 
-    def __init__(self, edit_ratio: Tensor, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        edit_ratio: Tensor,
+        generator: torch.Generator | None = None,
+        add_noise: Callable[[Tensor, Tensor, Tensor], Tensor] = interpolate,
+    ) -> None:
         self._join_time = edit_ratio.float()
         self._joined = edit_ratio == 1
         self._generator = generator
+        self._add_noise = add_noise
 
     def open(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Before a step at times t [B]: the state with newly joined frames noised, and the mask [B, T] of moving frames."""
@@ -39,7 +47,7 @@ class FrameEdit:
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=self._generator)
         joining = (active & ~self._joined)[:, None, :, None, None]
         self._joined = active
-        return torch.where(joining, interpolate(x, noise, t), x), active
+        return torch.where(joining, self._add_noise(x, noise, t), x), active
 
     @staticmethod
     def close(x: Tensor, x_before: Tensor, active: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping
-from opensora_perflow.conventions import from_timestep, interpolate, shift_time, unshift_time
+from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping, path_of_keys
+from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
 from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
-from opensora_perflow.objectives import WindowPair, combine
+from opensora_perflow.hosts.variance import VarianceMatch
+from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
+from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
 from opensora_perflow.schedule import (
@@ -30,7 +33,7 @@ from opensora_perflow.schedule import (
     redraw_above,
     sampling_grid,
 )
-from opensora_perflow.solvers import hold_frames, states
+from opensora_perflow.solvers import Velocity, hold_frames
 from opensora_perflow.teacher import check_finite, load_teacher
 
 logger = logging.getLogger("opensora_perflow")
@@ -42,8 +45,8 @@ class DrawnWindows:
 
     window_idx: Tensor
     """[B], 0 is the noisiest."""
-    edges: Tensor
-    """[K + 1, B], all window edges of each sample, warped as its window is."""
+    ratio: Tensor | None
+    """[B], the warp of the windows' edges; None where there is none."""
     solver_times: Tensor
     """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
     drawn: WeightedTimes
@@ -72,13 +75,11 @@ class PeRFlow:
 
     def __init__(self, **config: Any) -> None:
         before: TeacherConfig | None = getattr(self, "config", None) and self.config.teacher
+        config["path"] = path_of_keys(config)
         self.config: PeRFlowConfig = from_mapping(PeRFlowConfig, config, 'scheduler=dict(type="perflow")')
-        if self.config.prediction not in ("auto", stdit.PREDICTION):
-            raise ValueError(
-                f"prediction={self.config.prediction!r} needs an epsilon network (IDDPM); the rectified-flow networks of "
-                f'Open-Sora 1.2 and 1.3 output a {stdit.PREDICTION}: use prediction="auto"'
-            )
-        self.num_timesteps = int(self.config.num_timesteps)
+        known = find_path(self.config.path)
+        self._path: Path | None = None if known is None else self._build_path(known)
+        self.num_timesteps = int(self.config.diffusion_steps if known == "ddpm" else self.config.num_timesteps)
         self._objective = combine(self.config.objective)
         if before != self.config.teacher:
             self._teacher: nn.Module | None = None
@@ -88,8 +89,8 @@ class PeRFlow:
         self,
         model: nn.Module,
         x_start: Tensor,
-        model_args: Mapping[str, Any] | None = None,
-        noise: Tensor | None = None,
+        model_args: Mapping[str, Any] | Tensor | None = None,
+        noise: Tensor | Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
         weights: Tensor | None = None,
         t: Tensor | None = None,
@@ -101,7 +102,9 @@ class PeRFlow:
         text_uncond_prob: float | None = None,
         x_noisy_ref: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One training step's losses, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+        """One training step's losses, with the arguments of Open-Sora 1.2's and 1.3's rflow, or of 1.0's and 1.1's iddpm.
+
+        1.0 and 1.1 pass t [B] as the third argument and model_args as the fourth, the others model_args as the third.
 
         Args:
             model: The student, in the booster's wrapper or bare.
@@ -110,7 +113,8 @@ class PeRFlow:
             noise: Noise of the window starts, like x_start; drawn in float32 if None.
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
-            t: Timesteps in [0, num_timesteps], [B]; drawn if None. Taken as already transformed, as upstream does.
+            t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
+                upstream does; on the ddpm path indices 0..num_timesteps - 1.
             mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
                 sampled, without the reference embedders' biases.
             x_gt: Clean latents where x_start was degraded (v1.3). The target comes from the teacher, so they are used only
@@ -120,23 +124,28 @@ class PeRFlow:
             x_noisy_ref: Latents to take the reference frames from; x_start if None.
 
         Returns:
-            dict(loss=[B] float32 with the student's graph).
+            dict(loss=[B] float32 with the student's graph). It is in units of the network's output, see
+            predictions.output_gain; on the ddpm path the variance half's loss is added.
 
         Raises:
             ValueError: see teacher.load_teacher, hosts.run_config.check_teacher_source, hosts.stdit; a non-finite teacher.
         """
+        if isinstance(model_args, Tensor):
+            t, model_args, noise = model_args, noise, None
         config, network = self.config, unwrap(model)
         model_args = dict(model_args or model_kwargs or {})
+        path, prediction = self._path_of(network)
         teacher = self._teacher_of(model)
         data = x_start.detach().float()
 
-        windows = self._draw_windows(data, model_args, t)
+        windows = self._draw_windows(path, data, model_args, t)
         t_start, t_end = windows.t_start, windows.t_end
         if noise_disable_threshold is not None and x_gt is not None:
             clean = t_start * self.num_timesteps > noise_disable_threshold
             data = torch.where(clean.to(data.device)[:, None, None, None, None], x_gt.detach().float(), data)
         noise = torch.randn_like(data) if noise is None else noise.float()
-        x_win_start = self._hold(interpolate(data, noise, t_start), data, mask)
+        still = path.add_noise(data, noise, torch.full_like(t_start, path.still_time))
+        x_win_start = _hold(path.add_noise(data, noise, t_start), still, mask)
 
         drop = None
         if config.guidance.mode == "sync":
@@ -154,31 +163,39 @@ class PeRFlow:
             frame_weights = stdit.reference_frame_weights(reference, config.x_cond_weight)
 
         if config.draws.starts != "diffused":
-            reached = self._roll_out(model, student_condition, self._hold(noise, data, mask), windows, mask)
+            reached = self._roll_out(path, prediction, model, student_condition, _hold(noise, still, mask), windows, mask)
             share = 1.0 if config.draws.starts == "student" else config.draws.student_share
             own = torch.rand(len(data), device=data.device) < share
             x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
 
-        path = self._solve_teacher(teacher, teacher_condition, x_win_start, windows.solver_times, mask)
-        student = stdit.velocity_field(model, network, student_condition, num_timesteps=self.num_timesteps, frame_mask=mask)
-        pair = WindowPair(path[0], path[-1], t_start, t_end, path, windows.solver_times)
+        states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask)
+        pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times)
+        keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
+        variance = VarianceMatch(model, teacher) if keeps_variance and config.variance_weight > 0 else None
+        output = stdit.prediction_field(
+            variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask
+        )
+        student = path.student(output, prediction, lambda times: (t_start, t_end))
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):
             part = self._objective(student, pair, t, frame_weights)
+            share = share * path.loss_weight(t, t_start, t_end, prediction)
             if weights is not None:
-                index = (t * self.num_timesteps).long().clamp(max=len(weights) - 1)
-                part = part * weights.to(part.device, part.dtype)[index.to(part.device)]
+                index = path.to_timestep(t).long().clamp(max=len(weights) - 1)
+                share = share * weights.to(share.device)[index]
             loss = loss + part * share.to(part.device, part.dtype)
+        if variance is not None and variance.error is not None:
+            loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
         return {"loss": loss}
 
     def sample(
         self,
         model: nn.Module,
         text_encoder: Any,
-        z: Tensor,
-        prompts: Sequence[str],
-        device: torch.device | str,
+        z: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        device: torch.device | str = "cpu",
         additional_args: Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
         guidance_scale: float | None = None,
@@ -191,8 +208,9 @@ class PeRFlow:
         use_sdedit: bool = False,
         use_oscillation_guidance_for_text: bool | None = None,
         use_oscillation_guidance_for_image: bool | None = None,
+        z_size: Sequence[int] | None = None,
     ) -> Tensor:
-        """Sample latents for prompts, with the arguments of Open-Sora 1.2's and 1.3's rflow.
+        """Sample latents for prompts, with the arguments of Open-Sora 1.2's and 1.3's rflow, or of 1.0's and 1.1's iddpm.
 
         Args:
             model: The student; eval mode, gradients off (the host's scripts see to both).
@@ -208,13 +226,22 @@ class PeRFlow:
             z_cond, mask_index: Reference latents and their frames (v1.3); z_cond_mask follows from mask_index.
             use_sdedit: Put the noised reference back onto its frames before each step.
             use_oscillation_guidance_for_text, use_oscillation_guidance_for_image: None: the config's.
+            z_size: (C, T, H, W) of noise to draw in float32 where there is no z (v1.0).
 
         Returns:
             Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps with fixed guidance; twice
             that in mode sync (three times with reference frames), once where the scales are 1.
+
+        Raises:
+            ValueError: neither or both of z and z_size; see hosts.stdit and hosts.host_path.
         """
         config, network = self.config, unwrap(model)
+        path, prediction = self._path_of(network)
         additional_args = dict(additional_args or {})
+        if (z is None) == (z_size is None):
+            raise ValueError(f"sample needs either z or z_size, got {'both' if z_size is not None else 'neither'}")
+        if z is None:
+            z = torch.randn(len(prompts), *z_size, device=device)
         x = z.to(device).float()
         synced = config.guidance.mode == "sync"
         if not synced and (guidance_scale is not None or neg_prompts is not None):
@@ -238,47 +265,65 @@ class PeRFlow:
         )
         times = self._sampling_times(x, additional_args)
         num_steps = len(times) - 1
+        bounds, channels = self._bounds(self._window_ratio(additional_args)), self._guided_channels(path)
         oscillate = [
             config.use_oscillation_guidance if asked is None else asked
             for asked in (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         ]
 
-        def field_at(step: int, frame_mask: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
             text, image = (
                 oscillating_scale(scale, step, config.force_num) if synced and on else scale
                 for scale, on in zip((text_scale, image_scale), oscillate)
             )
             if synced and config.scale_image_weight and image > config.initial_image_scale:
                 image = image_scale_ramp(image, config.initial_image_scale, step, num_steps, x.shape[2])
-            return stdit.velocity_field(
+            output = stdit.prediction_field(
                 model,
                 network,
                 condition,
-                num_timesteps=self.num_timesteps,
+                to_timestep=path.to_timestep,
                 frame_mask=frame_mask,
                 text_scale=text,
                 image_scale=image,
+                guided_channels=channels,
                 flaw_fix=config.use_flaw_fix,
             )
+            return path.student(output, prediction, bounds)
 
         before_step = None
         if use_sdedit and reference is not None:
-            before_step = partial(stdit.put_back_reference, reference=reference)
+            before_step = partial(stdit.put_back_reference, reference=reference, add_noise=path.add_noise)
         return sample(
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask.to(device)),
+            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise),
             before_step=before_step,
             progress=progress,
         )
 
-    def _draw_windows(self, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
+    def _build_path(self, name: str) -> Path:
+        config = self.config
+        if name == "linear":
+            path = LinearPath(int(config.num_timesteps))
+        else:
+            path = DDPMPath.from_schedule(config.noise_schedule, int(config.diffusion_steps))
+        check_prediction(path, config.prediction)
+        return path
+
+    def _path_of(self, network: nn.Module) -> tuple[Path, str]:
+        """The path that the network was trained on, and what a student of it outputs."""
+        if self._path is None:
+            self._path = self._build_path(find_path(self.config.path, network))
+        return self._path, check_prediction(self._path, self.config.prediction)
+
+    def _draw_windows(self, path: Path, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
         """Windows by a drawn or given time per sample, and the times inside them; a given time is the only one."""
         config, draws = self.config, self.config.draws
         draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
         if timestep is not None:
-            t = from_timestep(timestep, self.num_timesteps).clamp(0.0, 1.0)
+            t = path.from_timestep(timestep)
         else:
             u = draw_times(
                 len(data),
@@ -306,7 +351,7 @@ class PeRFlow:
             times = shift_time(u_end + (u_start - u_end) * positions, window_ratio)
             times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
             drawn = mix_in_edge(times, solver_times[0], draws.edge_mass)
-        return DrawnWindows(window_idx, self._edges(len(data), t.device, window_ratio), solver_times, drawn)
+        return DrawnWindows(window_idx, window_ratio, solver_times, drawn)
 
     def _edges(self, batch_size: int, device: torch.device, ratio: Tensor | None) -> Tensor:
         """Window edges of each sample as flow times, [K + 1, B]."""
@@ -316,6 +361,8 @@ class PeRFlow:
     @torch.no_grad()
     def _roll_out(
         self,
+        path: Path,
+        prediction: str,
         model: nn.Module,
         condition: stdit.Condition,
         noise: Tensor,
@@ -326,22 +373,35 @@ class PeRFlow:
         config = self.config
         # Guided as it will be sampled. A network without a null text cannot be.
         scale = config.cfg_scale if config.guidance.mode == "sync" and condition.null is not None else 1.0
-        velocity = stdit.velocity_field(
+        output = stdit.prediction_field(
             model,
             unwrap(model),
             condition,
-            num_timesteps=self.num_timesteps,
+            to_timestep=path.to_timestep,
             frame_mask=frame_mask,
             text_scale=scale,
             image_scale=scale,
+            guided_channels=self._guided_channels(path),
             flaw_fix=config.use_flaw_fix and scale != 1.0,
         )
-        return carry_to_windows(hold_frames(velocity, frame_mask), noise, windows.edges, windows.window_idx)
+        velocity = hold_frames(path.student(output, prediction, self._bounds(windows.ratio)), frame_mask)
+        edges = torch.tensor(config.windows.edges, dtype=torch.float64, device=noise.device)
+        edges = shift_time(edges[:, None].expand(-1, len(noise)), windows.ratio)
+        return carry_to_windows(velocity, noise, edges, windows.window_idx)
 
-    @staticmethod
-    def _hold(x: Tensor, data: Tensor, frame_mask: Tensor | None) -> Tensor:
-        """Frames that are False in the mask are the data's."""
-        return x if frame_mask is None else torch.where(frame_mask[:, None, :, None, None], x, data)
+    def _bounds(self, ratio: Tensor | None) -> Bounds:
+        """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]."""
+        windows = self.config.windows
+
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            u_start, u_end = windows.bounds(windows.lookup(unshift_time(t, ratio)))
+            return shift_time(u_start, ratio), shift_time(u_end, ratio)
+
+        return bounds
+
+    def _guided_channels(self, path: Path) -> int | None:
+        """Channels that text guidance acts on: an iddpm's affair."""
+        return guided_channels(self.config.cfg_channel) if isinstance(path, DDPMPath) else None
 
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
         grid = torch.tensor(sampling_grid(self.config.windows, self.config.sampling_steps), dtype=torch.float64)
@@ -373,26 +433,39 @@ class PeRFlow:
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
     def _solve_teacher(
-        self, teacher: nn.Module, condition: stdit.Condition, x: Tensor, times: Tensor, frame_mask: Tensor | None
+        self,
+        path: Path,
+        teacher: nn.Module,
+        condition: stdit.Condition,
+        x: Tensor,
+        times: Tensor,
+        frame_mask: Tensor | None,
     ) -> Tensor:
         """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]."""
         guidance = self.config.guidance
         scale = 1.0 if guidance.mode == "sync" else guidance.scale
-        velocity = stdit.velocity_field(
+        output = stdit.prediction_field(
             teacher,
             teacher,
             condition,
-            num_timesteps=self.num_timesteps,
+            to_timestep=path.to_timestep,
             frame_mask=frame_mask,
             text_scale=scale,
             image_scale=scale if guidance.image_scale is None else guidance.image_scale,
+            guided_channels=self._guided_channels(path),
             flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
         )
-        path = torch.stack(list(states(hold_frames(velocity, frame_mask), x, times, method=self.config.teacher.solver)))
-        check_finite(path[-1], times[0], times[-1], self._teacher_source)
-        return path
+        states = path.states(output, x, times, method=self.config.teacher.solver, frame_mask=frame_mask)
+        solution = torch.stack(list(states))
+        check_finite(solution[-1], times[0], times[-1], self._teacher_source)
+        return solution
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _hold(x: Tensor, still: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """Frames [B, T] that are False in the mask are those of `still`."""
+    return x if frame_mask is None else torch.where(frame_mask[:, None, :, None, None], x, still)

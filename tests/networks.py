@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,3 +89,28 @@ class Reference13(nn.Module):
         if cond is not None:
             out = out + 0.3 * cond + 0.05 * cond_mask
         return torch.cat([out, torch.zeros_like(out)], dim=1)
+
+
+class Epsilon(nn.Module):
+    """Has STDiT2's arguments, all of its own and no **kwargs; predicts 2 C channels and records what it was given.
+
+    Its epsilon is `gain` times the best one for data N(0, 1) on a variance-preserving path, which is sigma x, plus what the
+    text says; `sigma` maps the timestep to the noise amplitude.
+    """
+
+    def __init__(self, sigma: Callable[[Tensor], Tensor] | None = None, tokens: int = 10, channels: int = 32) -> None:
+        super().__init__()
+        self.y_embedder = nn.Module()
+        self.y_embedder.register_buffer("y_embedding", torch.zeros(tokens, channels))
+        self.y_embedder.uncond_prob = 0.1
+        self.gain, self.variance = nn.Parameter(torch.ones(())), nn.Parameter(torch.full((), 0.25))
+        self.sigma = sigma or (lambda timestep: (timestep + 1) / 1000)
+        self.seen: list[dict[str, Any]] = []
+
+    def forward(
+        self, x, timestep, y, mask=None, x_mask=None, num_frames=None, height=None, width=None, ar=None, fps=None
+    ) -> Tensor:
+        self.seen.append({key: value for key, value in locals().items() if key not in ("self", "__class__")})
+        sigma = self.sigma(timestep.double()).to(x.dtype)[:, None, None, None, None]
+        prediction = self.gain * sigma * x + y.mean(dim=(1, 2, 3))[:, None, None, None, None]
+        return torch.cat([prediction, self.variance * torch.ones_like(x)], dim=1)

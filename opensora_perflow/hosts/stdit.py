@@ -1,4 +1,4 @@
-"""Open-Sora's rectified-flow networks (STDiT3 of 1.2 and 1.3, and what shares their call) as velocity fields.
+"""Open-Sora's networks (STDiT, STDiT2, STDiT3, and what shares their call) as fields of state and time.
 
 One evaluation of the network may carry several branches of guidance: the batch is repeated, branch after branch, because the
 network tiles the text mask that way (v1.2.0 opensora/models/stdit/stdit3.py:344). What v1.2 and v1.3 take differently is told
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,6 @@ from opensora_perflow.conventions import host_to_velocity, interpolate, to_times
 from opensora_perflow.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.hosts.network import accepted_arguments, declares, null_text, without_text_dropout
 from opensora_perflow.solvers import Velocity
-
-PREDICTION = "velocity"
-"""What these networks are trained to output."""
 
 # Arguments of a network call that this module sets itself, wherever the host put them.
 _OWN_ARGUMENTS = ("y", "mask", "x_mask", "cond", "cond_mask", "mask_index", "y_null", "text_uncond_prob")
@@ -152,37 +150,42 @@ def with_reference(condition: Condition, reference: Reference, drop: tuple[bool,
     return replace(condition, reference=reference, text=condition.null if drop_text else condition.text)
 
 
-def put_back_reference(x: Tensor, t: Tensor, reference: Reference) -> Tensor:
+def put_back_reference(
+    x: Tensor, t: Tensor, reference: Reference, add_noise: Callable[[Tensor, Tensor, Tensor], Tensor] = interpolate
+) -> Tensor:
     """The state with its reference frames replaced by the reference noised to time t (upstream's use_sdedit)."""
-    noised = interpolate(reference.latents, torch.randn_like(reference.latents), t)
+    noised = add_noise(reference.latents, torch.randn_like(reference.latents), t)
     return torch.where(reference.mask == 1, noised, x)
 
 
-def velocity_field(
+def prediction_field(
     call: Callable[..., Tensor],
     network: nn.Module,
     condition: Condition,
     *,
-    num_timesteps: int,
+    to_timestep: Callable[[Tensor], Tensor],
     frame_mask: Tensor | None = None,
     text_scale: float = 1.0,
     image_scale: float | Tensor = 1.0,
+    guided_channels: int | None = None,
     flaw_fix: bool = False,
 ) -> Velocity:
-    """The network under a condition, guided, as a field dx/dt = velocity(x, t).
+    """The network under a condition, guided, as a field prediction(x, t): what it outputs, without its variance half.
 
     Args:
         call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one).
         network: The network itself, to read its signature and its text dropout.
         condition: Text, reference frames and sizes for B samples.
-        num_timesteps: The network counts time in 0..num_timesteps.
+        to_timestep: Flow time -> what the network is told.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
         text_scale: Classifier-free guidance by text; 1 = none, one evaluation of B samples instead of two.
         image_scale: Guidance by reference frames (a third branch); only with a reference.
+        guided_channels: Text guidance acts on the first so many channels; the others are the conditional prediction's, as in
+            upstream's iddpm (v1.1.0 opensora/schedulers/iddpm/__init__.py, forward_with_cfg). None: all.
         flaw_fix: Rescale the guided prediction (text guidance alone, as upstream).
 
     Returns:
-        velocity(x, t): x [B, C, T, H, W], t [B] in [0, 1] -> [B, C, T, H, W], float32.
+        prediction(x, t): x [B, C, T, H, W], t [B] in [0, 1] -> [B, C, T, H, W], float32.
 
     Raises:
         ValueError: guidance without null text, or an argument that this network's forward does not take.
@@ -196,24 +199,48 @@ def velocity_field(
         branches = (FULL,)
     inputs = _network_inputs(network, condition, branches, frame_mask)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        timestep = to_timestep(t.to(x.device), num_timesteps)
+    def prediction(x: Tensor, t: Tensor) -> Tensor:
+        timestep = to_timestep(t.to(x.device))
         with without_text_dropout(network) as quiet:
             output = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep.repeat(len(branches)), **inputs, **quiet)
-        # colossalai's tensor subclass does not update in place, and it spreads through every result.
-        output = output.as_subclass(Tensor).float()
-        if output.shape[1] == 2 * x.shape[1]:  # pred_sigma: the second half holds a variance that rectified flow never uses
-            output = output.chunk(2, dim=1)[0]
-        parts = host_to_velocity(output).chunk(len(branches))
+        parts = halves(output, x.shape[1])[0].chunk(len(branches))
         if len(parts) == 3:
             scale = image_scale.to(x.device) if isinstance(image_scale, Tensor) else image_scale
             return text_and_image(*parts, text_scale, scale)
         if len(parts) == 2:
-            v = classifier_free(*parts, text_scale)
-            return rescale_to_cond(v, parts[0]) if flaw_fix else v
+            guided = classifier_free(*parts, text_scale)
+            if guided_channels is not None:
+                guided = torch.cat([guided[:, :guided_channels], parts[0][:, guided_channels:]], dim=1)
+            return rescale_to_cond(guided, parts[0]) if flaw_fix else guided
         return parts[0]
 
-    return velocity
+    return prediction
+
+
+def velocity_field(
+    call: Callable[..., Tensor], network: nn.Module, condition: Condition, *, num_timesteps: int, **settings: Any
+) -> Velocity:
+    """A rectified-flow network as the field dx/dt = velocity(x, t); its timesteps are t num_timesteps.
+
+    Arguments, errors and `settings` as `prediction_field`.
+    """
+    prediction = prediction_field(
+        call, network, condition, to_timestep=partial(to_timestep, num_timesteps=num_timesteps), **settings
+    )
+    return lambda x, t: host_to_velocity(prediction(x, t))
+
+
+def halves(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """A network's output [B, C or 2 C, ...] as (prediction, variance half or None), float32.
+
+    The second half is iddpm's learned variance; rectified flow never uses it (pred_sigma).
+    """
+    # colossalai's tensor subclass does not update in place, and it spreads through every result.
+    output = output.as_subclass(Tensor).float()
+    if output.shape[1] != 2 * channels:
+        return output, None
+    prediction, variance = output.chunk(2, dim=1)
+    return prediction, variance
 
 
 def reference_frame_weights(reference: Reference, weight: float) -> Tensor:
