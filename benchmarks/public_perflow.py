@@ -262,7 +262,7 @@ def solve_rows(public: Public, generator: torch.Generator) -> list[dict[str, Any
             start, end = (v.expand(16).clone() for v in windows.bounds(torch.tensor([k])))
             exact = exact_flow(x, start, end)
             theirs = public.solve(field, x, start, end, steps, windows.num_windows)
-            ours = PATH.solve(field, x, linear_grid(start, end, steps))
+            *_, ours = PATH.states(field, x, linear_grid(start, end, steps))
             rows.append(
                 dict(
                     case=f"{name}, t {start[0]:.4g} -> {end[0]:.4g}, {steps} DDIM steps: x_end of the first sample",
