@@ -10,6 +10,9 @@ r"""Time, sign and shape: stated once; everything else refers to this page.
 
 Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps and their networks answer data - noise, which is
 **minus** dx/dt (v1.2.0 opensora/schedulers/rf/rectified_flow.py, the training target x_start - noise).
+
+Open-Sora 1.0 and 1.1 train on another path, a diffusion, with integer timesteps and networks that answer the noise: paths.py
+has that path, its times and its way to a velocity.
 """
 
 from __future__ import annotations
