@@ -28,14 +28,19 @@ def settle(model: nn.Module) -> None:
 
 
 @lru_cache
-def _parameters(network_class: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a network's forward; cached, because it is asked at every sampling step."""
-    return inspect.signature(network_class.forward).parameters
+def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(forward).parameters
+
+
+def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a network's forward; cached, because they are asked for at every sampling step."""
+    # The function behind the bound method: it is the same at every access, and it does not keep the network alive.
+    return _signature(getattr(network.forward, "__func__", network.forward))
 
 
 def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
     """Predicate: does the network's forward take a keyword of this name? (STDiT2 has no **kwargs, STDiT3 has.)"""
-    parameters = _parameters(type(network))
+    parameters = _parameters(network)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return lambda name: True
     return parameters.__contains__
@@ -43,7 +48,7 @@ def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
 
 def declares(network: nn.Module, name: str) -> bool:
     """Does the network's forward declare this argument by name (not merely swallow it in **kwargs)?"""
-    return name in _parameters(type(network))
+    return name in _parameters(network)
 
 
 def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
