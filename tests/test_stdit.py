@@ -8,7 +8,7 @@ from networks import PROMPTS, CountCalls, Reference13, batch, sizes, text_encode
 
 from opensora_perflow.guidance import classifier_free, text_and_image
 from opensora_perflow.hosts import stdit
-from opensora_perflow.hosts.network import null_text, text_dropout, without_text_dropout
+from opensora_perflow.hosts.network import declares, null_text, text_dropout, without_text_dropout
 
 T = torch.tensor([0.9, 0.4], dtype=torch.float64)
 
@@ -80,6 +80,13 @@ def test_arguments_that_a_network_does_not_take_are_left_out():
     condition = stdit.with_reference(stdit.training_condition(network, args), reference, (False, False))
     with pytest.raises(ValueError, match="Strict takes no reference frames"):
         field(network, condition)
+
+
+def test_a_forward_that_belongs_to_the_instance_is_read():
+    network = tiny_network()
+    assert declares(network, "fps") and not declares(network, "guidance")
+    network.forward = lambda x, timestep, guidance: x
+    assert declares(network, "guidance") and not declares(network, "fps")
 
 
 def test_networks_without_a_variance_half_are_taken_whole():
