@@ -258,23 +258,24 @@ def markdown(summary: list[dict[str, Any]], floors: list[float], command: str) -
 
 def figure(results: list[dict[str, Any]], summary: list[dict[str, Any]], path: Path) -> None:
     """Error against NFE, and error while training against what the teacher was asked."""
-    drawing = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    drawing = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
     left, right = drawing.subplots(1, 2)
     names = list(dict.fromkeys(row["sampler"] for row in summary))
-    for name in names:
+    for i, name in enumerate(names):
         rows = [row for row in summary if row["sampler"] == name]
         nfe, error, spread = ([row[key] for row in rows] for key in ("nfe", "endpoint_error", "endpoint_error_std"))
-        left.errorbar(nfe, error, spread, marker="o", capsize=3, label=name, color="#8a8a8a" if name == names[0] else None)
-    for name, curve in results[0]["curves"].items():
-        right.plot([point[1] for point in curve], [point[3] for point in curve], label=name)
+        style = {"color": "#8a8a8a"} if i == 0 else {"color": f"C{(i - 1) % 10}", "linestyle": ("-", "--", ":")[(i - 1) // 10]}
+        left.errorbar(nfe, error, spread, marker="o", capsize=3, label=name.strip(), **style)
+        curve = results[0]["curves"].get(name, [])
+        right.plot([point[1] for point in curve], [point[3] for point in curve], **style)
     left.set(xscale="log", yscale="log", xlabel="network evaluations a sample (NFE)", ylabel="endpoint error", title="Sampling")
     left.set_xticks([4, 8, 16, 32, 60], ["4", "8", "16", "32", "60"])
     left.minorticks_off()
     right.set(
-        xscale="log", yscale="log", xlabel="teacher evaluations per sample of a batch", ylabel="endpoint error at 4 NFE",
+        xscale="log", yscale="log", xlabel="teacher evaluations per sample of a batch", ylabel="error, one step a window",
         title=f"Training, seed {results[0]['seed']}",
     )  # fmt: skip
-    left.legend(frameon=False, fontsize=7)
+    drawing.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     save_figure(drawing, path)
 
 
