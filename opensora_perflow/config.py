@@ -176,6 +176,9 @@ class DrawsConfig:
     per_solve: int = 1
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform."""
+    seed: int | None = None
+    """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
+    config, without one that of torch.manual_seed."""
 
     def __post_init__(self) -> None:
         check_choice("draws.starts", self.starts, STARTS)
@@ -188,6 +191,8 @@ class DrawsConfig:
         object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
         check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
         check_num_steps(self.per_solve, "draws.per_solve")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"draws.seed must be an integer, or None for the host's, got {self.seed!r}")
         if self.edge_mass == 1 and self.per_solve > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"

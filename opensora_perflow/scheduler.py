@@ -17,11 +17,13 @@ from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
-from opensora_perflow.hosts.run_config import check_teacher_source
+from opensora_perflow.hosts.parallel import data_parallel_rank
+from opensora_perflow.hosts.run_config import check_teacher_source, host_seed
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
+from opensora_perflow.randomness import TrainingRandomness
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
 from opensora_perflow.schedule import (
@@ -83,6 +85,7 @@ class PeRFlow:
         self._objective = combine(self.config.objective)
         if before != self.config.teacher:
             self._teacher: nn.Module | None = None
+        self._randomness: TrainingRandomness | None = getattr(self, "_randomness", None)
         self._warned: set[str] = set()
 
     def training_losses(
@@ -110,7 +113,7 @@ class PeRFlow:
             model: The student, in the booster's wrapper or bare.
             x_start: Clean latents, [B, C, T, H, W]; never written to.
             model_args: y [B, 1, L, D], mask [B, L], and sizes [B]; also as `model_kwargs`.
-            noise: Noise of the window starts, like x_start; drawn in float32 if None.
+            noise: Noise of the window starts, like x_start; drawn in float32 if None (see randomness.py).
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
@@ -138,25 +141,27 @@ class PeRFlow:
         teacher = self._teacher_of(model)
         data = x_start.detach().float()
 
-        windows = self._draw_windows(path, data, model_args, t)
+        generator = self._next_generator(data.device)
+        windows = self._draw_windows(path, data, model_args, t, generator)
         t_start, t_end = windows.t_start, windows.t_end
         if noise_disable_threshold is not None and x_gt is not None:
             clean = t_start * self.num_timesteps > noise_disable_threshold
             data = torch.where(clean.to(data.device)[:, None, None, None, None], x_gt.detach().float(), data)
-        noise = torch.randn_like(data) if noise is None else noise.float()
+        noise = torch.randn(data.shape, device=data.device, generator=generator) if noise is None else noise.float()
         still = path.add_noise(data, noise, torch.full_like(t_start, path.still_time))
         x_win_start = _hold(path.add_noise(data, noise, t_start), still, mask)
 
         drop = None
         if config.guidance.mode == "sync":
             probability = text_dropout(network) if text_uncond_prob is None or not network.training else text_uncond_prob
-            drop = torch.rand(len(data), device=data.device) < probability if probability > 0 else None
+            drop = torch.rand(len(data), device=data.device, generator=generator) < probability if probability > 0 else None
         student_condition = stdit.training_condition(network, model_args, drop)
         teacher_condition = stdit.training_condition(teacher, model_args, drop)
         frame_weights = None if mask is None else mask.float()
         if mask_index is not None and len(mask_index) > 0:
             reference = stdit.Reference.of(x_start if x_noisy_ref is None else x_noisy_ref, mask_index)
-            drawn = stdit.draw_reference_drop(config.drop_condition if config.guidance.mode == "sync" else None)
+            drop_condition = config.drop_condition if config.guidance.mode == "sync" else None
+            drawn = stdit.draw_reference_drop(drop_condition, generator)
             student_condition, teacher_condition = (
                 stdit.with_reference(c, reference, drawn) for c in (student_condition, teacher_condition)
             )
@@ -165,7 +170,7 @@ class PeRFlow:
         if config.draws.starts != "diffused":
             reached = self._roll_out(path, prediction, model, student_condition, _hold(noise, still, mask), windows, mask)
             share = 1.0 if config.draws.starts == "student" else config.draws.student_share
-            own = torch.rand(len(data), device=data.device) < share
+            own = torch.rand(len(data), device=data.device, generator=generator) < share
             x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
 
         states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask)
@@ -318,7 +323,21 @@ class PeRFlow:
             self._path = self._build_path(find_path(self.config.path, network))
         return self._path, check_prediction(self._path, self.config.prediction)
 
-    def _draw_windows(self, path: Path, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
+    def _next_generator(self, device: torch.device) -> torch.Generator:
+        """The random numbers of the training step that begins, or of an evaluation of the loss."""
+        if self._randomness is None:
+            seed = host_seed() if self.config.draws.seed is None else self.config.draws.seed
+            self._randomness = TrainingRandomness(torch.initial_seed() if seed is None else seed, data_parallel_rank())
+        return self._randomness.next_generator(device)
+
+    def _draw_windows(
+        self,
+        path: Path,
+        data: Tensor,
+        model_args: Mapping[str, Any],
+        timestep: Tensor | None,
+        generator: torch.Generator,
+    ) -> DrawnWindows:
         """Windows by a drawn or given time per sample, and the times inside them; a given time is the only one."""
         config, draws = self.config, self.config.draws
         draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
@@ -332,10 +351,11 @@ class PeRFlow:
                 scale=config.scale,
                 num_levels=self.num_timesteps if config.use_discrete_timesteps else None,
                 device=data.device,
+                generator=generator,
             )
             t = shift_time(u, draw_ratio)
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
-                t = redraw_above(t, config.uniform_over_threshold)
+                t = redraw_above(t, config.uniform_over_threshold, generator)
         window_idx = config.windows.lookup(unshift_time(t, window_ratio))
         u_start, u_end = config.windows.bounds(window_idx)
         solver_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
@@ -347,10 +367,11 @@ class PeRFlow:
                 distribution="uniform" if draws.distribution == "host" else draws.distribution,
                 beta=draws.beta,
                 device=t.device,
+                generator=generator,
             )
             times = shift_time(u_end + (u_start - u_end) * positions, window_ratio)
             times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
-            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass)
+            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass, generator)
         return DrawnWindows(window_idx, window_ratio, solver_times, drawn)
 
     def _edges(self, batch_size: int, device: torch.device, ratio: Tensor | None) -> Tensor:

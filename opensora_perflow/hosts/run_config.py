@@ -27,6 +27,12 @@ def running_config() -> Mapping[str, Any] | None:
     return None
 
 
+def host_seed() -> int | None:
+    """The seed in the running script's config; None where there is no script, or none in its config (Open-Sora seeds itself
+    with 1024 then, see torch.initial_seed)."""
+    return (running_config() or {}).get("seed")
+
+
 def is_distilled(checkpoint: str | Path) -> bool:
     """Was this checkpoint written by a PeRFlow training run?
 

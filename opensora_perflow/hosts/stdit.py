@@ -7,7 +7,6 @@ from the signature of forward.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -127,16 +126,16 @@ def sampling_condition(
     return Condition(encoded["y"], encoded.get("mask"), null, null_mask, strict_null, reference, _extras(network, extras))
 
 
-def draw_reference_drop(drop_condition: Mapping[str, float] | None) -> tuple[bool, bool]:
+def draw_reference_drop(drop_condition: Mapping[str, float] | None, generator: torch.Generator) -> tuple[bool, bool]:
     """v1.3's dropout of image and video conditioning, one draw for the batch: (drop the text?, drop the reference?).
 
-    `cond` drops the text, `text` the reference, `null` both, `keep` neither (the names are upstream's). Uses Python's `random`
-    as upstream does (v1.3 opensora/schedulers/rf/rectified_flow.py:74), so that every rank of a sequence-parallel group
-    draws the same. None keeps everything, without a draw.
+    `cond` drops the text, `text` the reference, `null` both, `keep` neither (the names and their weights are upstream's, v1.3
+    opensora/schedulers/rf/rectified_flow.py:74). None keeps everything, without a draw.
     """
     if not drop_condition:
         return False, False
-    drawn = random.choices(list(drop_condition), weights=list(drop_condition.values()), k=1)[0]
+    weights = torch.tensor(list(drop_condition.values()), dtype=torch.float64, device=generator.device)
+    drawn = list(drop_condition)[int(torch.multinomial(weights, 1, generator=generator))]
     return drawn in ("null", "cond"), drawn in ("null", "text")
 
 
