@@ -18,7 +18,7 @@ from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
-from opensora_perflow.hosts.parallel import data_parallel_rank
+from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
@@ -139,6 +139,9 @@ class PeRFlow:
         """
         if isinstance(model_args, Tensor):
             t, model_args, noise = model_args, noise, None
+        x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref = shared(
+            x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref
+        )
         config, network = self.config, unwrap(model)
         model_args = dict(model_args or model_kwargs or {})
         path, prediction = self._path_of(network)
@@ -354,7 +357,8 @@ class PeRFlow:
             logger.info(
                 "PeRFlow counts its steps from 0: %s has no perflow.json, so nothing is known of its windows", loaded[0]
             )
-        self._randomness = TrainingRandomness(torch.initial_seed() if seed is None else seed, data_parallel_rank(), steps)
+        (seed,) = shared(torch.initial_seed() if seed is None else seed)
+        self._randomness = TrainingRandomness(seed, data_parallel_rank(), steps)
         before_each_save(lambda folder: write_state(folder, self.state()))
 
     def state(self) -> StudentState:
