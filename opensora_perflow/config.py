@@ -227,6 +227,9 @@ class PeRFlowConfig:
     draws: DrawsConfig = field(default_factory=DrawsConfig)
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
+    allow_change: bool = False
+    """Go on with --load although windows, path, prediction, guidance or the teacher are not those that the checkpoint was
+    trained with (see state.py)."""
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
@@ -301,6 +304,8 @@ class PeRFlowConfig:
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
         self._check_iddpm()
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
+        if not isinstance(self.allow_change, bool):
+            raise ValueError(f"allow_change must be True or False, got {self.allow_change!r}")
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
         if self.num_sampling_steps is not None:
             check_num_steps(self.num_sampling_steps, "num_sampling_steps")

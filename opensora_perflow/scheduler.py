@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,11 @@ from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping, 
 from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
-from opensora_perflow.hosts.parallel import data_parallel_rank
-from opensora_perflow.hosts.run_config import check_teacher_source, host_seed
+from opensora_perflow.hosts.parallel import data_parallel_rank, shared
+from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
@@ -36,7 +37,8 @@ from opensora_perflow.schedule import (
     sampling_grid,
 )
 from opensora_perflow.solvers import Velocity, hold_frames
-from opensora_perflow.teacher import check_finite, load_teacher
+from opensora_perflow.state import StudentState, check_resumed, find_state, sampling_mismatch, write_state
+from opensora_perflow.teacher import check_finite, fingerprint, load_teacher
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -85,7 +87,9 @@ class PeRFlow:
         self._objective = combine(self.config.objective)
         if before != self.config.teacher:
             self._teacher: nn.Module | None = None
-        self._randomness: TrainingRandomness | None = getattr(self, "_randomness", None)
+        if not hasattr(self, "_randomness"):
+            self._randomness: TrainingRandomness | None = None
+            self._stage, self._teacher_source, self._fingerprint = 1, None, None
         self._warned: set[str] = set()
 
     def training_losses(
@@ -135,6 +139,9 @@ class PeRFlow:
         """
         if isinstance(model_args, Tensor):
             t, model_args, noise = model_args, noise, None
+        x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref = shared(
+            x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref
+        )
         config, network = self.config, unwrap(model)
         model_args = dict(model_args or model_kwargs or {})
         path, prediction = self._path_of(network)
@@ -242,6 +249,7 @@ class PeRFlow:
         """
         config, network = self.config, unwrap(model)
         path, prediction = self._path_of(network)
+        self._check_student(loaded_weights())
         additional_args = dict(additional_args or {})
         if (z is None) == (z_size is None):
             raise ValueError(f"sample needs either z or z_size, got {'both' if z_size is not None else 'neither'}")
@@ -317,6 +325,12 @@ class PeRFlow:
         check_prediction(path, config.prediction)
         return path
 
+    def _check_student(self, weights: str | None) -> None:
+        found = None if weights is None else find_state(weights)
+        mismatch = None if found is None else sampling_mismatch(found[0], self.state(), found[1])
+        if mismatch is not None:
+            self._warn_once(mismatch)
+
     def _path_of(self, network: nn.Module) -> tuple[Path, str]:
         """The path that the network was trained on, and what a student of it outputs."""
         if self._path is None:
@@ -326,9 +340,50 @@ class PeRFlow:
     def _next_generator(self, device: torch.device) -> torch.Generator:
         """The random numbers of the training step that begins, or of an evaluation of the loss."""
         if self._randomness is None:
-            seed = host_seed() if self.config.draws.seed is None else self.config.draws.seed
-            self._randomness = TrainingRandomness(torch.initial_seed() if seed is None else seed, data_parallel_rank())
+            self._begin()
         return self._randomness.next_generator(device)
+
+    def _begin(self) -> None:
+        """Start to count steps, from where a loaded checkpoint stopped, and have the next checkpoints say where that is."""
+        seed = host_seed() if self.config.draws.seed is None else self.config.draws.seed
+        loaded, steps = resumed_checkpoint(), 0
+        found = None if loaded is None else find_state(loaded[0])
+        if found is not None:
+            state, where = found
+            check_resumed(state, self.state(), where, self.config.allow_change)
+            seed, steps = state.draws.get("seed") if seed is None else seed, state.steps if loaded[1] else 0
+            logger.info("PeRFlow goes on after %d training steps (%s)", steps, where)
+        elif loaded is not None:
+            logger.info(
+                "PeRFlow counts its steps from 0: %s has no perflow.json, so nothing is known of its windows", loaded[0]
+            )
+        (seed,) = shared(torch.initial_seed() if seed is None else seed)
+        self._randomness = TrainingRandomness(seed, data_parallel_rank(), steps)
+        before_each_save(lambda folder: write_state(folder, self.state()))
+
+    def state(self) -> StudentState:
+        """What has to be kept with a student's weights. To be asked after the first training step."""
+        config, randomness = self.config, self._randomness
+        assert self._path is not None, "the network has not been seen yet"
+        transform = None
+        if config.use_timestep_transform and config.window_time == "host":
+            transform = {"formula": self._formula, "scale": self._transform_scale(sampling=True)}
+            transform["scale_temporal"] = config.scale_temporal
+        draws = asdict(config.draws)
+        return StudentState(
+            windows=config.windows.edges,
+            window_time=config.window_time,
+            transform=transform,
+            path="ddpm" if isinstance(self._path, DDPMPath) else "linear",
+            prediction=check_prediction(self._path, config.prediction),
+            guidance=asdict(config.guidance),
+            teacher=self._fingerprint,
+            teacher_source=self._teacher_source,
+            stage=self._stage,
+            objective=config.objective,
+            draws=draws if randomness is None else {**draws, "seed": randomness.seed},
+            steps=0 if randomness is None else randomness.steps,
+        )
 
     def _draw_windows(
         self,
@@ -439,17 +494,28 @@ class PeRFlow:
         config = self.config
         if not config.use_timestep_transform:
             return None
-        formula = installed_formula() if config.transform == "auto" else config.transform
+        scale = self._transform_scale(sampling=sampling)
+        return shift_ratio(model_args, self._formula, scale=scale, scale_temporal=config.scale_temporal)
+
+    @property
+    def _formula(self) -> str:
+        return installed_formula() if self.config.transform == "auto" else self.config.transform
+
+    def _transform_scale(self, *, sampling: bool) -> float:
         # v1.2 applies transform_scale when it draws training times, v1.3 when it samples (HOST: rf/__init__.py of each tag).
-        scale = config.transform_scale if sampling == (formula == "v1.3") else 1.0
-        return shift_ratio(model_args, formula, scale=scale, scale_temporal=config.scale_temporal)
+        return self.config.transform_scale if sampling == (self._formula == "v1.3") else 1.0
 
     def _teacher_of(self, model: nn.Module) -> nn.Module:
         if self._teacher is None:
+            source = self.config.teacher.from_pretrained
             self._teacher_source = check_teacher_source(self.config.teacher)
             settle(model)
-            self._teacher = load_teacher(unwrap(model), self.config.teacher.from_pretrained)
-            logger.info("PeRFlow teacher: %s", self._teacher_source)
+            self._teacher = load_teacher(unwrap(model), source)
+            self._fingerprint = fingerprint(self._teacher)
+            weights = loaded_weights() if source is None else source
+            taught = None if weights is None else find_state(weights)
+            self._stage = 1 if taught is None else taught[0].stage + 1
+            logger.info("PeRFlow teacher: %s (fingerprint %s)", self._teacher_source, self._fingerprint)
         return self._teacher
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph

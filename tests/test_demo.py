@@ -13,6 +13,8 @@ from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.demo import run as demo
 from opensora_perflow.demo.clips import write_clips
 from opensora_perflow.demo.model import load_teacher
+from opensora_perflow.state import find_state
+from opensora_perflow.teacher import fingerprint
 
 SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch-size", "2"]
 
@@ -50,6 +52,9 @@ def test_numbers_are_those_of_the_samplers(finished):
 
 def test_the_student_is_trained_and_can_be_loaded(finished):
     state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
+    found, _ = find_state(finished / "student.safetensors")
+    assert found.windows == (1.0, 0.75, 0.5, 0.25, 0.0) and found.guidance["mode"] == "fixed"
+    assert found.steps > 0 and found.teacher == fingerprint(load_teacher())
     assert state.keys() == teacher.keys()
     assert any(not torch.equal(state[key], teacher[key]) for key in state)
     assert torch.equal(state["y_embedder.y_embedding"], teacher["y_embedder.y_embedding"])

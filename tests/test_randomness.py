@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from mmengine import Config
 from networks import Reference13, batch, tiny_network
 
-from opensora_perflow.hosts.parallel import data_parallel_rank
+from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.randomness import TrainingRandomness, step_generator
 from opensora_perflow.scheduler import PeRFlow
 
@@ -55,11 +55,12 @@ def recorded(scheduler):
     return seen
 
 
-def training(steps, seed=None, cut=0, disturb=False):
+def training(steps, seed=None, cut=0, disturb=False, data_seed=2, mask_index=(0,)):
     """All that `steps` steps drew, as one tensor; the first `cut` of them are made by a scheduler of their own."""
     torch.manual_seed(1)
     network = Reference13().train()
-    x, args = batch(tiny_network(seed=2), 3)
+    x, args = batch(tiny_network(seed=data_seed), 3)
+    args["y"] = torch.ones_like(args["y"])  # the text encoder is not what is compared
     settings = dict(draws=dict(DRAWS, seed=seed), drop_condition=dict(null=1, cond=1, text=1, keep=1))
     drawn = []
     for first, last in ((0, cut), (cut, steps)):
@@ -69,7 +70,7 @@ def training(steps, seed=None, cut=0, disturb=False):
         for _ in range(first, last):
             if disturb:
                 torch.rand(17)
-            scheduler.training_losses(network, x, args, mask_index=[0])
+            scheduler.training_losses(network, x, args, mask_index=list(mask_index))
             shown = network.seen[-1]  # to the student: its text and reference, after their dropout
             drawn += [*seen, shown["y"].flatten(), shown["cond"].flatten()]
             seen.clear(), network.seen.clear()
@@ -147,26 +148,36 @@ def test_the_seed_must_be_an_integer(seed):
 # --- several processes ---
 
 
-def test_without_torch_distributed_the_rank_is_zero():
-    assert data_parallel_rank() == 0
+def test_without_torch_distributed_a_process_is_alone():
+    assert data_parallel_rank() == 0 and shared(1, None) == (1, None)
+
+
+def of_rank(rank):
+    """Values of several kinds: a tensor that lies across memory, a bool, a scalar, and no tensors."""
+    across = torch.arange(6).reshape(2, 3).bfloat16().T + rank
+    return across, torch.tensor([rank == 0, True]), torch.tensor(rank), None, [rank], 0.1 * rank
 
 
 def _two_processes(rank, store, results):
     """Rank `rank` of two: first as one sequence-parallel group, as the host keeps them, then as two data-parallel ranks."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [dist.new_group([index]) for index in range(2)]  # ZeroSeqParallelPlugin: dp_group holds one process of each group
-    sys.modules["opensora.acceleration.parallel_states"] = SimpleNamespace(get_data_parallel_group=lambda: alone[rank])
-    torch.rand(rank)  # the processes' global generators need not agree
-    together = training(3)
+    sys.modules["opensora.acceleration.parallel_states"] = SimpleNamespace(
+        get_data_parallel_group=lambda: alone[rank], get_sequence_parallel_group=lambda: dist.group.WORLD
+    )
+    together = training(3, data_seed=rank, mask_index=[rank])  # neither latents nor v1.3's reference frames agree here
+    kinds = shared(*(of_rank(rank) if rank == 0 else (None, *of_rank(rank)[1:])))
     del sys.modules["opensora.acceleration.parallel_states"]
-    torch.save((together, training(3)), f"{results}/{rank}.pt")
+    torch.save((together, kinds, training(3)), f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_a_sequence_parallel_group_draws_the_same_and_data_parallel_ranks_differ(tmp_path):
-    """Two processes with gloo: windows, times, noise, starts, text and reference drops. No network is split: the host's
-    alltoall needs nccl and is not run on a CPU."""
+    """Two processes with gloo, whose latents and reference frames differ until they are shared: then windows, times, noise,
+    starts, text and reference drops are the same. No network is split: the host's alltoall needs nccl and is not run here."""
     mp.spawn(_two_processes, args=(tmp_path / "store", tmp_path), nprocs=2)
-    (one, first), (other, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(one, other)
-    assert torch.equal(first, one) and first.shape == second.shape and not torch.equal(first, second)
+    (one, kinds, first), (other, same_kinds, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(one, other) and one.shape == first.shape == second.shape
+    assert not torch.equal(first, second)
+    for found in (kinds, same_kinds):
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], of_rank(0))) and list(found[3:]) == [None, [0], 0.0]

@@ -42,6 +42,7 @@ from opensora_perflow.metrics import endpoint_error, energy_distance, temporal_d
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.schedule import check_num_steps, linear_grid
 from opensora_perflow.solvers import solve
+from opensora_perflow.state import METADATA_KEY, StudentState
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -115,7 +116,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
             windows=4,
             guidance=dict(mode="fixed", scale=settings.guidance_scale),
             teacher=dict(steps_per_window=4, solver="euler"),
-            draws=dict(edge_mass=0.5),  # so short a training needs the times that 4 steps are sampled at
+            draws=dict(edge_mass=0.5, seed=settings.seed),  # so short a training needs the times that 4 steps are sampled at
         ),
         SCHEDULERS,
     )
@@ -162,7 +163,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
         "seconds": time.perf_counter() - began,
     }
-    _write(settings.out, result, samples, batch, vae, student, history)
+    _write(settings.out, result, samples, batch, vae, student, scheduler.state(), history)
     result["seconds"] = time.perf_counter() - began
     (settings.out / "results.json").write_text(json.dumps(result, indent=1))
     return result
@@ -332,6 +333,7 @@ def _write(
     batch: Batch,
     vae: TinyVAE,
     student: nn.Module,
+    state: StudentState,
     history: list[float],
 ) -> None:
     """Videos, pictures and weights; results.json comes last, so that it stands for a whole run."""
@@ -344,7 +346,7 @@ def _write(
     write_video(out / "side_by_side.mp4", side_by_side, fps=FPS)
     plots.frames_figure(out / "frames.png", {labels[n]: v for n, v in videos.items()}, batch.prompts[:3])
     plots.training_figure(out / "training.png", history, result["windows"])
-    metadata = {"format": "pt", "windows": "4", "guidance": f"fixed {result['settings']['guidance_scale']}"}
+    metadata = {"format": "pt", METADATA_KEY: state.to_json()}
     write_state_dict(out / "student.safetensors", student.state_dict(), metadata)
 
 

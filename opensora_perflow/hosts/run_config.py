@@ -14,17 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from opensora_perflow.config import TeacherConfig
+from opensora_perflow.state import find_state
+
+
+def main_variables() -> Mapping[str, Any]:
+    """The variables of main() of the Open-Sora script that is calling; none when called from elsewhere."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "main":
+            variables = frame.f_locals
+            config = variables.get("cfg")
+            if hasattr(config, "get") and config.get("scheduler") is not None:
+                return variables
+        frame = frame.f_back
+    return {}
 
 
 def running_config() -> Mapping[str, Any] | None:
     """The config of the Open-Sora script that is calling, or None when called from elsewhere."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        config = frame.f_locals.get("cfg")
-        if frame.f_code.co_name == "main" and hasattr(config, "get") and config.get("scheduler") is not None:
-            return config
-        frame = frame.f_back
-    return None
+    return main_variables().get("cfg")
+
+
+def loaded_weights() -> str | None:
+    """Where the running script's network got its weights before any training: model.from_pretrained, or --ckpt-path."""
+    return ((running_config() or {}).get("model") or {}).get("from_pretrained")
 
 
 def host_seed() -> int | None:
@@ -36,8 +49,10 @@ def host_seed() -> int | None:
 def is_distilled(checkpoint: str | Path) -> bool:
     """Was this checkpoint written by a PeRFlow training run?
 
-    Open-Sora's train.py dumps its config as config.txt into the folder above its checkpoints.
+    It has a state (see state.py); or Open-Sora's train.py dumped such a config as config.txt into the folder above it.
     """
+    if find_state(checkpoint) is not None:
+        return True
     path = Path(checkpoint)
     for folder in (path, *path.parents[:3]):
         try:
@@ -56,8 +71,7 @@ def check_teacher_source(teacher: TeacherConfig) -> str:
         ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
             does not say that this is meant.
     """
-    config = running_config() or {}
-    pretrained = (config.get("model") or {}).get("from_pretrained")
+    config, pretrained = running_config() or {}, loaded_weights()
     suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
     source = teacher.from_pretrained
     if source is None and config.get("load"):
