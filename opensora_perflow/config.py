@@ -11,6 +11,7 @@ from typing import Any
 
 from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
+from opensora_perflow.sampling import JOINS
 from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS, check_num_steps
 from opensora_perflow.solvers import SOLVERS
 from opensora_perflow.windows import TimeWindows
@@ -233,6 +234,11 @@ class PeRFlowConfig:
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
+    edit_join: str = "exact"
+    """Where an edited frame (Open-Sora's mask strategy) joins whose edit ratio lies between two grid points. exact: at its
+    ratio, for one evaluation more; grid: at the next grid point, as upstream's rflow. No difference for ratios 0, 1 and
+    those on the grid."""
+
     num_sampling_steps: int | None = None
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
     num_timesteps: int = 1000
@@ -303,6 +309,7 @@ class PeRFlowConfig:
         check_choice("path", self.path, PATHS)
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
         self._check_iddpm()
+        check_choice("edit_join", self.edit_join, JOINS)
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
         if not isinstance(self.allow_change, bool):
             raise ValueError(f"allow_change must be True or False, got {self.allow_change!r}")

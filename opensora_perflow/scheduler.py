@@ -231,7 +231,8 @@ class PeRFlow:
             prompts: B prompts.
             device: Where to sample.
             additional_args: height, width, num_frames, fps, ar, [B] each; not changed.
-            mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit`; None or ones generate everything.
+            mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit` and the key edit_join; None or ones generate
+                everything.
             guidance_scale: Text guidance in mode sync; None: the config's cfg_scale.
             image_cfg_scale: Guidance by reference frames in mode sync; None: the config's cfg_scale, as upstream.
             neg_prompts: B negative prompts, mode sync only.
@@ -242,7 +243,8 @@ class PeRFlow:
 
         Returns:
             Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps with fixed guidance; twice
-            that in mode sync (three times with reference frames), once where the scales are 1.
+            that in mode sync (three times with reference frames), once where the scales are 1. An edit ratio between two
+            grid points counts as a step, see `sampling.FrameEdit`.
 
         Raises:
             ValueError: neither or both of z and z_size; see hosts.stdit and hosts.host_path.
@@ -311,7 +313,7 @@ class PeRFlow:
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise),
+            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise, join=config.edit_join),
             before_step=before_step,
             progress=progress,
         )

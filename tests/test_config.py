@@ -67,6 +67,7 @@ def test_invalid_values_say_what_is_accepted():
     refused("window_time must be one of host, flow, got 'raw'", window_time="raw")
     refused("prediction must be one of auto, velocity, ddim_eps, diff_eps", prediction="x0")
     refused("needs an epsilon network", prediction="ddim_eps")
+    refused("edit_join must be one of exact, grid, got 'nearest'", edit_join="nearest")
     refused("transform must be one of auto, v1.2, v1.3", transform="v2")
     refused("sample_method must be one of uniform, logit-normal", sample_method="beta")
     refused("cfg_scale must be a number >= 0, got 'high'", cfg_scale="high")

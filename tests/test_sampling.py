@@ -49,7 +49,7 @@ def test_kept_frames_are_kept_and_the_rest_moves():
     assert masks == [[[True, False, True]]] * 4
 
 
-def test_an_edited_frame_joins_noised_at_the_first_time_below_its_ratio():
+def test_joining_on_the_grid_is_at_the_first_time_below_the_ratio():
     z = torch.randn(1, 1, 2, 4, 4)
     seen = []
 
@@ -57,7 +57,7 @@ def test_an_edited_frame_joins_noised_at_the_first_time_below_its_ratio():
         return lambda x, t: seen.append((t.item(), x.clone(), mask.clone())) or torch.zeros_like(x)
 
     generator = torch.Generator().manual_seed(1)
-    sample(field_at, z, grid(4, 1), edit=FrameEdit(torch.tensor([[1.0, 0.6]]), generator))
+    sample(field_at, z, grid(4, 1), edit=FrameEdit(torch.tensor([[1.0, 0.6]]), generator, join="grid"))
     assert [t for t, _, mask in seen if mask[0, 1]] == [0.5, 0.25]
     generator.manual_seed(1)
     noise = [torch.randn(z.shape, generator=generator) for _ in range(4)]
@@ -78,6 +78,60 @@ def test_a_ratio_on_the_grid_joins_there():
         edit=FrameEdit(torch.tensor([[0.7]])),
     )
     assert seen.index(True) == 3
+
+
+@pytest.mark.parametrize("ratio", [0.625, 0.5, 0.875, 0.1])
+def test_a_frame_joins_exactly_at_its_ratio(ratio):
+    # The reference is chosen so that, with the noise that will be drawn, the frame joins on the straight line of a known
+    # trajectory of the teacher: only a join at t = ratio itself ends where that trajectory does.
+    teacher, windows = Gaussian(), TimeWindows.uniform(4)
+    one, zero, r = (torch.tensor([value], dtype=F64) for value in (1.0, 0.0, torch.tensor(ratio).item()))
+
+    def student(x, t):
+        return teacher.window_velocity(x, t, *windows.bounds(windows.lookup(t)))
+
+    start, end = windows.bounds(windows.lookup(r))
+    x_start = torch.randn(1, 1, 1, 4, 4, dtype=F64)
+    on_the_line = x_start + (r - start) / (end - start) * (teacher.exact(x_start, start, end) - x_start)
+    generator = torch.Generator().manual_seed(3)
+    joining_draw = sum(edge > r.item() for edge in windows.edges)  # one draw for each step before
+    noise = [torch.randn(1, 1, 2, 4, 4, dtype=F64, generator=generator) for _ in range(6)][joining_draw][:, :, 1:]
+    z = torch.cat([torch.randn(1, 1, 1, 4, 4, dtype=F64), (on_the_line - r * noise) / (1 - r)], dim=2)
+    exact = torch.cat([teacher.exact(z[:, :, :1], one, zero), teacher.exact(x_start, start, zero)], dim=2)
+
+    def result(join):
+        generator.manual_seed(3)
+        teacher.calls = 0
+        edit = FrameEdit(torch.tensor([[1.0, ratio]]), generator, join=join)
+        return sample(lambda step, mask: student, z, grid(4, 1), edit=edit)
+
+    torch.testing.assert_close(result("exact"), exact, atol=1e-12, rtol=0)
+    on_grid = ratio in windows.edges
+    assert torch.allclose(result("grid"), exact, atol=1e-6) == on_grid
+
+
+def test_a_split_step_costs_one_evaluation_for_each_ratio_inside_it():
+    def evaluations(*ratios):
+        seen = []
+        edit = FrameEdit(torch.tensor(ratios))
+        x = torch.zeros(len(ratios), 1, len(ratios[0]), 1, 1)
+        out = sample(
+            lambda step, mask: lambda x, t: seen.append((step, t.tolist())) or torch.ones_like(x), x, grid(4, len(x)), edit=edit
+        )
+        moved = [[ratio == 1 for ratio in row] for row in ratios]
+        torch.testing.assert_close(out[:, 0, :, 0, 0][torch.tensor(moved)], torch.full((sum(map(sum, moved)),), -1.0))
+        return seen
+
+    assert len(evaluations([1.0, 0.0, 0.75, 0.5])) == 4
+    assert evaluations([1.0, 0.625, 0.625]) == [(0, [1.0]), (1, [0.75]), (1, [0.625]), (2, [0.5]), (3, [0.25])]
+    assert len(evaluations([1.0, 0.625, 0.6, 0.1])) == 7
+    # Samples of a batch have ratios of their own; one without any stands still meanwhile.
+    assert evaluations([1.0, 0.625], [1.0, 0.0])[1:3] == [(1, [0.75, 0.75]), (1, [0.625, 0.75])]
+
+
+def test_an_unknown_join_is_refused():
+    with pytest.raises(ValueError, match="unknown join 'nearest'; known: exact, grid"):
+        FrameEdit(torch.ones(1, 2), join="nearest")
 
 
 def test_before_step_acts_on_every_step():

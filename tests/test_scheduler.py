@@ -459,6 +459,25 @@ def test_network_evaluations(guidance, evaluations, steps):
     assert (count.calls, count.samples) == (steps, 2 * steps * evaluations) and out.dtype == torch.float32
 
 
+@pytest.mark.parametrize("edit_join, ratio, evaluations", [("exact", 0.6, 5), ("grid", 0.6, 4), ("exact", 0.5, 4)])
+def test_an_edit_ratio_between_two_grid_points_costs_an_evaluation(edit_join, ratio, evaluations):
+    network = tiny_network()
+    count = CountCalls(network)
+    sampled(PeRFlow(guidance=FIXED, edit_join=edit_join), network, mask=torch.tensor([[ratio] * 2 + [1.0] * 3] * 2))
+    assert count.calls == evaluations
+
+
+def test_an_edit_ratio_is_a_warped_time():
+    # As upstream compares it: mask * num_timesteps with the transformed timestep.
+    network = Reference13().eval()
+    mask = torch.tensor([[0.95, 1.0, 1.0, 1.0, 1.0]] * 2)
+    sampled(PeRFlow(guidance=FIXED, use_timestep_transform=True, transform="v1.2"), network, mask=mask)
+    times = [call["timestep"][0].item() for call in network.seen]
+    joined = next(i for i, call in enumerate(network.seen) if call["x_mask"][0, 0])
+    assert len(times) == 5 and times[joined] == pytest.approx(950.0, abs=1e-3)  # float32 of 0.95, in timesteps
+    assert times == sorted(times, reverse=True)
+
+
 def test_steps_default_to_one_a_window():
     network = tiny_network()
     count = CountCalls(network)
