@@ -149,6 +149,12 @@ def test_gradio_writes_videos(gradio_calls: list[dict[str, Any]], host_tag: str)
     assert gradio_calls[3]["file"].suffix in (".png", ".jpg") and gradio_calls[3]["file"].is_file()
 
 
+def test_training_after_sampling_in_inference_mode(host_root: Path, host_tag: str, tmp_path: Path) -> None:
+    worker = Path(__file__).with_name("_inference_mode_worker.py")
+    printed = run_python([str(worker), str(host_root), host_tag], nproc=1, log=tmp_path / "worker.log", cwd=tmp_path)
+    assert re.search(r"trained \d+ parameters", printed)
+
+
 # Measuring: each script with the tag's own scheduler, to see that upstream runs here, and with perflow.
 
 
@@ -224,7 +230,7 @@ def test_profile_train(host_root: Path, host_tag: str, clips: Clips, scheduler: 
         pytest.skip("scripts/misc/profile_train.py is new in Open-Sora 1.2")
     skip_what_stops_upstream(host_tag, scheduler, "scripts/misc/profile_train.py:244")
     settings = OWN_SCHEDULER[host_tag] if scheduler == "own" else training_scheduler(host_tag)
-    config = train_config(tmp_path / "profile.py", host_tag, clips, settings, tmp_path / "outputs")
+    config = train_config(tmp_path / "profiled.py", host_tag, clips, settings, tmp_path / "outputs")
 
     def run() -> str:
         return run_script(host_root, "misc/profile_train.py", config, cwd=tmp_path)
