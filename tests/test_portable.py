@@ -23,7 +23,6 @@ from opensora_perflow.portable import (
     cpu_accelerator,
     cuda_queue,
     device_default,
-    ema_weights,
     mp4_codec,
     process_group,
     pyav_error,
@@ -31,6 +30,7 @@ from opensora_perflow.portable import (
     text_dropout,
     xformers_attention,
     zero_optimizer,
+    zero_stores,
 )
 from opensora_perflow.portable.imports import ModuleView, is_installed, source_mentions, when_imported
 from opensora_perflow.portable.xformers_attention import BlockDiagonalMask, memory_efficient_attention
@@ -285,7 +285,7 @@ def test_each_adaptation_is_installed_once_and_says_so_in_one_line(
 def test_packages_that_are_not_there_need_nothing(monkeypatch: pytest.MonkeyPatch, no_cuda: None) -> None:
     for name in ("opensora", "colossalai", "huggingface_hub", "diffusers", "cv2", "av"):
         absent(monkeypatch, name)
-    for module in (adam, cached_download, cpu_accelerator, device_default, ema_weights, mp4_codec, pyav_error):
+    for module in (adam, cached_download, cpu_accelerator, device_default, zero_stores, mp4_codec, pyav_error):
         assert not module.install()
     assert not text_dropout.install() and not zero_optimizer.install()
 
@@ -454,25 +454,31 @@ def test_hybrid_adam_is_replaced_where_the_script_imports_it(no_cuda: None, pack
     assert HybridAdam is adam.HybridAdam
 
 
-def test_ema_finds_master_weights_again(packages) -> None:
+def test_the_zero_optimizers_stores_have_their_old_names_again(packages) -> None:
     packages("opensora", {"utils/train_utils.py": "optimizer._param_store.working_to_master_param"})
     packages(
         "colossalai",
         {
             "zero/low_level/low_level_optim.py": "class LowLevelZeroOptimizer:\n"
+            "    pg_to_grad_store, pg_to_bucket_store = {'group': 'grads'}, {'group': 'bucket'}\n"
             "    def get_working_to_master_map(self): return {7: 'master'}\n"
         },
     )
-    assert ema_weights.install()
+    assert zero_stores.install()
     from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
 
-    assert LowLevelZeroOptimizer()._param_store.working_to_master_param[7] == "master"
+    optimizer = LowLevelZeroOptimizer()
+    assert optimizer._param_store.working_to_master_param[7] == "master"
+    assert optimizer._grad_store == "grads" and optimizer._bucket_store == "bucket"
+    optimizer.pg_to_grad_store = {"group": "grads", "experts": "others"}
+    with pytest.raises(ValueError, match="too many values"):
+        assert optimizer._grad_store
 
 
-def test_ema_needs_nothing_for_a_host_that_asks_the_new_way(packages) -> None:
+def test_a_host_that_asks_the_new_way_needs_no_old_names(packages) -> None:
     packages("opensora", {"utils/train_utils.py": "optimizer.get_working_to_master_map()"})
     packages("colossalai", {"zero/low_level/low_level_optim.py": ""})
-    assert not ema_weights.install()
+    assert not zero_stores.install()
 
 
 TOKEN_DROP = """

@@ -125,6 +125,15 @@ def test_nothing_the_host_passes_is_changed():
     assert all(torch.equal(args[key], args_before[key]) for key in args)
 
 
+def test_noise_of_half_precision_latents_is_drawn_in_float32():
+    network, seen = tiny_network(), {}
+    x, args = batch(network)
+    scheduler = PeRFlow()
+    scheduler._objective = lambda student, pair, t, frame_weights: seen.update(x=pair.x_start) or torch.zeros(2)
+    scheduler.training_losses(network, x.bfloat16(), args, t=torch.tensor([1000.0, 1000.0]))  # windows start at pure noise
+    assert seen["x"].dtype == torch.float32 and not torch.equal(seen["x"], seen["x"].bfloat16().float())
+
+
 def test_windows_start_from_the_clean_latents_above_the_threshold():
     network, seen = tiny_network(), {}
     scheduler = PeRFlow(windows=2)

@@ -19,7 +19,6 @@ from opensora_perflow.portable import (
     cpu_accelerator,
     cuda_queue,
     device_default,
-    ema_weights,
     mp4_codec,
     process_group,
     pyav_error,
@@ -27,6 +26,7 @@ from opensora_perflow.portable import (
     text_dropout,
     xformers_attention,
     zero_optimizer,
+    zero_stores,
 )
 
 INSTALLERS: dict[str, Callable[[], bool]] = {
@@ -41,7 +41,7 @@ INSTALLERS: dict[str, Callable[[], bool]] = {
         cpu_accelerator,
         zero_optimizer,
         adam,
-        ema_weights,
+        zero_stores,
         text_dropout,
         device_default,
         mp4_codec,

@@ -17,6 +17,13 @@ pytestmark = pytest.mark.host
 CONFIGS = REPOSITORY / "configs" / "opensora"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def has_stage_configs(host_tag: str) -> None:
+    """This repository's configs are for STDiT3."""
+    if host_tag in ("1.0", "1.1"):
+        pytest.skip(f"there are no stage configs for Open-Sora {host_tag}; test_iddpm_scripts.py trains its networks")
+
+
 def losses(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", output)]
 
