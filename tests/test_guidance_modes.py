@@ -1,6 +1,7 @@
 """Every mode of guidance against its closed form, on a teacher that is linear in the state and in the text."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from networks import Reference13, batch, tiny_network
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from opensora_perflow import PeRFlow
+from opensora_perflow import PeRFlow, cli
 from opensora_perflow.guidance import draw_scales, scale_of_window
 from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.embed import embed
 from opensora_perflow.hosts.negative_text import read_negative, write_negative
 from opensora_perflow.hosts.scale_input import UNIT, direction, told_scale
 
@@ -394,3 +396,61 @@ def test_the_network_learns_what_the_scale_means():
     PeRFlow(guidance=dict(mode="range", scale=(1, 9))).training_losses(network, x, args)["loss"].mean().backward()
     gradient = network.t_embedder.mlp[0].weight.grad @ direction(256).float()
     assert gradient.abs().max() > 0
+
+
+# --- opensora-perflow embed ---
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """A checkout with nothing but registries and one text encoder."""
+    root = tmp_path / "Open-Sora"
+    (root / "opensora").mkdir(parents=True)
+    (root / "opensora" / "__init__.py").touch()
+    (root / "opensora" / "registry.py").write_text(
+        "import torch\n"
+        "MODELS = SCHEDULERS = DATASETS = None\n"
+        "class Encoder:\n"
+        "    def tokenize_fn(self, texts): return dict(texts=texts)\n"
+        "    def encode(self, texts):\n"
+        "        return dict(y=torch.full((1, 1, 4, 3), float(len(texts[0]))), mask=torch.tensor([[1, 1, 0, 0]]))\n"
+        "def build_module(config, registry, device):\n"
+        "    assert config == dict(type='t5', model_max_length=4), config\n"
+        "    return Encoder()\n"
+    )
+    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("opensora_perflow.portable.activate", lambda: None)
+    yield root
+    for name in [name for name in sys.modules if name.split(".")[0] == "opensora"]:
+        del sys.modules[name]
+
+
+def test_embed_writes_what_training_reads(host, tmp_path, capsys):
+    config, out = tmp_path / "train.py", tmp_path / "negative.safetensors"
+    config.write_text("text_encoder = dict(type='t5', model_max_length=4, shardformer=True)\n")
+    assert cli.main(["embed", str(config), "blurry", "--out", str(out), "--open-sora", str(host)]) == 0
+    found = read_negative(out)
+    assert found["y"].unique().tolist() == [6.0] and found["mask"].tolist() == [[1, 1, 0, 0]]
+    assert f"written to {out}" in capsys.readouterr().out
+
+
+def test_mistakes_of_embed_are_one_line(host, tmp_path, capsys):
+    config = tmp_path / "train.py"
+    config.write_text("model = dict(type='STDiT3-XL/2')\n")
+    for options, message in (
+        (["--out", "n.pt"], "--out must end in .safetensors, got 'n.pt'"),
+        (["--open-sora", str(tmp_path)], "must be the root of an Open-Sora 1.x checkout"),
+        (["--open-sora", str(host), "--out", str(tmp_path / "n.safetensors")], "has no text_encoder"),
+    ):
+        assert cli.main(["embed", str(config), "blurry", *options]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("opensora-perflow: ") and message in error
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_embed_without_open_sora_says_how_to_name_it(host, tmp_path, monkeypatch):
+    (host / "opensora" / "registry.py").write_text("raise ImportError('no colossalai')\n")
+    with pytest.raises(ValueError, match=r"cannot be imported \(no colossalai\); name its checkout: --open-sora ROOT"):
+        embed(tmp_path / "train.py", "blurry", tmp_path / "n.safetensors", host)
