@@ -270,6 +270,10 @@ class PeRFlowConfig:
     draws: DrawsConfig = field(default_factory=DrawsConfig)
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
+    frames_of_weight_one: float | None = None
+    """What videos and images count beside each other. None: every sample counts alike, so that a step of images counts as much
+    as one of videos. A number n > 0 of latent frames: a sample's loss is multiplied by the number of its frames that count
+    over n, so that every frame counts alike; with n = the usual length the learning rate keeps its meaning."""
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
@@ -346,6 +350,10 @@ class PeRFlowConfig:
         self._check_iddpm()
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
+        if self.frames_of_weight_one is not None:
+            check_number("frames_of_weight_one", self.frames_of_weight_one)
+            if not self.frames_of_weight_one > 0:
+                raise ValueError(f"frames_of_weight_one must be > 0, or None, got {self.frames_of_weight_one!r}")
         if self.num_sampling_steps is not None:
             check_num_steps(self.num_sampling_steps, "num_sampling_steps")
         check_num_steps(self.num_timesteps, "num_timesteps")

@@ -21,7 +21,7 @@ from opensora_perflow.hosts.network import settle, text_dropout, unwrap
 from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
-from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
+from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
@@ -191,6 +191,8 @@ class PeRFlow:
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
+        if config.frames_of_weight_one is not None:
+            loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
         return {"loss": loss}
 
     def sample(

@@ -109,6 +109,11 @@ def test_lists_of_scales_survive_copy_and_json():
     assert PeRFlow(guidance=dict(mode="range", scale=[1, 9])).config.guidance.scale == (1, 9)
 
 
+def test_frames_of_weight_one_is_checked():
+    refused("frames_of_weight_one must be a number, got 'all'", frames_of_weight_one="all")
+    refused("frames_of_weight_one must be > 0, or None, got 0", frames_of_weight_one=0)
+
+
 def test_draws_are_checked():
     refused(r"unknown key\(s\) 'start' in draws; did you mean starts\?", draws=dict(start="student"))
     refused("draws must be a dict", draws="student")
