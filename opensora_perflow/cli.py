@@ -83,7 +83,7 @@ def _demo(args: dict) -> int:
     for name, what in {
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
-        "training.png": "the loss, and the error of one step across each window",
+        "training.png": "the loss, and the error and the motion of one step across each window",
         "results.json": "the numbers above and more",
         "student.safetensors": "the student's weights",
     }.items():
