@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_install(commands)
+    _add_embed(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -82,7 +83,7 @@ def _demo(args: dict) -> int:
     for name, what in {
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
-        "training.png": "the loss, and the error of one step across each window",
+        "training.png": "the loss, and the error and the motion of one step across each window",
         "results.json": "the numbers above and more",
         "student.safetensors": "the student's weights",
     }.items():
@@ -155,7 +156,33 @@ def _print_status(root: Path, status: Status) -> int:
     return 0 if status.complete else 1
 
 
-_COMMANDS = {"demo": _demo, "install": _install}
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="write a negative prompt's embedding, to fold it into a student",
+        description=(
+            "Encodes a prompt with the text encoder of an Open-Sora config and writes it as safetensors, for\n"
+            'scheduler = dict(type="perflow", guidance=dict(mode="fixed", scale=7.0, negative="negative.safetensors"), ...).\n'
+            "In training the teacher is then guided away from that prompt instead of from the empty one."
+        ),
+        epilog='example: opensora-perflow embed train_config.py "blurry, low quality" --open-sora ../Open-Sora',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="config that the student will be trained with")
+    parser.add_argument("prompt", metavar="PROMPT", help="the negative prompt")
+    parser.add_argument("--out", type=Path, default=Path("negative.safetensors"), help="file (default negative.safetensors)")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
+
+
+def _embed(args: dict) -> int:
+    from opensora_perflow.hosts.embed import embed
+
+    embed(**args)
+    print(f"written to {args['out']}")
+    return 0
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed}
 
 if __name__ == "__main__":
     sys.exit(main())

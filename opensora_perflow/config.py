@@ -16,7 +16,7 @@ from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS
 from opensora_perflow.solvers import SOLVERS
 from opensora_perflow.windows import TimeWindows
 
-GUIDANCE_MODES = ("sync", "fixed")
+GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("diffused", "student", "mixed")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
 PATHS = ("auto", "linear", "ddpm")
@@ -109,6 +109,24 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
+def as_scales(name: str, value: Any, num_windows: int | None = None) -> Any:
+    """A guidance scale >= 0 as it is, or a list of them as a tuple.
+
+    Raises:
+        ValueError: anything else, or a list without exactly one number a window.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        check_number(name, value, low=0)
+        return value
+    for i, scale in enumerate(value):
+        check_number(f"{name}[{i}]", scale, low=0)
+    if num_windows is not None and len(value) != num_windows:
+        raise ValueError(
+            f"{name} must be one number, or one for each of the {num_windows} windows, noisiest first, got {list(value)}"
+        )
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """Where the frozen teacher comes from and how its ODE is solved."""
@@ -122,6 +140,9 @@ class TeacherConfig:
     """euler (1 evaluation a step), heun or midpoint (2)."""
     allow_distilled: bool = False
     """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
+    takes_scale: bool = False
+    """The teacher is a student of guidance mode range: it is told the scale as an input, 1 evaluation a step, instead of being
+    guided with it. For modes fixed and range."""
 
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and not isinstance(self.from_pretrained, (str, os.PathLike)):
@@ -130,6 +151,8 @@ class TeacherConfig:
         check_choice("teacher.solver", self.solver, tuple(SOLVERS))
         if not isinstance(self.allow_distilled, bool):
             raise ValueError(f"teacher.allow_distilled must be True or False, got {self.allow_distilled!r}")
+        if not isinstance(self.takes_scale, bool):
+            raise ValueError(f"teacher.takes_scale must be True or False, got {self.takes_scale!r}")
 
 
 @dataclass(frozen=True)
@@ -138,25 +161,50 @@ class GuidanceConfig:
 
     mode: str = "sync"
     """sync: the student learns the unguided flow, with text dropout, and is guided when sampled (2 evaluations a step).
-    fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step)."""
-    scale: float | None = None
-    """Text guidance of the teacher in mode fixed; 1 = a teacher that needs none (itself a student of mode fixed)."""
+    fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step).
+    range: the teacher is guided with a scale that is drawn for each sample, and the student gets it as an input, see
+    hosts/scale_input.py; it is sampled with any cfg_scale of the range (1 a step)."""
+    scale: Any = None
+    """Text guidance of the teacher. Mode fixed: a number >= 0 (1 = a teacher that needs none, itself a student of mode fixed),
+    or a list of one number a window, noisiest first. Mode range: (low, high), 0 <= low < high; drawn uniformly."""
     image_scale: float | None = None
-    """Guidance by reference frames in mode fixed (Open-Sora 1.3's image/video conditioning); None: `scale`."""
+    """Guidance by reference frames in modes fixed and range (Open-Sora 1.3's image/video conditioning); None: as by text."""
+    negative: str | None = None
+    """Modes fixed and range: a negative prompt in place of the null text, as a file that `opensora-perflow embed` wrote."""
 
     def __post_init__(self) -> None:
         check_choice("guidance.mode", self.mode, GUIDANCE_MODES)
-        if self.mode == "fixed":
-            if self.scale is None:
-                raise ValueError('guidance mode "fixed" needs a scale, for example dict(mode="fixed", scale=7.0)')
-            check_number("guidance.scale", self.scale, low=0)
-            if self.image_scale is not None:
-                check_number("guidance.image_scale", self.image_scale, low=0)
-        elif self.scale is not None or self.image_scale is not None:
+        if self.mode == "sync":
+            given = {name: getattr(self, name) for name in ("scale", "image_scale", "negative")}
+            if any(value is not None for value in given.values()):
+                raise ValueError(
+                    'guidance mode "sync" takes no scale, image_scale or negative, got '
+                    + ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+                    + '; set cfg_scale for sampling, or mode="fixed" to fold the scale into the student'
+                )
+            return
+        if self.scale is None:
+            example = "7.0" if self.mode == "fixed" else "(1.0, 9.0)"
             raise ValueError(
-                f'guidance mode "sync" takes no scale, got scale={self.scale!r}, image_scale={self.image_scale!r}; '
-                'set cfg_scale for sampling, or mode="fixed" to fold the scale into the student'
+                f'guidance mode "{self.mode}" needs a scale, for example dict(mode="{self.mode}", scale={example})'
             )
+        object.__setattr__(self, "scale", as_scales("guidance.scale", self.scale))
+        pair = isinstance(self.scale, tuple) and len(self.scale) == 2
+        if self.mode == "range" and not (pair and self.scale[0] < self.scale[1]):
+            raise ValueError(
+                f'guidance mode "range" needs scale=(low, high) with low < high, got {self.scale!r}; for one scale use '
+                'mode="fixed"'
+            )
+        if self.image_scale is not None:
+            check_number("guidance.image_scale", self.image_scale, low=0)
+        if self.negative is not None and not isinstance(self.negative, (str, os.PathLike)):
+            raise ValueError(f"guidance.negative must be the path of a .safetensors file or None, got {self.negative!r}")
+
+    @property
+    def folded(self) -> bool:
+        """Whether guidance is in the student's weights: it is sampled with one evaluation a step, and trained without text
+        dropout."""
+        return self.mode != "sync"
 
 
 @dataclass(frozen=True)
@@ -231,6 +279,10 @@ class PeRFlowConfig:
     allow_change: bool = False
     """Go on with --load although windows, path, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""
+    frames_of_weight_one: float | None = None
+    """What videos and images count beside each other. None: every sample counts alike, so that a step of images counts as much
+    as one of videos. A number n > 0 of latent frames: a sample's loss is multiplied by the number of its frames that count
+    over n, so that every frame counts alike; with n = the usual length the learning rate keeps its meaning."""
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
@@ -243,8 +295,9 @@ class PeRFlowConfig:
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
     num_timesteps: int = 1000
     """Size of the network's timestep range."""
-    cfg_scale: float = 4.0
-    """Guidance when sampling in mode sync; no effect in mode fixed."""
+    cfg_scale: Any = 4.0
+    """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
+    or a list of one a window, noisiest first. No effect in mode fixed."""
     use_discrete_timesteps: bool = False
     """Round drawn times and the sampling grid to whole timesteps."""
     use_timestep_transform: bool = False
@@ -314,10 +367,22 @@ class PeRFlowConfig:
         if not isinstance(self.allow_change, bool):
             raise ValueError(f"allow_change must be True or False, got {self.allow_change!r}")
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
+        if self.frames_of_weight_one is not None:
+            check_number("frames_of_weight_one", self.frames_of_weight_one)
+            if not self.frames_of_weight_one > 0:
+                raise ValueError(f"frames_of_weight_one must be > 0, or None, got {self.frames_of_weight_one!r}")
         if self.num_sampling_steps is not None:
             check_num_steps(self.num_sampling_steps, "num_sampling_steps")
         check_num_steps(self.num_timesteps, "num_timesteps")
-        for name in ("cfg_scale", "x_cond_weight", "initial_image_scale", "force_num"):
+        set_(self, "cfg_scale", as_scales("cfg_scale", self.cfg_scale, self.windows.num_windows))
+        if self.teacher.takes_scale and not self.guidance.folded:
+            raise ValueError(
+                'teacher.takes_scale needs a scale to tell: guidance=dict(mode="range", scale=(low, high)) or mode="fixed", '
+                'got mode="sync"'
+            )
+        if self.guidance.mode == "fixed":
+            as_scales("guidance.scale", self.guidance.scale, self.windows.num_windows)
+        for name in ("x_cond_weight", "initial_image_scale", "force_num"):
             check_number(name, getattr(self, name), low=0)
         check_number("loc", self.loc)
         for name in ("scale", "transform_scale"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,28 @@ def text_and_image(
     Source: InstructPix2Pix (arXiv:2211.09800), eq. 3, in the order in which Open-Sora 1.3 nests it.
     """
     return v_none + image_scale * (v_image - v_none) + text_scale * (v_full - v_image)
+
+
+def draw_scales(
+    low: float,
+    high: float,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Scales uniform on [low, high), one a sample: [B], float64.
+
+    Source: Meng et al. (arXiv:2210.03142), section 3.1: a student of a guided teacher for a range of scales.
+    """
+    return low + (high - low) * torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+
+
+def scale_of_window(scale: float | Sequence[float], window_idx: Tensor) -> float | Tensor:
+    """The scale of each sample's window [B], float64, where there is one a window (noisiest first); else the one of all."""
+    if not isinstance(scale, Sequence):
+        return scale
+    return torch.tensor(scale, dtype=torch.float64, device=window_idx.device)[window_idx]
 
 
 def oscillating_scale(scale: float, step: int, force_num: int) -> float:

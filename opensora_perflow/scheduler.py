@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping, path_of_keys
+from opensora_perflow.config import PeRFlowConfig, TeacherConfig, as_scales, from_mapping, path_of_keys
 from opensora_perflow.conventions import shift_time, unshift_time
-from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
+from opensora_perflow.guidance import draw_scales, image_scale_ramp, oscillating_scale, scale_of_window
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
+from opensora_perflow.hosts.negative_text import read_negative
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
 from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
-from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
+from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.randomness import TrainingRandomness
 from opensora_perflow.registry import SCHEDULERS
@@ -90,6 +91,7 @@ class PeRFlow:
         if not hasattr(self, "_randomness"):
             self._randomness: TrainingRandomness | None = None
             self._stage, self._teacher_source, self._fingerprint = 1, None, None
+        self._negative: dict[str, Tensor] | None = None
         self._warned: set[str] = set()
 
     def training_losses(
@@ -159,33 +161,35 @@ class PeRFlow:
         x_win_start = _hold(path.add_noise(data, noise, t_start), still, mask)
 
         drop = None
-        if config.guidance.mode == "sync":
+        if not config.guidance.folded:
             probability = text_dropout(network) if text_uncond_prob is None or not network.training else text_uncond_prob
             drop = torch.rand(len(data), device=data.device, generator=generator) < probability if probability > 0 else None
         student_condition = stdit.training_condition(network, model_args, drop)
-        teacher_condition = stdit.training_condition(teacher, model_args, drop)
+        teacher_condition = stdit.training_condition(teacher, model_args, drop, self._negative_text())
         frame_weights = None if mask is None else mask.float()
         if mask_index is not None and len(mask_index) > 0:
             reference = stdit.Reference.of(x_start if x_noisy_ref is None else x_noisy_ref, mask_index)
-            drop_condition = config.drop_condition if config.guidance.mode == "sync" else None
+            drop_condition = None if config.guidance.folded else config.drop_condition
             drawn = stdit.draw_reference_drop(drop_condition, generator)
             student_condition, teacher_condition = (
                 stdit.with_reference(c, reference, drawn) for c in (student_condition, teacher_condition)
             )
             frame_weights = stdit.reference_frame_weights(reference, config.x_cond_weight)
 
+        scale = self._teacher_scale(windows.window_idx, generator)
+        told = scale if config.guidance.mode == "range" else None
         if config.draws.starts != "diffused":
-            reached = self._roll_out(path, prediction, model, student_condition, _hold(noise, still, mask), windows, mask)
+            reached = self._roll_out(path, prediction, model, student_condition, _hold(noise, still, mask), windows, mask, told)
             share = 1.0 if config.draws.starts == "student" else config.draws.student_share
             own = torch.rand(len(data), device=data.device, generator=generator) < share
             x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
 
-        states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask)
+        states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask, scale)
         pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times)
         keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
         variance = VarianceMatch(model, teacher) if keeps_variance and config.variance_weight > 0 else None
         output = stdit.prediction_field(
-            variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask
+            variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
         student = path.student(output, prediction, lambda times: (t_start, t_end))
         loss = 0.0
@@ -199,6 +203,8 @@ class PeRFlow:
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
+        if config.frames_of_weight_one is not None:
+            loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
         return {"loss": loss}
 
     def sample(
@@ -210,7 +216,7 @@ class PeRFlow:
         device: torch.device | str = "cpu",
         additional_args: Mapping[str, Any] | None = None,
         mask: Tensor | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         image_cfg_scale: float | None = None,
         progress: bool = True,
         neg_prompts: Sequence[str] | None = None,
@@ -233,21 +239,23 @@ class PeRFlow:
             additional_args: height, width, num_frames, fps, ar, [B] each; not changed.
             mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit` and the key edit_join; None or ones generate
                 everything.
-            guidance_scale: Text guidance in mode sync; None: the config's cfg_scale.
+            guidance_scale: Text guidance in mode sync, what the student is told in mode range; one number, or one a window;
+                None: the config's cfg_scale.
             image_cfg_scale: Guidance by reference frames in mode sync; None: the config's cfg_scale, as upstream.
-            neg_prompts: B negative prompts, mode sync only.
+            neg_prompts: B negative prompts, mode sync only (else guidance.negative in training).
             z_cond, mask_index: Reference latents and their frames (v1.3); z_cond_mask follows from mask_index.
             use_sdedit: Put the noised reference back onto its frames before each step.
             use_oscillation_guidance_for_text, use_oscillation_guidance_for_image: None: the config's.
             z_size: (C, T, H, W) of noise to draw in float32 where there is no z (v1.0).
 
         Returns:
-            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps with fixed guidance; twice
-            that in mode sync (three times with reference frames), once where the scales are 1. An edit ratio between two
-            grid points counts as a step, see `sampling.FrameEdit`.
+            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps in modes fixed and range;
+            twice that in mode sync (three times with reference frames), once where the scales are 1. An edit ratio between
+            two grid points counts as a step, see `sampling.FrameEdit`.
 
         Raises:
-            ValueError: neither or both of z and z_size; see hosts.stdit and hosts.host_path.
+            ValueError: neither or both of z and z_size; a scale outside the range of mode range; see hosts.stdit and
+                hosts.host_path.
         """
         config, network = self.config, unwrap(model)
         path, prediction = self._path_of(network)
@@ -258,11 +266,12 @@ class PeRFlow:
         if z is None:
             z = torch.randn(len(prompts), *z_size, device=device)
         x = z.to(device).float()
-        synced = config.guidance.mode == "sync"
-        if not synced and (guidance_scale is not None or neg_prompts is not None):
+        synced = not config.guidance.folded
+        told = config.guidance.mode == "range"
+        if (guidance_scale is not None and not synced and not told) or (neg_prompts is not None and not synced):
             self._warn_once("guidance is folded into the weights: guidance_scale and negative prompts have no effect")
-        text_scale = (config.cfg_scale if guidance_scale is None else guidance_scale) if synced else 1.0
-        image_scale = (config.cfg_scale if image_cfg_scale is None else image_cfg_scale) if synced else 1.0
+        text_scales = self._step_scales(guidance_scale)
+        image_scales = text_scales if image_cfg_scale is None or not synced else [image_cfg_scale] * len(text_scales)
 
         reference = None
         if mask_index is not None and len(mask_index) > 0:
@@ -288,8 +297,8 @@ class PeRFlow:
 
         def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
             text, image = (
-                oscillating_scale(scale, step, config.force_num) if synced and on else scale
-                for scale, on in zip((text_scale, image_scale), oscillate)
+                (oscillating_scale(scale, step, config.force_num) if on else scale) if synced else 1.0
+                for scale, on in zip((text_scales[step], image_scales[step]), oscillate)
             )
             if synced and config.scale_image_weight and image > config.initial_image_scale:
                 image = image_scale_ramp(image, config.initial_image_scale, step, num_steps, x.shape[2])
@@ -303,6 +312,7 @@ class PeRFlow:
                 image_scale=image,
                 guided_channels=channels,
                 flaw_fix=config.use_flaw_fix,
+                told=torch.full((len(x),), text_scales[step], dtype=torch.float64) if told else None,
             )
             return path.student(output, prediction, bounds)
 
@@ -446,25 +456,31 @@ class PeRFlow:
         noise: Tensor,
         windows: DrawnWindows,
         frame_mask: Tensor | None,
+        told: Tensor | None,
     ) -> Tensor:
         """Where the student, sampled with one step a window, reaches each sample's window."""
         config = self.config
-        # Guided as it will be sampled. A network without a null text cannot be.
-        scale = config.cfg_scale if config.guidance.mode == "sync" and condition.null is not None else 1.0
-        output = stdit.prediction_field(
-            model,
-            unwrap(model),
-            condition,
-            to_timestep=path.to_timestep,
-            frame_mask=frame_mask,
-            text_scale=scale,
-            image_scale=scale,
-            guided_channels=self._guided_channels(path),
-            flaw_fix=config.use_flaw_fix and scale != 1.0,
-        )
+        edges = self._edges(len(noise), noise.device, windows.ratio)
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            # Guided as it will be sampled. A network without a null text cannot be.
+            synced = not config.guidance.folded and condition.null is not None
+            # t is an edge, bit for bit: no window is looked up through the inverse of the warp.
+            scale = scale_of_window(config.cfg_scale, (edges[:-1] >= t).sum(dim=0) - 1) if synced else 1.0
+            return stdit.prediction_field(
+                model,
+                unwrap(model),
+                condition,
+                to_timestep=path.to_timestep,
+                frame_mask=frame_mask,
+                text_scale=scale,
+                image_scale=scale,
+                guided_channels=self._guided_channels(path),
+                flaw_fix=config.use_flaw_fix and synced,
+                told=told,
+            )(x, t)
+
         velocity = hold_frames(path.student(output, prediction, self._bounds(windows.ratio)), frame_mask)
-        edges = torch.tensor(config.windows.edges, dtype=torch.float64, device=noise.device)
-        edges = shift_time(edges[:, None].expand(-1, len(noise)), windows.ratio)
         return carry_to_windows(velocity, noise, edges, windows.window_idx)
 
     def _bounds(self, ratio: Tensor | None) -> Bounds:
@@ -529,10 +545,14 @@ class PeRFlow:
         x: Tensor,
         times: Tensor,
         frame_mask: Tensor | None,
+        scale: float | Tensor,
     ) -> Tensor:
-        """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]."""
-        guidance = self.config.guidance
-        scale = 1.0 if guidance.mode == "sync" else guidance.scale
+        """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]. `scale` is its guidance, of all or [B]."""
+        guidance, told = self.config.guidance, None
+        image_scale = scale if guidance.image_scale is None else guidance.image_scale
+        if self.config.teacher.takes_scale:
+            told = torch.as_tensor(scale, dtype=torch.float64, device=x.device).expand(len(x))
+            scale = image_scale = 1.0
         output = stdit.prediction_field(
             teacher,
             teacher,
@@ -540,14 +560,46 @@ class PeRFlow:
             to_timestep=path.to_timestep,
             frame_mask=frame_mask,
             text_scale=scale,
-            image_scale=scale if guidance.image_scale is None else guidance.image_scale,
+            image_scale=image_scale,
             guided_channels=self._guided_channels(path),
-            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
+            flaw_fix=self.config.use_flaw_fix and guidance.folded,
+            told=told,
         )
         states = path.states(output, x, times, method=self.config.teacher.solver, frame_mask=frame_mask)
         solution = torch.stack(list(states))
         check_finite(solution[-1], times[0], times[-1], self._teacher_source)
         return solution
+
+    def _teacher_scale(self, window_idx: Tensor, generator: torch.Generator) -> float | Tensor:
+        """What guides the teacher in a training step: one scale, or one a sample [B]."""
+        guidance = self.config.guidance
+        if guidance.mode == "sync":
+            return 1.0
+        if guidance.mode == "range":
+            return draw_scales(*guidance.scale, len(window_idx), device=window_idx.device, generator=generator)
+        return scale_of_window(guidance.scale, window_idx)
+
+    def _step_scales(self, asked: float | Sequence[float] | None) -> list[float]:
+        """The text scale of each sampling step: that of the window in which the step begins."""
+        config = self.config
+        windows = config.windows
+        scales = config.cfg_scale if asked is None else as_scales("guidance_scale", asked, windows.num_windows)
+        scales = scales if isinstance(scales, tuple) else (scales,) * windows.num_windows
+        if config.guidance.mode == "range":
+            low, high = config.guidance.scale
+            outside = [scale for scale in scales if not low <= scale <= high]
+            if outside:
+                raise ValueError(
+                    f"the student takes guidance scales from {low:g} to {high:g}, for which it was trained "
+                    f"(guidance.scale), got {outside[0]:g}; set cfg_scale, or guidance_scale=, to a scale in that range"
+                )
+        starts = torch.tensor(sampling_grid(windows, config.sampling_steps)[:-1], dtype=torch.float64)
+        return [scales[k] for k in windows.lookup(starts).tolist()]
+
+    def _negative_text(self) -> dict[str, Tensor] | None:
+        if self._negative is None and self.config.guidance.negative is not None:
+            self._negative = read_negative(self.config.guidance.negative)
+        return self._negative
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

@@ -85,11 +85,34 @@ def test_teacher_and_guidance_settings_are_checked():
     refused("teacher.solver must be one of euler, heun, midpoint, got 'rk4'", teacher=dict(solver="rk4"))
     refused("teacher.from_pretrained must be a path", teacher=dict(from_pretrained=3))
     refused("teacher.allow_distilled must be True or False", teacher=dict(allow_distilled="yes"))
-    refused("guidance.mode must be one of sync, fixed", guidance=dict(mode="free"))
+    refused("teacher.takes_scale must be True or False", teacher=dict(takes_scale="yes"))
+    refused('teacher.takes_scale needs a scale to tell.*got mode="sync"', teacher=dict(takes_scale=True))
+    refused("guidance.mode must be one of sync, fixed, range", guidance=dict(mode="free"))
     refused('mode "fixed" needs a scale', guidance=dict(mode="fixed"))
     refused('mode "sync" takes no scale', guidance=dict(scale=4.0))
     refused("guidance.scale must be a number", guidance=dict(mode="fixed", scale="7"))
     refused("guidance.image_scale must be a number", guidance=dict(mode="fixed", scale=7, image_scale="7"))
+    refused('mode "sync" takes no scale.*got negative=', guidance=dict(negative="n.safetensors"))
+    refused("guidance.negative must be the path", guidance=dict(mode="fixed", scale=7, negative=3))
+    refused(r'mode "range" needs a scale.*scale=\(1.0, 9.0\)', guidance=dict(mode="range"))
+    for scale in (7.0, [7.0], [7.0, 7.0], [9, 1], [1, 2, 3]):
+        refused(r'mode "range" needs scale=\(low, high\) with low < high', guidance=dict(mode="range", scale=scale))
+    refused(r"guidance.scale\[1\] must be a number >= 0, got -1", guidance=dict(mode="range", scale=[1, -1]))
+    refused("guidance.scale must be one number, or one for each of the 4 windows", guidance=dict(mode="fixed", scale=[9, 7]))
+    refused(r"cfg_scale must be one number, or one for each of the 2 windows.*got \[\]", cfg_scale=[], windows=2)
+
+
+def test_lists_of_scales_survive_copy_and_json():
+    config = dict(type="perflow", windows=2, cfg_scale=[9, 4.5], guidance=dict(mode="fixed", scale=(7.0, 3)))
+    again = build_module(json.loads(json.dumps(copy.deepcopy(config))), SCHEDULERS).config
+    assert again == build_module(config, SCHEDULERS).config
+    assert again.cfg_scale == (9, 4.5) and again.guidance.scale == (7.0, 3)
+    assert PeRFlow(guidance=dict(mode="range", scale=[1, 9])).config.guidance.scale == (1, 9)
+
+
+def test_frames_of_weight_one_is_checked():
+    refused("frames_of_weight_one must be a number, got 'all'", frames_of_weight_one="all")
+    refused("frames_of_weight_one must be > 0, or None, got 0", frames_of_weight_one=0)
 
 
 def test_draws_are_checked():

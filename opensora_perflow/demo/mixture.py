@@ -70,6 +70,20 @@ class ClassText:
         return self.of(torch.full((n,), NUM_CLASSES))["y"]
 
 
+class _Sinusoids(nn.Module):
+    """Cosines and sines of the timestep; `mlp` is where the host's networks have theirs, and does nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half))
+        self.mlp = nn.Identity()
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        angle = timestep[:, None] * self.frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
 class MixtureNetwork(nn.Module):
     """The mixture's own velocity, exact, plus a small MLP that starts at zero: a student that starts as its teacher.
 
@@ -86,8 +100,7 @@ class MixtureNetwork(nn.Module):
         self.y_embedder = nn.Module()  # the null text, where the host's networks keep theirs
         self.y_embedder.register_buffer("y_embedding", ClassText().null(1)[0, 0])
         self.y_embedder.uncond_prob = 0.0
-        half = time_channels // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * torch.arange(half) / half))
+        self.t_embedder = _Sinusoids(time_channels)
         self.layers = nn.Sequential(
             nn.Linear(DIM + time_channels + NUM_CLASSES + 1, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),
@@ -99,8 +112,7 @@ class MixtureNetwork(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None, **sizes: Any) -> Tensor:
         """In the host's sign, data - noise: x [B, 16, 1, 1, 1], timestep [B] in 0..1000, y [B, 1, 1, 5] -> like x."""
-        angle = timestep[:, None] * self.frequencies
-        features = torch.cat([x.flatten(1), angle.cos(), angle.sin(), y[:, 0, 0]], dim=1)
+        features = torch.cat([x.flatten(1), self.t_embedder(timestep), y[:, 0, 0]], dim=1)
         return (self.layers(features) - self._velocity(x.flatten(1), timestep / NUM_TIMESTEPS, y[:, 0, 0])).reshape(x.shape)
 
     def _velocity(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

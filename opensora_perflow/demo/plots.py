@@ -74,9 +74,12 @@ def frames_figure(path: Path, videos: dict[str, np.ndarray], captions: list[str]
 
 
 def training_figure(path: Path, history: list[float], windows: list[dict[str, Any]]) -> None:
-    """The loss over the training steps, and the error of one step across each window for teacher and student."""
-    figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """The loss over the training steps, and of one step across each window the error and the motion it leads to.
+
+    windows: t_start, t_end, teacher, student (errors) and motion (the fields of `motion.WindowMotion`) of each.
+    """
+    figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
+    left, right, last = figure.subplots(1, 3)
     left.plot(history, color=STUDENT, alpha=0.25, linewidth=1)
     width = max(1, min(20, len(history) // 4))
     smooth = np.convolve(history, np.ones(width) / width, mode="valid")
@@ -84,11 +87,15 @@ def training_figure(path: Path, history: list[float], windows: list[dict[str, An
     left.set(xlabel="training step", ylabel="PeRFlow loss", title="Training", yscale="log")
     left.legend(frameon=False)
     places = np.arange(len(windows))
-    right.bar(places - 0.2, [row["teacher"] for row in windows], 0.38, color=TEACHER, label="teacher, one guided Euler step")
-    right.bar(places + 0.2, [row["student"] for row in windows], 0.38, color=STUDENT, label="student, one step")
-    right.set_xticks(places, [f"{row['t_start']:g} → {row['t_end']:g}" for row in windows])
-    right.set(xlabel="window (t = 1 is noise)", ylabel="error at the window's end", title="One step across each window")
-    right.legend(frameon=False)
+    motions = [row["motion"] for row in windows]
+    for axis, rows, of_teacher in (right, windows, "teacher, one guided Euler step"), (last, motions, "teacher"):
+        axis.bar(places - 0.2, [row["teacher"] for row in rows], 0.38, color=TEACHER, label=of_teacher)
+        axis.bar(places + 0.2, [row["student"] for row in rows], 0.38, color=STUDENT, label="student, one step")
+        axis.set_xticks(places, [f"{row['t_start']:g} → {row['t_end']:g}" for row in windows])
+        axis.set(xlabel="window (t = 1 is noise)")
+        axis.legend(frameon=False)
+    right.set(ylabel="error at the window's end", title="One step across each window")
+    last.set(ylabel="temporal-difference energy", title="Motion of the video it points at")
     save_figure(figure, path)
 
 

@@ -39,6 +39,7 @@ from opensora_perflow.demo.model import WEIGHTS, TinySTDiT, load_teacher
 from opensora_perflow.demo.text import TinyTextEncoder
 from opensora_perflow.hosts import stdit
 from opensora_perflow.metrics import endpoint_error, energy_distance, temporal_difference_energy
+from opensora_perflow.motion import motion_report
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.schedule import check_num_steps, linear_grid
 from opensora_perflow.solvers import solve
@@ -309,7 +310,7 @@ def _as_described(vae: TinyVAE, samples: Tensor, prompts: list[str]) -> float | 
 def _window_errors(
     scheduler: Any, teacher: nn.Module, student: nn.Module, text_encoder: Any, batch: Batch, path: TeacherPath
 ) -> list[dict[str, float]]:
-    """Error of one step across each window, from the teacher's own state at its noisy edge."""
+    """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at."""
     edges = scheduler.config.windows.edges
     fields = {
         "teacher": _guided(teacher, text_encoder, batch, scheduler.config.guidance.scale),
@@ -322,7 +323,8 @@ def _window_errors(
         for name, velocity in fields.items():
             row[name] = endpoint_error(solve(velocity, path.states[k], times), path.states[k + 1])
         rows.append(row)
-    return rows
+    motion = motion_report(fields["student"], path.states, torch.tensor(edges, dtype=torch.float64))
+    return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]
 
 
 @torch.no_grad()
@@ -359,4 +361,6 @@ def table(result: dict[str, Any]) -> str:
             f"{row['sampler']:24}{row['nfe']:6d}{row['seconds_per_sample']:10.3f}"
             f"{row['endpoint_error']:16.4f}{row['energy_distance']:17.5f}{share:>14}"
         )
-    return "\n".join(lines)
+    windows = [(f"{row['t_start']:g}-{row['t_end']:g}", row["motion"]) for row in result["windows"]]
+    shares = (f"{name} {m['student'] / m['teacher']:.0%}" if m["teacher"] > 0 else f"{name} -" for name, m in windows)
+    return "\n".join([*lines, f"the student's motion, in parts of the teacher's, by window: {', '.join(shares)}"])

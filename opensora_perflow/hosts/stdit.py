@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.conventions import host_to_velocity, interpolate, to_timestep
+from opensora_perflow.conventions import expand_like, host_to_velocity, interpolate, to_timestep
 from opensora_perflow.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.hosts.network import accepted_arguments, declares, null_text, without_text_dropout
+from opensora_perflow.hosts.scale_input import told_scale
 from opensora_perflow.solvers import Velocity
 
 # Arguments of a network call that this module sets itself, wherever the host put them.
@@ -82,16 +83,24 @@ class Condition:
     """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
 
 
-def training_condition(network: nn.Module, model_args: Mapping[str, Any], drop: Tensor | None = None) -> Condition:
+def training_condition(
+    network: nn.Module,
+    model_args: Mapping[str, Any],
+    drop: Tensor | None = None,
+    negative: Mapping[str, Tensor] | None = None,
+) -> Condition:
     """The condition that the host's training script describes, with dropped prompts replaced by this network's null text.
 
     Args:
         network: The unwrapped network that will see it; its own null embedding is used.
         model_args: The host's dict: y, mask, sizes. Left as it is.
         drop: bool [B], True where the prompt is dropped; None drops nothing.
+        negative: y [1, L, D] and mask [1, L] of a negative prompt, which guidance then leads away from in place of the null
+            text; see hosts/negative_text.py.
 
     Raises:
-        ValueError: no text in model_args, or prompts are to be dropped and the network has no null text.
+        ValueError: no text in model_args, prompts are to be dropped and the network has no null text, or a negative prompt of
+            other sizes than the prompts.
     """
     if "y" not in model_args:
         raise ValueError(f"model_args needs the text embeddings 'y', got the keys {sorted(model_args)}")
@@ -101,7 +110,14 @@ def training_condition(network: nn.Module, model_args: Mapping[str, Any], drop: 
         if null is None:
             raise ValueError("prompts cannot be dropped: the network has no null text; use the model's class_dropout_prob=0")
         text = torch.where(drop.to(text.device)[:, None, None, None], null, text)
-    return Condition(text, model_args.get("mask"), null, strict_null=null, extras=_extras(network, model_args))
+    condition = Condition(text, model_args.get("mask"), null, strict_null=null, extras=_extras(network, model_args))
+    return condition if negative is None else with_negative(condition, negative)
+
+
+def encode_text(text_encoder: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """y [B, 1, L, D], mask [B, L] and whatever else the host's text encoder makes of prompts."""
+    tokenize = getattr(text_encoder, "tokenize_fn", None)  # v1.3 tokenizes in the dataset's workers, 1.2 inside encode
+    return dict(text_encoder.encode(**tokenize(list(prompts))) if tokenize else text_encoder.encode(list(prompts)))
 
 
 def sampling_condition(
@@ -115,12 +131,12 @@ def sampling_condition(
     needs_null: bool,
 ) -> Condition:
     """Encode prompts as the host's sampler does; `needs_null` is False where no branch is unguided."""
-    encoded = _encode(text_encoder, prompts)
+    encoded = encode_text(text_encoder, prompts)
     null = null_mask = strict_null = None
     if needs_null or reference is not None:
         null = strict_null = text_encoder.null(len(prompts)).to(encoded["y"].device)
     if negative_prompts is not None and needs_null:
-        negative = _encode(text_encoder, negative_prompts)
+        negative = encode_text(text_encoder, negative_prompts)
         null, null_mask = negative["y"], negative.get("mask")
     extras = {**{key: value for key, value in encoded.items() if key not in ("y", "mask")}, **additional_args}
     return Condition(encoded["y"], encoded.get("mask"), null, null_mask, strict_null, reference, _extras(network, extras))
@@ -149,6 +165,18 @@ def with_reference(condition: Condition, reference: Reference, drop: tuple[bool,
     return replace(condition, reference=reference, text=condition.null if drop_text else condition.text)
 
 
+def with_negative(condition: Condition, negative: Mapping[str, Tensor]) -> Condition:
+    """The condition with one negative prompt, y [1, L, D] and mask [1, L], in place of the null text of every sample."""
+    y, text = negative["y"], condition.text
+    if text.dim() != 4 or y.shape[1:] != text.shape[2:]:
+        raise ValueError(
+            f"the negative prompt's y is {list(y.shape)}, which does not go with text embeddings {list(text.shape)}; make it "
+            "with the config of this training, whose text encoder and model_max_length it needs (skip_y_embedder takes none)"
+        )
+    null_mask = negative["mask"].to(text.device).expand(len(text), -1)
+    return replace(condition, null=y.to(text.device, text.dtype).expand_as(text), null_mask=null_mask)
+
+
 def put_back_reference(
     x: Tensor, t: Tensor, reference: Reference, add_noise: Callable[[Tensor, Tensor, Tensor], Tensor] = interpolate
 ) -> Tensor:
@@ -164,10 +192,11 @@ def prediction_field(
     *,
     to_timestep: Callable[[Tensor], Tensor],
     frame_mask: Tensor | None = None,
-    text_scale: float = 1.0,
+    text_scale: float | Tensor = 1.0,
     image_scale: float | Tensor = 1.0,
     guided_channels: int | None = None,
     flaw_fix: bool = False,
+    told: Tensor | None = None,
 ) -> Velocity:
     """The network under a condition, guided, as a field prediction(x, t): what it outputs, without its variance half.
 
@@ -177,37 +206,41 @@ def prediction_field(
         condition: Text, reference frames and sizes for B samples.
         to_timestep: Flow time -> what the network is told.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
-        text_scale: Classifier-free guidance by text; 1 = none, one evaluation of B samples instead of two.
-        image_scale: Guidance by reference frames (a third branch); only with a reference.
+        text_scale: Classifier-free guidance by text, a number or one a sample [B]; 1 = none, one evaluation of B samples
+            instead of two (a tensor always takes two).
+        image_scale: Guidance by reference frames (a third branch), likewise, or anything that multiplies [B, C, T, H, W]; only
+            with a reference.
         guided_channels: Text guidance acts on the first so many channels; the others are the conditional prediction's, as in
             upstream's iddpm (v1.1.0 opensora/schedulers/iddpm/__init__.py, forward_with_cfg). None: all.
         flaw_fix: Rescale the guided prediction (text guidance alone, as upstream).
+        told: Guidance scales [B] that the network is told as an input, see hosts/scale_input.py; None: it takes none.
 
     Returns:
         prediction(x, t): x [B, C, T, H, W], t [B] in [0, 1] -> [B, C, T, H, W], float32.
 
     Raises:
-        ValueError: guidance without null text, or an argument that this network's forward does not take.
+        ValueError: guidance without null text, an argument that this network's forward does not take, or a network that cannot
+            be told a scale.
     """
-    guided_by_image = isinstance(image_scale, Tensor) or image_scale != 1.0
-    if condition.reference is not None and (text_scale != 1.0 or guided_by_image):
+    guided, guided_by_image = (isinstance(scale, Tensor) or scale != 1.0 for scale in (text_scale, image_scale))
+    if condition.reference is not None and (guided or guided_by_image):
         branches = (FULL, NO_TEXT, NOTHING)
-    elif condition.reference is None and text_scale != 1.0:
+    elif condition.reference is None and guided:
         branches = (FULL, NO_TEXT)
     else:
         branches = (FULL,)
     inputs = _network_inputs(network, condition, branches, frame_mask)
+    told = None if told is None else told.repeat(len(branches))
 
     def prediction(x: Tensor, t: Tensor) -> Tensor:
         timestep = to_timestep(t.to(x.device))
-        with without_text_dropout(network) as quiet:
+        with without_text_dropout(network) as quiet, told_scale(network, told):
             output = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep.repeat(len(branches)), **inputs, **quiet)
         parts = halves(output, x.shape[1])[0].chunk(len(branches))
         if len(parts) == 3:
-            scale = image_scale.to(x.device) if isinstance(image_scale, Tensor) else image_scale
-            return text_and_image(*parts, text_scale, scale)
+            return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
         if len(parts) == 2:
-            guided = classifier_free(*parts, text_scale)
+            guided = classifier_free(*parts, _factor(text_scale, x))
             if guided_channels is not None:
                 guided = torch.cat([guided[:, :guided_channels], parts[0][:, guided_channels:]], dim=1)
             return rescale_to_cond(guided, parts[0]) if flaw_fix else guided
@@ -252,6 +285,13 @@ def reference_frame_weights(reference: Reference, weight: float) -> Tensor:
     return weights
 
 
+def _factor(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    """A scale as something to multiply predictions for x with: [B] -> [B, 1, ..., 1]."""
+    if not isinstance(scale, Tensor):
+        return scale
+    return expand_like(scale, x.float()) if scale.dim() == 1 else scale.to(x.device)
+
+
 def _network_inputs(
     network: nn.Module, condition: Condition, branches: Sequence[Branch], frame_mask: Tensor | None
 ) -> dict[str, Any]:
@@ -293,8 +333,3 @@ def _network_inputs(
 def _extras(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     accepts = accepted_arguments(network)
     return {key: value for key, value in arguments.items() if key not in _OWN_ARGUMENTS and accepts(key)}
-
-
-def _encode(text_encoder: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    tokenize = getattr(text_encoder, "tokenize_fn", None)  # v1.3 tokenizes in the dataset's workers, 1.2 inside encode
-    return dict(text_encoder.encode(**tokenize(list(prompts))) if tokenize else text_encoder.encode(list(prompts)))

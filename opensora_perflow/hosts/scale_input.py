@@ -1,0 +1,73 @@
+r"""The guidance scale as one more input of an Open-Sora network: added to the features of its timestep, before their MLP.
+
+Every STDiT embeds its timestep as cosines and sines (`t_embedder`, 256 channels) and sends them through an MLP, whose result
+modulates every block. The scale w enters there as
+
+    features(timestep) + (w - 1) / UNIT direction
+
+and the first layer of the MLP, which is trained, learns what it means. No parameter is added: the optimizer, the EMA and the
+checkpoints of the host know nothing of it, and at w = 1 the network is what it was.
+
+The direction alternates in sign over the slowest quarter of the sines, under a window that is 0 at both ends. From one slow
+sine to the next the features of a timestep hardly change, so their product with it is below 3e-5 of their norm (256
+channels) for every timestep: a direction that no timestep uses, in which the layer can learn the scale without unlearning
+the time, and in which it starts with weights that mean nothing. Sines, because those are small there: bfloat16 rounds a sum
+with cosines near 1 to 1/128.
+
+Source: the scale as an input of a student is Meng et al. (arXiv:2210.03142), section 3.1, and LCM (arXiv:2310.04378), section
+4.2, which embed it with new layers; this direction is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+UNIT = 8.0
+"""Change of the scale that moves the features by one `direction`."""
+
+
+def direction(channels: int) -> Tensor:
+    """The direction in the features of a timestep that says the scale, [channels], float64, with entries in [-1, 1].
+
+    The features are channels // 2 cosines and as many sines of timestep * 10000^(-k / (channels // 2)), k rising, as in all of
+    Open-Sora's networks.
+    """
+    count = channels // 2 // 4
+    k = torch.arange(count, dtype=torch.float64)
+    result = torch.zeros(channels, dtype=torch.float64)
+    result[channels - count :] = (1 - 2 * (k % 2)) * torch.sin(math.pi * (k + 0.5) / count) ** 2
+    return result
+
+
+@contextmanager
+def told_scale(network: nn.Module, scale: Tensor | None) -> Iterator[None]:
+    """Within, calls of the network are told the guidance scales [B] of their rows; None tells nothing.
+
+    Raises:
+        ValueError: the network has no t_embedder with an MLP.
+    """
+    if scale is None:
+        yield
+        return
+    mlp = getattr(getattr(network, "t_embedder", None), "mlp", None)
+    if mlp is None:
+        raise ValueError(
+            f"{type(network).__name__} cannot be told a guidance scale: it has no t_embedder.mlp, where Open-Sora's networks "
+            'embed their timestep; use guidance=dict(mode="fixed", scale=...)'
+        )
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        features = inputs[0]
+        moved = (scale.to(features.device, torch.float64)[:, None] - 1.0) / UNIT
+        return (features + (moved * direction(features.shape[-1]).to(features.device)).to(features.dtype),)
+
+    handle = mlp.register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
