@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a booster's wrapper (train.py passes the wrapper, eval_loss.py the network itself)."""
     return getattr(model, "module", model)
+
+
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a network's weights; float32 where it has none."""
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
 
 
 def settle(model: nn.Module) -> None:
