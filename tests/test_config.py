@@ -55,6 +55,14 @@ def test_init_may_run_again_on_a_live_object():
     assert scheduler._teacher is None
 
 
+@pytest.mark.parametrize("guidance", [{}, dict(guidance=dict(mode="fixed", scale=7.0))])
+def test_every_position_of_gradios_sliders_is_accepted(guidance):
+    scheduler = PeRFlow(**guidance)
+    for steps, scale in [(1, 0.0), (2, 10.0), (3, 0.1), (100, 7), (200, 1.0)]:
+        scheduler.__init__(**guidance, num_sampling_steps=steps, cfg_scale=scale)
+        assert (scheduler.config.sampling_steps, scheduler.config.cfg_scale) == (steps, scale)
+
+
 def test_unknown_keys_name_the_closest_and_all_known_ones():
     refused(r"unknown key\(s\) 'window' in scheduler.*did you mean windows\?.*Known keys: windows, window_time", window=4)
     refused(r"unknown key\(s\) 'step' in teacher.*Known keys: from_pretrained", teacher=dict(step=4))

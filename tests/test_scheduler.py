@@ -544,6 +544,14 @@ def test_image_conditioning_makes_three_branches_or_one():
         assert all(len(call["y_null"]) == rows for call in network.seen)
 
 
+def test_reference_frames_reach_a_half_precision_network_in_its_precision():
+    # inference_i2v.py and gradio run the network in bfloat16; v1.3 casts x and y inside (stdit3.py:441), but not cond.
+    network = Reference13().to(torch.bfloat16).eval()
+    sampled(PeRFlow(), network, mask_index=[0], z_cond=torch.randn(2, 4, 5, 4, 4, dtype=torch.bfloat16), use_sdedit=True)
+    for name in ("cond", "cond_mask", "y_null"):
+        assert {call[name].dtype for call in network.seen} == {torch.bfloat16}, name
+
+
 def test_discrete_timesteps_are_whole():
     network = Reference13().eval()
     sampled(PeRFlow(windows=7, use_discrete_timesteps=True), network)

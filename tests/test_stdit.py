@@ -135,6 +135,14 @@ def test_text_dropout_is_the_networks_own_and_off_outside_training():
 # --- v1.3's reference frames ---
 
 
+def test_a_network_that_is_fed_projected_text_drops_none():
+    network = tiny_network().train()
+    network.y_embedder.uncond_prob = 1.0
+    assert text_dropout(network) == 1.0
+    network.config = type("Config", (), {"skip_y_embedder": True})()
+    assert text_dropout(network) == 0.0
+
+
 def test_reference_keeps_only_its_frames():
     latents = torch.randn(2, 4, 5, 2, 2)
     reference = stdit.Reference.of(latents, [0, 3])

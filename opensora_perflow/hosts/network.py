@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside a booster's wrapper (train.py passes the wrapper, eval_loss.py the network itself)."""
     return getattr(model, "module", model)
+
+
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a network's weights; float32 where it has none."""
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
 
 
 def settle(model: nn.Module) -> None:
@@ -51,13 +57,18 @@ def declares(network: nn.Module, name: str) -> bool:
     return name in _parameters(network)
 
 
+def takes_projected_text(network: nn.Module) -> bool:
+    """Is the network fed text that its y_embedder has already projected and packed (v1.2's and v1.3's skip_y_embedder)?"""
+    return bool(getattr(getattr(network, "config", None), "skip_y_embedder", False))
+
+
 def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
     """The network's embedding of the empty prompt, expanded to `like` [B, 1, L, D]; None if the network has none for it.
 
     A network with skip_y_embedder is fed projected, packed text, for which it has no null.
     """
     embedding = getattr(getattr(network, "y_embedder", None), "y_embedding", None)
-    if embedding is None or getattr(getattr(network, "config", None), "skip_y_embedder", False):
+    if embedding is None or takes_projected_text(network):
         return None
     if like.dim() != 4 or tuple(like.shape[2:]) != tuple(embedding.shape):
         raise ValueError(
@@ -68,8 +79,13 @@ def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
 
 
 def text_dropout(network: nn.Module) -> float:
-    """Probability with which the network itself would drop a prompt: 0 outside training mode."""
-    return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0)) if network.training else 0.0
+    """Probability with which the network itself would drop a prompt: 0 outside training mode, and for projected text.
+
+    That passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
+    """
+    if not network.training or takes_projected_text(network):
+        return 0.0
+    return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.conventions import expand_like, host_to_velocity, interpolate, to_timestep
 from opensora_perflow.guidance import classifier_free, rescale_to_cond, text_and_image
-from opensora_perflow.hosts.network import accepted_arguments, declares, null_text, without_text_dropout
+from opensora_perflow.hosts.network import accepted_arguments, declares, null_text, weights_dtype, without_text_dropout
 from opensora_perflow.hosts.scale_input import told_scale
 from opensora_perflow.solvers import Velocity
 
@@ -323,10 +323,12 @@ def _network_inputs(
             )
         latents, mask = condition.reference.latents, condition.reference.mask
         nothing = torch.zeros_like(latents)
-        inputs["cond"] = torch.cat([latents if branch.reference else nothing for branch in branches])
-        inputs["cond_mask"] = mask.repeat(len(branches), 1, 1, 1, 1)
+        # The network casts x and y to its own precision, but not these (v1.3 opensora/models/stdit/stdit3.py:442 and 500).
+        dtype = weights_dtype(network)
+        inputs["cond"] = torch.cat([latents if branch.reference else nothing for branch in branches]).to(dtype)
+        inputs["cond_mask"] = mask.repeat(len(branches), 1, 1, 1, 1).to(dtype)
         inputs["mask_index"] = list(condition.reference.frames)
-        inputs["y_null"] = condition.strict_null.repeat(len(branches), 1, 1, 1)
+        inputs["y_null"] = condition.strict_null.repeat(len(branches), 1, 1, 1).to(dtype)
     return inputs
 
 
