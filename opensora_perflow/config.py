@@ -15,6 +15,7 @@ from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS
 from opensora_perflow.solvers import SOLVERS
 from opensora_perflow.windows import TimeWindows
 
+SAMPLING_GRIDS = ("edges", "uniform")
 GUIDANCE_MODES = ("sync", "fixed")
 STARTS = ("diffused", "student", "mixed")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
@@ -176,6 +177,13 @@ class DrawsConfig:
     per_solve: int = 1
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform."""
+    overlap: float = 0.0
+    """How far a window extends over each inner edge, as a share 0..0.5 of the narrower of the two windows; both train the
+    times of an overlap, with weights that fall linearly (see overlap.py). prediction="velocity" only, as `grids`."""
+    grids: Any = ()
+    """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`: it is
+    then trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
+    sampling_grid="uniform"."""
 
     def __post_init__(self) -> None:
         check_choice("draws.starts", self.starts, STARTS)
@@ -188,6 +196,12 @@ class DrawsConfig:
         object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
         check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
         check_num_steps(self.per_solve, "draws.per_solve")
+        check_number("draws.overlap", self.overlap, low=0, high=0.5)
+        if not isinstance(self.grids, Sequence) or isinstance(self.grids, str):
+            raise ValueError(f"draws.grids must be a list of numbers of steps, got {self.grids!r}; write for example [5, 6, 7]")
+        for steps in self.grids:
+            check_num_steps(steps, "each of draws.grids")
+        object.__setattr__(self, "grids", tuple(int(steps) for steps in self.grids))
         if self.edge_mass == 1 and self.per_solve > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
@@ -227,6 +241,9 @@ class PeRFlowConfig:
 
     num_sampling_steps: int | None = None
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
+    sampling_grid: str = "edges"
+    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows; uniform: the host's
+    own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same where the number of windows divides that of steps."""
     num_timesteps: int = 1000
     """Size of the network's timestep range."""
     cfg_scale: float = 4.0
@@ -293,6 +310,7 @@ class PeRFlowConfig:
                 raise ValueError(f"{name} must be a dict, got {value!r}; known keys: {', '.join(f.name for f in fields(cls))}")
         check_choice("window_time", self.window_time, ("host", "flow"))
         check_choice("path", self.path, PATHS)
+        check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
         self._check_iddpm()
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)

@@ -21,6 +21,7 @@ from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
+from opensora_perflow.overlap import place_windows
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
@@ -35,6 +36,7 @@ from opensora_perflow.schedule import (
 )
 from opensora_perflow.solvers import Velocity, hold_frames
 from opensora_perflow.teacher import check_finite, load_teacher
+from opensora_perflow.windows import TimeWindows
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -47,6 +49,8 @@ class DrawnWindows:
     """[B], 0 is the noisiest."""
     ratio: Tensor | None
     """[B], the warp of the windows' edges; None where there is none."""
+    route: Tensor
+    """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is its noisy edge."""
     solver_times: Tensor
     """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
     drawn: WeightedTimes
@@ -175,7 +179,7 @@ class PeRFlow:
         output = stdit.prediction_field(
             variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask
         )
-        student = path.student(output, prediction, lambda times: (t_start, t_end))
+        student = path.student(output, prediction, self._bounds(windows.ratio, drawn=(t_start, t_end)))
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):
@@ -316,7 +320,13 @@ class PeRFlow:
         """The path that the network was trained on, and what a student of it outputs."""
         if self._path is None:
             self._path = self._build_path(find_path(self.config.path, network))
-        return self._path, check_prediction(self._path, self.config.prediction)
+        prediction = check_prediction(self._path, self.config.prediction)
+        if prediction != "velocity" and (self.config.draws.overlap > 0 or self.config.draws.grids):
+            raise ValueError(
+                f'draws.overlap and draws.grids blend velocities, but prediction="{prediction}" means another velocity in '
+                'every window; use prediction="velocity", or overlap=0 and grids=()'
+            )
+        return self._path, prediction
 
     def _draw_windows(self, path: Path, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
         """Windows by a drawn or given time per sample, and the times inside them; a given time is the only one."""
@@ -336,9 +346,9 @@ class PeRFlow:
             t = shift_time(u, draw_ratio)
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
                 t = redraw_above(t, config.uniform_over_threshold)
-        window_idx = config.windows.lookup(unshift_time(t, window_ratio))
-        u_start, u_end = config.windows.bounds(window_idx)
-        solver_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
+        placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap)
+        grid = linear_grid(placed.u_start, placed.u_end, config.teacher.steps_per_window)
+        solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None:
             positions = draw_positions(
@@ -348,15 +358,11 @@ class PeRFlow:
                 beta=draws.beta,
                 device=t.device,
             )
-            times = shift_time(u_end + (u_start - u_end) * positions, window_ratio)
+            times = shift_time(placed.times(positions), window_ratio)
             times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
-            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass)
-        return DrawnWindows(window_idx, window_ratio, solver_times, drawn)
-
-    def _edges(self, batch_size: int, device: torch.device, ratio: Tensor | None) -> Tensor:
-        """Window edges of each sample as flow times, [K + 1, B]."""
-        edges = torch.tensor(self.config.windows.edges, dtype=torch.float64, device=device)
-        return shift_time(edges[:, None].expand(-1, batch_size), ratio)
+            drawn = mix_in_edge(times, shift_time(placed.u_edge, window_ratio), draws.edge_mass)
+        route = shift_time(placed.route, window_ratio)
+        return DrawnWindows(placed.window_idx, window_ratio, route, solver_times, drawn)
 
     @torch.no_grad()
     def _roll_out(
@@ -385,17 +391,24 @@ class PeRFlow:
             flaw_fix=config.use_flaw_fix and scale != 1.0,
         )
         velocity = hold_frames(path.student(output, prediction, self._bounds(windows.ratio)), frame_mask)
-        edges = torch.tensor(config.windows.edges, dtype=torch.float64, device=noise.device)
-        edges = shift_time(edges[:, None].expand(-1, len(noise)), windows.ratio)
-        return carry_to_windows(velocity, noise, edges, windows.window_idx)
+        return carry_to_windows(velocity, noise, windows.route, windows.window_idx)
 
-    def _bounds(self, ratio: Tensor | None) -> Bounds:
-        """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]."""
+    @property
+    def _partitions(self) -> list[TimeWindows]:
+        """The windows, and the uniform grids that the student is trained for as well."""
+        return [self.config.windows, *map(TimeWindows.uniform, self.config.draws.grids)]
+
+    def _bounds(self, ratio: Tensor | None, drawn: tuple[Tensor, Tensor] | None = None) -> Bounds:
+        """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]; `drawn` ones hold their ends."""
         windows = self.config.windows
 
         def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
             u_start, u_end = windows.bounds(windows.lookup(unshift_time(t, ratio)))
-            return shift_time(u_start, ratio), shift_time(u_end, ratio)
+            t_start, t_end = shift_time(u_start, ratio), shift_time(u_end, ratio)
+            if drawn is None:
+                return t_start, t_end
+            inside = (t <= drawn[0]) & (t >= drawn[1])
+            return torch.where(inside, drawn[0], t_start), torch.where(inside, drawn[1], t_end)
 
         return bounds
 
@@ -404,7 +417,10 @@ class PeRFlow:
         return guided_channels(self.config.cfg_channel) if isinstance(path, DDPMPath) else None
 
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
-        grid = torch.tensor(sampling_grid(self.config.windows, self.config.sampling_steps), dtype=torch.float64)
+        config = self.config
+        # With one window there is no edge to meet: the host's own grid.
+        windows = config.windows if config.sampling_grid == "edges" else TimeWindows.uniform(1)
+        grid = torch.tensor(sampling_grid(windows, config.sampling_steps), dtype=torch.float64)
         if self.config.use_discrete_timesteps:
             grid = torch.round(grid * self.num_timesteps) / self.num_timesteps
         grid = grid.to(x.device)[:, None].expand(-1, len(x))
