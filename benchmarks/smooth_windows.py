@@ -41,23 +41,21 @@ def settings(objective: Any = "perflow", **draws: Any) -> dict[str, Any]:
     return {**OURS, "objective": objective, "draws": {**OURS["draws"], **draws}}
 
 
-def continuity(weight: float, delta: float = 0.2) -> list[Any]:
-    return ["perflow", dict(type="perflow_continuity", weight=weight, delta=delta)]
+def continuity(weight: float, reach: float = 0.5) -> list[Any]:
+    return ["perflow", dict(type="perflow_continuity", weight=weight, reach=reach)]
 
 
 RECIPES = {
     "plain": settings(edge_mass=0.0),
     "edge mass": settings(),
-    "overlap .25": settings(overlap=0.25),
     "overlap .5": settings(overlap=0.5),
-    "continuity": settings(continuity(0.1)),
-    "continuity 1": settings(continuity(1.0)),
-    "overlap .25 + continuity": settings(continuity(0.1), overlap=0.25),
+    "overlap .6": settings(overlap=0.6),
+    "overlap .75": settings(overlap=0.75),
+    "continuity": settings(continuity(1.0)),
+    "overlap .6 + continuity": settings(continuity(0.5), overlap=0.6),
     "grids 5 6 7": settings(grids=(5, 6, 7)),
     "grids 4 5 6 7": settings(grids=(4, 5, 6, 7)),
-    "grids 5 6 7, edge mass .75": settings(grids=(5, 6, 7), edge_mass=0.75),
-    "grids 5 6 7 + overlap .25": settings(grids=(5, 6, 7), overlap=0.25),
-    "grids 5 6 7 + continuity": settings(continuity(0.1), grids=(5, 6, 7)),
+    "grids 5 6 7 + overlap .6": settings(grids=(5, 6, 7), overlap=0.6),
 }
 
 

@@ -178,8 +178,8 @@ class DrawsConfig:
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform."""
     overlap: float = 0.0
-    """How far a window extends over each inner edge, as a share 0..0.5 of the narrower of the two windows; both train the
-    times of an overlap, with weights that fall linearly (see overlap.py). prediction="velocity" only, as `grids`."""
+    """How far the lines of a window are continued over its noisy edge, as a share 0..1 of the window above, which trains those
+    times too; weights fall and rise linearly (see overlap.py). prediction="velocity" only, as `grids`."""
     grids: Any = ()
     """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`: it is
     then trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
@@ -196,7 +196,7 @@ class DrawsConfig:
         object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
         check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
         check_num_steps(self.per_solve, "draws.per_solve")
-        check_number("draws.overlap", self.overlap, low=0, high=0.5)
+        check_number("draws.overlap", self.overlap, low=0, high=1)
         if not isinstance(self.grids, Sequence) or isinstance(self.grids, str):
             raise ValueError(f"draws.grids must be a list of numbers of steps, got {self.grids!r}; write for example [5, 6, 7]")
         for steps in self.grids:

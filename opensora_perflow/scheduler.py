@@ -360,7 +360,7 @@ class PeRFlow:
             )
             times = shift_time(placed.times(positions), window_ratio)
             times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
-            drawn = mix_in_edge(times, shift_time(placed.u_edge, window_ratio), draws.edge_mass)
+            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass)
         route = shift_time(placed.route, window_ratio)
         return DrawnWindows(placed.window_idx, window_ratio, route, solver_times, drawn)
 

@@ -99,7 +99,7 @@ def test_draws_are_checked():
     refused("draws.distribution must be one of host, uniform, beta, got 'edge'", draws=dict(distribution="edge"))
     refused("draws.beta must be two numbers > 0", draws=dict(beta=(1, 0)))
     refused("draws.beta must be two numbers > 0", draws=dict(beta=2.0))
-    refused("draws.overlap must be a number >= 0 and <= 0.5, got 0.7", draws=dict(overlap=0.7))
+    refused("draws.overlap must be a number >= 0 and <= 1, got 1.5", draws=dict(overlap=1.5))
     refused("draws.grids must be a list of numbers of steps, got 5; write", draws=dict(grids=5))
     refused("each of draws.grids must be an integer >= 1, got 2.5", draws=dict(grids=(5, 2.5)))
     refused("sampling_grid must be one of edges, uniform, got 'host'", sampling_grid="host")

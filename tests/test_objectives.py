@@ -267,11 +267,20 @@ def test_the_jump_of_a_piecewise_linear_field_is_its_own():
     assert velocity_jump(field, x, t, delta) == pytest.approx(jump.square().mean().sqrt().item(), rel=1e-5)  # float32
 
 
-def test_continuity_is_the_squared_jump_just_above_the_edge(pair):
+def test_continuity_compares_the_field_on_the_continued_line_with_the_edges(pair):
     field = PiecewiseLinear()
-    loss = perflow_continuity(field, pair, pair.t_end, delta=0.02)  # 0.02 of 0.5 is 0.01; the first pair starts at t = 1
-    jump = velocity_jump(field, pair.x_start[1:], pair.t_start[1:], 0.01)
-    torch.testing.assert_close(loss, torch.tensor([0.0, jump**2]), rtol=1e-5, atol=0)  # float32
+    loss = perflow_continuity(field, pair, pair.t_end, reach=0.5)  # the first pair starts at t = 1: no edge
+    x, edge, above = pair.x_start[1:], pair.t_start[1:], torch.tensor([0.85], dtype=F64)  # 0.5 of 0.6 - 0.1 above 0.6
+    v = field(x, edge)
+    error = field(x + 0.25 * v, above) - v
+    torch.testing.assert_close(loss, torch.stack([torch.zeros(()), error.square().mean()]), rtol=1e-5, atol=0)  # float32
+    assert perflow_continuity(field, pair, pair.t_start).tolist() == [0.0, 0.0]  # drawn at the edge: nothing above it
+
+
+def test_near_the_edge_continuity_is_the_squared_jump(pair):
+    loss = perflow_continuity(PiecewiseLinear(), pair, pair.t_end, reach=1e-4)
+    jump = velocity_jump(PiecewiseLinear(), pair.x_start[1:], pair.t_start[1:], 1e-6)
+    assert loss[1].item() == pytest.approx(jump**2, rel=1e-3)  # the line is 5e-5 long
 
 
 def test_continuity_turns_the_upper_window_and_not_the_value_at_the_edge(pair):
@@ -280,7 +289,7 @@ def test_continuity_turns_the_upper_window_and_not_the_value_at_the_edge(pair):
     def student(x, t):
         return (expand_like(t > 0.6, x) * (above + 1.0) + expand_like(t <= 0.6, x) * at).expand_as(x)
 
-    loss = perflow_continuity(student, pair, pair.t_start)
+    loss = perflow_continuity(student, pair, pair.t_end)
     loss.sum().backward()
     assert loss.tolist() == [0.0, 1.0] and above.grad == 2.0 and (at.grad is None or at.grad == 0)
 
@@ -293,10 +302,10 @@ def test_continuity_leaves_out_masked_frames(pair):
         v[:, :, 0] = expand_like(t, v[:, :, 0]) * 100
         return v
 
-    assert perflow_continuity(student, pair, pair.t_start, mask.float()).tolist() == [0.0, 0.0]
+    assert perflow_continuity(student, pair, pair.t_end, mask.float()).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("delta", [0, -0.1])
-def test_continuity_needs_a_distance(pair, delta):
-    with pytest.raises(ValueError, match="perflow_continuity needs delta > 0"):
-        perflow_continuity(lambda x, t: x, pair, pair.t_start, delta=delta)
+@pytest.mark.parametrize("reach", [0, -0.1])
+def test_continuity_needs_a_reach(pair, reach):
+    with pytest.raises(ValueError, match="perflow_continuity needs reach > 0"):
+        perflow_continuity(lambda x, t: x, pair, pair.t_end, reach=reach)
