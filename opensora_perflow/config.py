@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+from opensora_perflow.curriculum import AdvanceRule, Curriculum
 from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
 from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS, check_num_steps
@@ -209,6 +210,27 @@ class DrawsConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Fewer windows stage by stage; see curriculum.py."""
+
+    windows: Any = (8, 4, 2, 1)
+    """Number of windows of each stage, descending; each divides the one before, and the first is that of `windows`."""
+    teacher: str = "original"
+    """original: the run's teacher in every stage, with teacher.steps_per_window steps for each window of the first stage.
+    previous: from the second stage on the student as it was when the stage before ended, with one Euler step for each of
+    that stage's windows and without guidance, which is folded in."""
+    advance: AdvanceRule = field(default_factory=AdvanceRule)
+    """When a stage ends: dict(every=50, patience=3, min_improvement=0.02, min_steps=200, max_steps=2000, batches=1)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.advance, Mapping):
+            object.__setattr__(self, "advance", from_mapping(AdvanceRule, self.advance, "curriculum.advance"))
+        elif not isinstance(self.advance, AdvanceRule):
+            known = ", ".join(f.name for f in fields(AdvanceRule))
+            raise ValueError(f"curriculum.advance must be a dict, got {self.advance!r}; known keys: {known}")
+
+
+@dataclass(frozen=True)
 class PeRFlowConfig:
     """All keys of `scheduler=dict(type="perflow", ...)`.
 
@@ -234,6 +256,8 @@ class PeRFlowConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
+    curriculum: CurriculumConfig | None = None
+    """Training only: merge `windows` stage by stage. None: one stage. Sample with windows=the last stage's."""
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     transform: str = "auto"
@@ -308,6 +332,10 @@ class PeRFlowConfig:
                 set_(self, name, from_mapping(cls, value, name))
             elif not isinstance(value, cls):
                 raise ValueError(f"{name} must be a dict, got {value!r}; known keys: {', '.join(f.name for f in fields(cls))}")
+        if isinstance(self.curriculum, Mapping):
+            set_(self, "curriculum", from_mapping(CurriculumConfig, self.curriculum, "curriculum"))
+        if self.curriculum is not None:
+            self._check_curriculum()
         check_choice("window_time", self.window_time, ("host", "flow"))
         check_choice("path", self.path, PATHS)
         check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
@@ -342,6 +370,22 @@ class PeRFlowConfig:
             if not sum(self.drop_condition.values()) > 0:
                 raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
 
+    def _check_curriculum(self) -> None:
+        if not isinstance(self.curriculum, CurriculumConfig):
+            known = ", ".join(f.name for f in fields(CurriculumConfig))
+            raise ValueError(f"curriculum must be a dict or None, got {self.curriculum!r}; known keys: {known}")
+        if self.draws.overlap > 0 or self.draws.grids:
+            raise ValueError(
+                "a curriculum's teacher steps from edge to edge of merged windows, which overlapping windows do not share; use "
+                "draws.overlap=0 and draws.grids=()"
+            )
+        self.stages()
+
+    def stages(self) -> Curriculum | None:
+        """A curriculum at its beginning, if there is one."""
+        stages = self.curriculum
+        return None if stages is None else Curriculum(self.windows, stages.windows, stages.teacher, stages.advance)
+
     def _check_iddpm(self) -> None:
         check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
         check_num_steps(self.diffusion_steps, "diffusion_steps")
@@ -369,8 +413,12 @@ class PeRFlowConfig:
     @property
     def sampling_steps(self) -> int:
         """Number of sampling steps: num_sampling_steps (or timestep_respacing), or one a window."""
+        return self.steps_over(self.windows)
+
+    def steps_over(self, windows: TimeWindows) -> int:
+        """The same where a curriculum has come to other windows."""
         steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
-        return self.windows.num_windows if steps is None else int(steps)
+        return windows.num_windows if steps is None else int(steps)
 
 
 _ONLY_FALSE = {

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.config import PeRFlowConfig, TeacherConfig, from_mapping, path_of_keys
+from opensora_perflow.config import PeRFlowConfig, from_mapping, path_of_keys
 from opensora_perflow.conventions import shift_time, unshift_time
+from opensora_perflow.curriculum import Curriculum, held_out_error
 from opensora_perflow.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
+from opensora_perflow.hosts.ranks import mean_over_ranks
 from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
@@ -35,7 +37,7 @@ from opensora_perflow.schedule import (
     sampling_grid,
 )
 from opensora_perflow.solvers import Velocity, hold_frames
-from opensora_perflow.teacher import check_finite, load_teacher
+from opensora_perflow.teacher import check_finite, copy_frozen, load_teacher
 from opensora_perflow.windows import TimeWindows
 
 logger = logging.getLogger("opensora_perflow")
@@ -50,7 +52,7 @@ class DrawnWindows:
     ratio: Tensor | None
     """[B], the warp of the windows' edges; None where there is none."""
     route: Tensor
-    """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is its noisy edge."""
+    """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is the window's noisy edge."""
     solver_times: Tensor
     """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
     drawn: WeightedTimes
@@ -63,6 +65,22 @@ class DrawnWindows:
     @property
     def t_end(self) -> Tensor:
         return self.solver_times[-1]
+
+
+@dataclass
+class HeldOut:
+    """A batch that a curriculum's stages are measured on."""
+
+    student_condition: stdit.Condition
+    teacher_condition: stdit.Condition
+    start: Tensor
+    """State at t = 1, [B, C, T, H, W]."""
+    mask: Tensor | None
+    frame_weights: Tensor | None
+    ratio: Tensor | None
+    """[B], the warp of the windows' edges."""
+    states: Tensor | None = None
+    """The teacher's, at the edges of the present stage, [K + 1, B, C, T, H, W]."""
 
 
 @SCHEDULERS.register_module("perflow")
@@ -78,15 +96,17 @@ class PeRFlow:
     """
 
     def __init__(self, **config: Any) -> None:
-        before: TeacherConfig | None = getattr(self, "config", None) and self.config.teacher
+        previous: PeRFlowConfig | None = getattr(self, "config", None)
         config["path"] = path_of_keys(config)
         self.config: PeRFlowConfig = from_mapping(PeRFlowConfig, config, 'scheduler=dict(type="perflow")')
         known = find_path(self.config.path)
         self._path: Path | None = None if known is None else self._build_path(known)
         self.num_timesteps = int(self.config.diffusion_steps if known == "ddpm" else self.config.num_timesteps)
         self._objective = combine(self.config.objective)
-        if before != self.config.teacher:
+        if previous is None or self._training_settings(previous) != self._training_settings(self.config):
             self._teacher: nn.Module | None = None
+            self._curriculum: Curriculum | None = self.config.stages()
+            self._held_out: list[HeldOut] = []
         self._warned: set[str] = set()
 
     def training_losses(
@@ -191,6 +211,10 @@ class PeRFlow:
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
+        if self._curriculum is not None:
+            start = _hold(torch.empty_like(noise), still, mask)
+            batch = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio)
+            self._follow_curriculum(path, prediction, model, batch)
         return {"loss": loss}
 
     def sample(
@@ -307,6 +331,20 @@ class PeRFlow:
             progress=progress,
         )
 
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """The stages of a run with fewer and fewer windows, and where it is among them; None without."""
+        return self._curriculum
+
+    @property
+    def _windows(self) -> TimeWindows:
+        """The windows of this config, or of this stage of its curriculum."""
+        return self.config.windows if self._curriculum is None else self._curriculum.current
+
+    @staticmethod
+    def _training_settings(config: PeRFlowConfig) -> tuple[Any, ...]:
+        return config.teacher, config.curriculum, config.curriculum and config.windows
+
     def _build_path(self, name: str) -> Path:
         config = self.config
         if name == "linear":
@@ -347,7 +385,11 @@ class PeRFlow:
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
                 t = redraw_above(t, config.uniform_over_threshold)
         placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap)
-        grid = linear_grid(placed.u_start, placed.u_end, config.teacher.steps_per_window)
+        if self._curriculum is None:
+            grid = linear_grid(placed.u_start, placed.u_end, config.teacher.steps_per_window)
+        else:
+            grids = self._curriculum.solver_grids(config.teacher.steps_per_window).to(t.device)
+            grid = grids[placed.window_idx].T
         solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None:
@@ -396,11 +438,11 @@ class PeRFlow:
     @property
     def _partitions(self) -> list[TimeWindows]:
         """The windows, and the uniform grids that the student is trained for as well."""
-        return [self.config.windows, *map(TimeWindows.uniform, self.config.draws.grids)]
+        return [self._windows, *map(TimeWindows.uniform, self.config.draws.grids)]
 
     def _bounds(self, ratio: Tensor | None, drawn: tuple[Tensor, Tensor] | None = None) -> Bounds:
         """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]; `drawn` ones hold their ends."""
-        windows = self.config.windows
+        windows = self._windows
 
         def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
             u_start, u_end = windows.bounds(windows.lookup(unshift_time(t, ratio)))
@@ -417,10 +459,10 @@ class PeRFlow:
         return guided_channels(self.config.cfg_channel) if isinstance(path, DDPMPath) else None
 
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
-        config = self.config
+        steps = self.config.steps_over(self._windows)
         # With one window there is no edge to meet: the host's own grid.
-        windows = config.windows if config.sampling_grid == "edges" else TimeWindows.uniform(1)
-        grid = torch.tensor(sampling_grid(windows, config.sampling_steps), dtype=torch.float64)
+        windows = self._windows if self.config.sampling_grid == "edges" else TimeWindows.uniform(1)
+        grid = torch.tensor(sampling_grid(windows, steps), dtype=torch.float64)
         if self.config.use_discrete_timesteps:
             grid = torch.round(grid * self.num_timesteps) / self.num_timesteps
         grid = grid.to(x.device)[:, None].expand(-1, len(x))
@@ -458,8 +500,11 @@ class PeRFlow:
         frame_mask: Tensor | None,
     ) -> Tensor:
         """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]."""
-        guidance = self.config.guidance
+        guidance, method = self.config.guidance, self.config.teacher.solver
         scale = 1.0 if guidance.mode == "sync" else guidance.scale
+        image_scale = scale if guidance.image_scale is None else guidance.image_scale
+        if self._curriculum is not None and self._curriculum.teacher_is_student:
+            scale, image_scale, method = 1.0, 1.0, "euler"
         output = stdit.prediction_field(
             teacher,
             teacher,
@@ -467,14 +512,65 @@ class PeRFlow:
             to_timestep=path.to_timestep,
             frame_mask=frame_mask,
             text_scale=scale,
-            image_scale=scale if guidance.image_scale is None else guidance.image_scale,
+            image_scale=image_scale,
             guided_channels=self._guided_channels(path),
-            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed",
+            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed" and scale != 1.0,
         )
-        states = path.states(output, x, times, method=self.config.teacher.solver, frame_mask=frame_mask)
+        states = path.states(output, x, times, method=method, frame_mask=frame_mask)
         solution = torch.stack(list(states))
         check_finite(solution[-1], times[0], times[-1], self._teacher_source)
         return solution
+
+    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module, batch: HeldOut) -> None:
+        """After a training step: measure where it is time to, and begin the next stage where this one has ended."""
+        curriculum, rule = self._curriculum, self._curriculum.rule
+        if len(self._held_out) < rule.batches:
+            generator = torch.Generator().manual_seed(len(self._held_out))  # its own: training draws what it drew without
+            noise = torch.randn(batch.start.shape, generator=generator).to(batch.start)
+            self._held_out.append(replace(batch, start=_hold(noise, batch.start, batch.mask)))
+        if curriculum.wants_measurement():
+            errors = [self._held_out_error(path, prediction, model, held) for held in self._held_out]
+            error = mean_over_ranks(sum(errors) / len(errors), batch.start.device)
+            if curriculum.observe(error):
+                logger.info(
+                    "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
+                    curriculum.current.num_windows,
+                    curriculum.stages[curriculum.progress.stage + 1].num_windows,
+                    curriculum.progress.step,
+                    error,
+                    curriculum.progress.best,
+                )
+                curriculum.advance()
+                if curriculum.teacher_is_student:
+                    settle(model)
+                    self._teacher = copy_frozen(unwrap(model))
+                    self._teacher_source = f"the student after stage {curriculum.progress.stage}"
+                for held in self._held_out:
+                    held.states = None
+                return
+        curriculum.progress.step += 1
+
+    @torch.no_grad()
+    def _held_out_error(self, path: Path, prediction: str, model: nn.Module, held: HeldOut) -> float:
+        """See curriculum.held_out_error; the teacher's states are made once a stage."""
+        grids = self._curriculum.solver_grids(self.config.teacher.steps_per_window).to(held.start.device)
+        grids = shift_time(grids[:, :, None].expand(-1, -1, len(held.start)), held.ratio)  # [K, S + 1, B]
+        if held.states is None:
+            states = [held.start]
+            for times in grids:
+                solution = self._solve_teacher(path, self._teacher, held.teacher_condition, states[-1], times, held.mask)
+                states.append(solution[-1])
+            held.states = torch.stack(states)
+        edges = torch.cat([grids[:, 0], grids[-1:, -1]])
+
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
+            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
+
+        output = stdit.prediction_field(
+            model, unwrap(model), held.student_condition, to_timestep=path.to_timestep, frame_mask=held.mask
+        )
+        return held_out_error(path.student(output, prediction, bounds), held.states, edges, held.frame_weights)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
