@@ -52,21 +52,24 @@ RECIPES = {
     "overlap .6": settings(overlap=0.6),
     "overlap .75": settings(overlap=0.75),
     "continuity": settings(continuity(1.0)),
-    "overlap .6 + continuity": settings(continuity(0.5), overlap=0.6),
+    "overlap .9": settings(overlap=0.9),
+    "overlap .75 + continuity": settings(continuity(0.3), overlap=0.75),
     "grids 5 6 7": settings(grids=(5, 6, 7)),
     "grids 4 5 6 7": settings(grids=(4, 5, 6, 7)),
     "grids 5 6 7 + overlap .6": settings(grids=(5, 6, 7), overlap=0.6),
+    "grids 4 4 5 + overlap .75": settings(grids=(4, 4, 5), overlap=0.75),
 }
 
 
 @dataclass
 class KeepingEvaluation(Evaluation):
-    """few_step.train returns numbers; this keeps the student that it measured."""
+    """few_step.train returns numbers; this keeps the student that it measured, and its scheduler."""
 
     student: nn.Module | None = None
+    scheduler: Any = None
 
     def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None) -> Tensor:
-        self.student = network
+        self.student, self.scheduler = network, scheduler
         return super().sample(scheduler, network, noise)
 
 
