@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+from opensora_perflow.curriculum import AdvanceRule, Curriculum
 from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
 from opensora_perflow.sampling import JOINS
@@ -16,6 +17,7 @@ from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS
 from opensora_perflow.solvers import SOLVERS
 from opensora_perflow.windows import TimeWindows
 
+SAMPLING_GRIDS = ("edges", "uniform")
 GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("diffused", "student", "mixed")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
@@ -228,6 +230,13 @@ class DrawsConfig:
     seed: int | None = None
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
+    overlap: float = 0.0
+    """How far the lines of a window are continued over its noisy edge, as a share 0..1 of the window above, which trains those
+    times too; weights fall and rise linearly (see overlap.py). prediction="velocity" only, as `grids`."""
+    grids: Any = ()
+    """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`: it is
+    then trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
+    sampling_grid="uniform"."""
 
     def __post_init__(self) -> None:
         check_choice("draws.starts", self.starts, STARTS)
@@ -242,10 +251,37 @@ class DrawsConfig:
         check_num_steps(self.per_solve, "draws.per_solve")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"draws.seed must be an integer, or None for the host's, got {self.seed!r}")
+        check_number("draws.overlap", self.overlap, low=0, high=1)
+        if not isinstance(self.grids, Sequence) or isinstance(self.grids, str):
+            raise ValueError(f"draws.grids must be a list of numbers of steps, got {self.grids!r}; write for example [5, 6, 7]")
+        for steps in self.grids:
+            check_num_steps(steps, "each of draws.grids")
+        object.__setattr__(self, "grids", tuple(int(steps) for steps in self.grids))
         if self.edge_mass == 1 and self.per_solve > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
             )
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Fewer windows stage by stage; see curriculum.py."""
+
+    windows: Any = (8, 4, 2, 1)
+    """Number of windows of each stage, descending; each divides the one before, and the first is that of `windows`."""
+    teacher: str = "original"
+    """original: the run's teacher in every stage, with teacher.steps_per_window steps for each window of the first stage.
+    previous: from the second stage on the student as it was when the stage before ended, with one Euler step for each of
+    that stage's windows and without guidance, which is folded in."""
+    advance: AdvanceRule = field(default_factory=AdvanceRule)
+    """When a stage ends: dict(every=50, patience=3, min_improvement=0.02, min_steps=200, max_steps=2000, batches=1)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.advance, Mapping):
+            object.__setattr__(self, "advance", from_mapping(AdvanceRule, self.advance, "curriculum.advance"))
+        elif not isinstance(self.advance, AdvanceRule):
+            known = ", ".join(f.name for f in fields(AdvanceRule))
+            raise ValueError(f"curriculum.advance must be a dict, got {self.advance!r}; known keys: {known}")
 
 
 @dataclass(frozen=True)
@@ -274,6 +310,8 @@ class PeRFlowConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
+    curriculum: CurriculumConfig | None = None
+    """Training only: merge `windows` stage by stage. None: one stage. Sample with windows=the last stage's."""
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     allow_change: bool = False
@@ -293,6 +331,9 @@ class PeRFlowConfig:
 
     num_sampling_steps: int | None = None
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
+    sampling_grid: str = "edges"
+    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows; uniform: the host's
+    own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same where the number of windows divides that of steps."""
     num_timesteps: int = 1000
     """Size of the network's timestep range."""
     cfg_scale: Any = 4.0
@@ -358,8 +399,13 @@ class PeRFlowConfig:
                 set_(self, name, from_mapping(cls, value, name))
             elif not isinstance(value, cls):
                 raise ValueError(f"{name} must be a dict, got {value!r}; known keys: {', '.join(f.name for f in fields(cls))}")
+        if isinstance(self.curriculum, Mapping):
+            set_(self, "curriculum", from_mapping(CurriculumConfig, self.curriculum, "curriculum"))
+        if self.curriculum is not None:
+            self._check_curriculum()
         check_choice("window_time", self.window_time, ("host", "flow"))
         check_choice("path", self.path, PATHS)
+        check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
         self._check_iddpm()
         check_choice("edit_join", self.edit_join, JOINS)
@@ -382,6 +428,10 @@ class PeRFlowConfig:
             )
         if self.guidance.mode == "fixed":
             as_scales("guidance.scale", self.guidance.scale, self.windows.num_windows)
+        if self.curriculum is not None:
+            self._refuse_lists_of_scales("a curriculum merges windows")
+        if self.draws.grids:
+            self._refuse_lists_of_scales("draws.grids trains windows of other grids")
         for name in ("x_cond_weight", "initial_image_scale", "force_num"):
             check_number(name, getattr(self, name), low=0)
         check_number("loc", self.loc)
@@ -405,6 +455,28 @@ class PeRFlowConfig:
                 check_number(f"drop_condition[{key!r}]", weight, low=0)
             if not sum(self.drop_condition.values()) > 0:
                 raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
+
+    def _check_curriculum(self) -> None:
+        if not isinstance(self.curriculum, CurriculumConfig):
+            known = ", ".join(f.name for f in fields(CurriculumConfig))
+            raise ValueError(f"curriculum must be a dict or None, got {self.curriculum!r}; known keys: {known}")
+        if self.draws.overlap > 0 or self.draws.grids:
+            raise ValueError(
+                "a curriculum's teacher steps from edge to edge of merged windows, which overlapping windows do not share; use "
+                "draws.overlap=0 and draws.grids=()"
+            )
+        self.stages()
+
+    def _refuse_lists_of_scales(self, why: str) -> None:
+        fixed = self.guidance.scale if self.guidance.mode == "fixed" else None
+        for name, value in (("guidance.scale", fixed), ("cfg_scale", self.cfg_scale)):
+            if isinstance(value, tuple):
+                raise ValueError(f"{why}, so one scale a window has no meaning, got {name}={list(value)}; give one number")
+
+    def stages(self) -> Curriculum | None:
+        """A curriculum at its beginning, if there is one."""
+        stages = self.curriculum
+        return None if stages is None else Curriculum(self.windows, stages.windows, stages.teacher, stages.advance)
 
     def _check_iddpm(self) -> None:
         check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
@@ -433,8 +505,12 @@ class PeRFlowConfig:
     @property
     def sampling_steps(self) -> int:
         """Number of sampling steps: num_sampling_steps (or timestep_respacing), or one a window."""
+        return self.steps_over(self.windows)
+
+    def steps_over(self, windows: TimeWindows) -> int:
+        """The same where a curriculum has come to other windows."""
         steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
-        return self.windows.num_windows if steps is None else int(steps)
+        return windows.num_windows if steps is None else int(steps)
 
 
 _ONLY_FALSE = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opensora_perflow.solvers import Velocity
+
 
 def endpoint_error(x: Tensor, reference: Tensor) -> float:
     """Root mean square difference of samples [B, ...] from a reference that started at the same noise."""
@@ -36,6 +38,19 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
         return distances.sum() / (len(a) * (len(a) - 1))
 
     return (2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)).item()
+
+
+def velocity_jump(velocity: Velocity, x: Tensor, t_edge: Tensor, delta: float) -> float:
+    """Root mean square change of a field across window edges: velocity(x, t_edge + delta) - velocity(x, t_edge).
+
+    Args:
+        velocity: The student's field; called twice.
+        x: States at the edges, [B, ...].
+        t_edge: Edges, [B], float64; an edge belongs to the window below it.
+        delta: Distance above the edge in flow time, > 0 and short against the window above.
+    """
+    jump = velocity(x, t_edge + delta) - velocity(x, t_edge)
+    return jump.float().square().mean().sqrt().item()
 
 
 def temporal_difference_energy(video: Tensor) -> float:

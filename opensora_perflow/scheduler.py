@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.config import PeRFlowConfig, TeacherConfig, as_scales, from_mapping, path_of_keys
+from opensora_perflow.config import PeRFlowConfig, as_scales, from_mapping, path_of_keys
 from opensora_perflow.conventions import shift_time, unshift_time
+from opensora_perflow.curriculum import Curriculum, held_out_error
 from opensora_perflow.guidance import draw_scales, image_scale_ramp, oscillating_scale, scale_of_window
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.negative_text import read_negative
 from opensora_perflow.hosts.network import settle, text_dropout, unwrap
-from opensora_perflow.hosts.parallel import data_parallel_rank, shared
+from opensora_perflow.hosts.parallel import data_parallel_rank, mean_over_ranks, shared
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
+from opensora_perflow.overlap import place_windows
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.randomness import TrainingRandomness
 from opensora_perflow.registry import SCHEDULERS
@@ -39,7 +41,8 @@ from opensora_perflow.schedule import (
 )
 from opensora_perflow.solvers import Velocity, hold_frames
 from opensora_perflow.state import StudentState, check_resumed, find_state, sampling_mismatch, write_state
-from opensora_perflow.teacher import check_finite, fingerprint, load_teacher
+from opensora_perflow.teacher import check_finite, copy_frozen, fingerprint, load_teacher
+from opensora_perflow.windows import TimeWindows
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -52,6 +55,8 @@ class DrawnWindows:
     """[B], 0 is the noisiest."""
     ratio: Tensor | None
     """[B], the warp of the windows' edges; None where there is none."""
+    route: Tensor
+    """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is the window's noisy edge."""
     solver_times: Tensor
     """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
     drawn: WeightedTimes
@@ -64,6 +69,26 @@ class DrawnWindows:
     @property
     def t_end(self) -> Tensor:
         return self.solver_times[-1]
+
+
+@dataclass
+class HeldOut:
+    """A batch that a curriculum's stages are measured on."""
+
+    student_condition: stdit.Condition
+    teacher_condition: stdit.Condition
+    start: Tensor
+    """State at t = 1, [B, C, T, H, W]."""
+    mask: Tensor | None
+    frame_weights: Tensor | None
+    ratio: Tensor | None
+    """[B], the warp of the windows' edges."""
+    scale: float | Tensor
+    """Guidance of the teacher, of all or [B]."""
+    told: Tensor | None
+    """[B], the scale that the student is told, in mode range."""
+    states: Tensor | None = None
+    """The teacher's, at the edges of the present stage, [K + 1, B, C, T, H, W]."""
 
 
 @SCHEDULERS.register_module("perflow")
@@ -79,15 +104,17 @@ class PeRFlow:
     """
 
     def __init__(self, **config: Any) -> None:
-        before: TeacherConfig | None = getattr(self, "config", None) and self.config.teacher
+        previous: PeRFlowConfig | None = getattr(self, "config", None)
         config["path"] = path_of_keys(config)
         self.config: PeRFlowConfig = from_mapping(PeRFlowConfig, config, 'scheduler=dict(type="perflow")')
         known = find_path(self.config.path)
         self._path: Path | None = None if known is None else self._build_path(known)
         self.num_timesteps = int(self.config.diffusion_steps if known == "ddpm" else self.config.num_timesteps)
         self._objective = combine(self.config.objective)
-        if before != self.config.teacher:
+        if previous is None or self._training_settings(previous) != self._training_settings(self.config):
             self._teacher: nn.Module | None = None
+            self._curriculum: Curriculum | None = self.config.stages()
+            self._held_out: list[HeldOut] = []
         if not hasattr(self, "_randomness"):
             self._randomness: TrainingRandomness | None = None
             self._stage, self._teacher_source, self._fingerprint = 1, None, None
@@ -147,10 +174,12 @@ class PeRFlow:
         config, network = self.config, unwrap(model)
         model_args = dict(model_args or model_kwargs or {})
         path, prediction = self._path_of(network)
-        teacher = self._teacher_of(model)
+        self._teacher_of(model)
+        if self._randomness is None:
+            self._begin(model)
         data = x_start.detach().float()
 
-        generator = self._next_generator(data.device)
+        teacher, generator = self._teacher, self._randomness.next_generator(data.device)
         windows = self._draw_windows(path, data, model_args, t, generator)
         t_start, t_end = windows.t_start, windows.t_end
         if noise_disable_threshold is not None and x_gt is not None:
@@ -191,7 +220,7 @@ class PeRFlow:
         output = stdit.prediction_field(
             variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
-        student = path.student(output, prediction, lambda times: (t_start, t_end))
+        student = path.student(output, prediction, self._bounds(windows.ratio, drawn=(t_start, t_end)))
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):
@@ -205,6 +234,10 @@ class PeRFlow:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
         if config.frames_of_weight_one is not None:
             loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
+        if self._curriculum is not None and torch.is_grad_enabled():
+            start = _hold(torch.empty_like(noise), still, mask)
+            batch = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio, scale, told)
+            self._follow_curriculum(path, prediction, model, batch)
         return {"loss": loss}
 
     def sample(
@@ -328,6 +361,20 @@ class PeRFlow:
             progress=progress,
         )
 
+    @property
+    def curriculum(self) -> Curriculum | None:
+        """The stages of a run with fewer and fewer windows, and where it is among them; None without."""
+        return self._curriculum
+
+    @property
+    def _windows(self) -> TimeWindows:
+        """The windows of this config, or of this stage of its curriculum."""
+        return self.config.windows if self._curriculum is None else self._curriculum.current
+
+    @staticmethod
+    def _training_settings(config: PeRFlowConfig) -> tuple[Any, ...]:
+        return config.teacher, config.curriculum, config.curriculum and config.windows
+
     def _build_path(self, name: str) -> Path:
         config = self.config
         if name == "linear":
@@ -347,21 +394,25 @@ class PeRFlow:
         """The path that the network was trained on, and what a student of it outputs."""
         if self._path is None:
             self._path = self._build_path(find_path(self.config.path, network))
-        return self._path, check_prediction(self._path, self.config.prediction)
+        prediction = check_prediction(self._path, self.config.prediction)
+        if prediction != "velocity" and (self.config.draws.overlap > 0 or self.config.draws.grids):
+            raise ValueError(
+                f'draws.overlap and draws.grids blend velocities, but prediction="{prediction}" means another velocity in '
+                'every window; use prediction="velocity", or overlap=0 and grids=()'
+            )
+        return self._path, prediction
 
-    def _next_generator(self, device: torch.device) -> torch.Generator:
-        """The random numbers of the training step that begins, or of an evaluation of the loss."""
-        if self._randomness is None:
-            self._begin()
-        return self._randomness.next_generator(device)
-
-    def _begin(self) -> None:
+    def _begin(self, model: nn.Module) -> None:
         """Start to count steps, from where a loaded checkpoint stopped, and have the next checkpoints say where that is."""
         seed = host_seed() if self.config.draws.seed is None else self.config.draws.seed
         loaded, steps = resumed_checkpoint(), 0
         found = None if loaded is None else find_state(loaded[0])
         if found is not None:
             state, where = found
+            if self._curriculum is not None and state.curriculum is not None and loaded[1]:
+                self._curriculum.restore(state.curriculum)
+                if self._curriculum.teacher_is_student:
+                    self._teach_by(model)  # the checkpoint does not hold the student that taught until now
             check_resumed(state, self.state(), where, self.config.allow_change)
             seed, steps = state.draws.get("seed") if seed is None else seed, state.steps if loaded[1] else 0
             logger.info("PeRFlow goes on after %d training steps (%s)", steps, where)
@@ -383,7 +434,7 @@ class PeRFlow:
             transform["scale_temporal"] = config.scale_temporal
         draws = asdict(config.draws)
         return StudentState(
-            windows=config.windows.edges,
+            windows=self._windows.edges,
             window_time=config.window_time,
             transform=transform,
             path="ddpm" if isinstance(self._path, DDPMPath) else "linear",
@@ -392,6 +443,7 @@ class PeRFlow:
             teacher=self._fingerprint,
             teacher_source=self._teacher_source,
             stage=self._stage,
+            curriculum=None if self._curriculum is None else self._curriculum.state(),
             objective=config.objective,
             draws=draws if randomness is None else {**draws, "seed": randomness.seed},
             steps=0 if randomness is None else randomness.steps,
@@ -423,9 +475,13 @@ class PeRFlow:
             t = shift_time(u, draw_ratio)
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
                 t = redraw_above(t, config.uniform_over_threshold, generator)
-        window_idx = config.windows.lookup(unshift_time(t, window_ratio))
-        u_start, u_end = config.windows.bounds(window_idx)
-        solver_times = shift_time(linear_grid(u_start, u_end, config.teacher.steps_per_window), window_ratio)
+        placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap, generator=generator)
+        if self._curriculum is None:
+            grid = linear_grid(placed.u_start, placed.u_end, config.teacher.steps_per_window)
+        else:
+            grids = self._curriculum.solver_grids(config.teacher.steps_per_window).to(t.device)
+            grid = grids[placed.window_idx].T
+        solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None:
             positions = draw_positions(
@@ -436,15 +492,11 @@ class PeRFlow:
                 device=t.device,
                 generator=generator,
             )
-            times = shift_time(u_end + (u_start - u_end) * positions, window_ratio)
+            times = shift_time(placed.times(positions), window_ratio)
             times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
             drawn = mix_in_edge(times, solver_times[0], draws.edge_mass, generator)
-        return DrawnWindows(window_idx, window_ratio, solver_times, drawn)
-
-    def _edges(self, batch_size: int, device: torch.device, ratio: Tensor | None) -> Tensor:
-        """Window edges of each sample as flow times, [K + 1, B]."""
-        edges = torch.tensor(self.config.windows.edges, dtype=torch.float64, device=device)
-        return shift_time(edges[:, None].expand(-1, batch_size), ratio)
+        route = shift_time(placed.route, window_ratio)
+        return DrawnWindows(placed.window_idx, window_ratio, route, solver_times, drawn)
 
     @torch.no_grad()
     def _roll_out(
@@ -460,7 +512,7 @@ class PeRFlow:
     ) -> Tensor:
         """Where the student, sampled with one step a window, reaches each sample's window."""
         config = self.config
-        edges = self._edges(len(noise), noise.device, windows.ratio)
+        edges = windows.route
 
         def output(x: Tensor, t: Tensor) -> Tensor:
             # Guided as it will be sampled. A network without a null text cannot be.
@@ -481,15 +533,24 @@ class PeRFlow:
             )(x, t)
 
         velocity = hold_frames(path.student(output, prediction, self._bounds(windows.ratio)), frame_mask)
-        return carry_to_windows(velocity, noise, edges, windows.window_idx)
+        return carry_to_windows(velocity, noise, windows.route, windows.window_idx)
 
-    def _bounds(self, ratio: Tensor | None) -> Bounds:
-        """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]."""
-        windows = self.config.windows
+    @property
+    def _partitions(self) -> list[TimeWindows]:
+        """The windows, and the uniform grids that the student is trained for as well."""
+        return [self._windows, *map(TimeWindows.uniform, self.config.draws.grids)]
+
+    def _bounds(self, ratio: Tensor | None, drawn: tuple[Tensor, Tensor] | None = None) -> Bounds:
+        """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]; `drawn` ones hold their ends."""
+        windows = self._windows
 
         def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
             u_start, u_end = windows.bounds(windows.lookup(unshift_time(t, ratio)))
-            return shift_time(u_start, ratio), shift_time(u_end, ratio)
+            t_start, t_end = shift_time(u_start, ratio), shift_time(u_end, ratio)
+            if drawn is None:
+                return t_start, t_end
+            inside = (t <= drawn[0]) & (t >= drawn[1])
+            return torch.where(inside, drawn[0], t_start), torch.where(inside, drawn[1], t_end)
 
         return bounds
 
@@ -497,8 +558,14 @@ class PeRFlow:
         """Channels that text guidance acts on: an iddpm's affair."""
         return guided_channels(self.config.cfg_channel) if isinstance(path, DDPMPath) else None
 
+    def _grid(self) -> tuple[float, ...]:
+        """The sampler's grid in untransformed time."""
+        # With one window there is no edge to meet: the host's own grid.
+        windows = self._windows if self.config.sampling_grid == "edges" else TimeWindows.uniform(1)
+        return sampling_grid(windows, self.config.steps_over(self._windows))
+
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
-        grid = torch.tensor(sampling_grid(self.config.windows, self.config.sampling_steps), dtype=torch.float64)
+        grid = torch.tensor(self._grid(), dtype=torch.float64)
         if self.config.use_discrete_timesteps:
             grid = torch.round(grid * self.num_timesteps) / self.num_timesteps
         grid = grid.to(x.device)[:, None].expand(-1, len(x))
@@ -548,10 +615,14 @@ class PeRFlow:
         scale: float | Tensor,
     ) -> Tensor:
         """The teacher's states at `times` [S + 1, B]: [S + 1, B, C, T, H, W]. `scale` is its guidance, of all or [B]."""
-        guidance, told = self.config.guidance, None
-        image_scale = scale if guidance.image_scale is None else guidance.image_scale
-        if self.config.teacher.takes_scale:
+        config, guidance, told = self.config, self.config.guidance, None
+        image_scale, method = scale if guidance.image_scale is None else guidance.image_scale, config.teacher.solver
+        own_student = self._curriculum is not None and self._curriculum.teacher_is_student
+        if config.teacher.takes_scale or (own_student and guidance.mode == "range"):
             told = torch.as_tensor(scale, dtype=torch.float64, device=x.device).expand(len(x))
+        if own_student:
+            method = "euler"
+        if own_student or told is not None:
             scale = image_scale = 1.0
         output = stdit.prediction_field(
             teacher,
@@ -562,10 +633,10 @@ class PeRFlow:
             text_scale=scale,
             image_scale=image_scale,
             guided_channels=self._guided_channels(path),
-            flaw_fix=self.config.use_flaw_fix and guidance.folded,
+            flaw_fix=config.use_flaw_fix and guidance.folded and told is None and not own_student,
             told=told,
         )
-        states = path.states(output, x, times, method=self.config.teacher.solver, frame_mask=frame_mask)
+        states = path.states(output, x, times, method=method, frame_mask=frame_mask)
         solution = torch.stack(list(states))
         check_finite(solution[-1], times[0], times[-1], self._teacher_source)
         return solution
@@ -582,7 +653,7 @@ class PeRFlow:
     def _step_scales(self, asked: float | Sequence[float] | None) -> list[float]:
         """The text scale of each sampling step: that of the window in which the step begins."""
         config = self.config
-        windows = config.windows
+        windows = self._windows
         scales = config.cfg_scale if asked is None else as_scales("guidance_scale", asked, windows.num_windows)
         scales = scales if isinstance(scales, tuple) else (scales,) * windows.num_windows
         if config.guidance.mode == "range":
@@ -593,13 +664,70 @@ class PeRFlow:
                     f"the student takes guidance scales from {low:g} to {high:g}, for which it was trained "
                     f"(guidance.scale), got {outside[0]:g}; set cfg_scale, or guidance_scale=, to a scale in that range"
                 )
-        starts = torch.tensor(sampling_grid(windows, config.sampling_steps)[:-1], dtype=torch.float64)
+        starts = torch.tensor(self._grid()[:-1], dtype=torch.float64)
         return [scales[k] for k in windows.lookup(starts).tolist()]
 
     def _negative_text(self) -> dict[str, Tensor] | None:
         if self._negative is None and self.config.guidance.negative is not None:
             self._negative = read_negative(self.config.guidance.negative)
         return self._negative
+
+    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module, batch: HeldOut) -> None:
+        """After a training step: measure where it is time to, and begin the next stage where this one has ended."""
+        curriculum, rule = self._curriculum, self._curriculum.rule
+        if len(self._held_out) < rule.batches:
+            generator = torch.Generator().manual_seed(len(self._held_out))  # its own: training draws what it drew without
+            noise = torch.randn(batch.start.shape, generator=generator).to(batch.start)
+            self._held_out.append(replace(batch, start=_hold(noise, batch.start, batch.mask)))
+        if curriculum.wants_measurement():
+            errors = [self._held_out_error(path, prediction, model, held) for held in self._held_out]
+            error = mean_over_ranks(sum(errors) / len(errors), batch.start.device)
+            if curriculum.observe(error):
+                logger.info(
+                    "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
+                    curriculum.current.num_windows,
+                    curriculum.stages[curriculum.progress.stage + 1].num_windows,
+                    curriculum.progress.step,
+                    error,
+                    curriculum.progress.best,
+                )
+                curriculum.advance()
+                if curriculum.teacher_is_student:
+                    self._teach_by(model)
+                for held in self._held_out:
+                    held.states = None
+                return
+        curriculum.progress.step += 1
+
+    def _teach_by(self, model: nn.Module) -> None:
+        """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""
+        settle(model)
+        self._teacher = copy_frozen(unwrap(model))
+        self._teacher_source = f"the student, as it came to stage {self._curriculum.progress.stage + 1} of the curriculum"
+
+    @torch.no_grad()
+    def _held_out_error(self, path: Path, prediction: str, model: nn.Module, held: HeldOut) -> float:
+        """See curriculum.held_out_error; the teacher's states are made once a stage."""
+        grids = self._curriculum.solver_grids(self.config.teacher.steps_per_window).to(held.start.device)
+        grids = shift_time(grids[:, :, None].expand(-1, -1, len(held.start)), held.ratio)  # [K, S + 1, B]
+        if held.states is None:
+            states = [held.start]
+            for times in grids:
+                solution = self._solve_teacher(
+                    path, self._teacher, held.teacher_condition, states[-1], times, held.mask, held.scale
+                )
+                states.append(solution[-1])
+            held.states = torch.stack(states)
+        edges = torch.cat([grids[:, 0], grids[-1:, -1]])
+
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
+            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
+
+        output = stdit.prediction_field(
+            model, unwrap(model), held.student_condition, to_timestep=path.to_timestep, frame_mask=held.mask, told=held.told
+        )
+        return held_out_error(path.student(output, prediction, bounds), held.states, edges, held.frame_weights)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

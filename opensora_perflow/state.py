@@ -56,6 +56,8 @@ class StudentState:
     """Where they came from, in words."""
     stage: int = 1
     """1: the teacher is an original model; 2: it is a student of stage 1; and so on."""
+    curriculum: dict[str, Any] | None = None
+    """curriculum.Curriculum.state, where there is one; `windows` are those of its stage."""
     objective: Any = None
     draws: dict[str, Any] = field(default_factory=dict)
     """The keys of config.DrawsConfig, and the seed that was really used."""

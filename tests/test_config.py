@@ -40,7 +40,7 @@ def test_upstreams_rflow_keys_are_accepted(upstream):
 
 def test_config_survives_copy_and_json():
     config = dict(type="perflow", windows=[1, 0.5, 0], teacher=dict(steps_per_window=2), guidance=dict(mode="fixed", scale=7.0))
-    config["draws"] = dict(distribution="beta", beta=[3, 1])
+    config["draws"] = dict(distribution="beta", beta=[3, 1], overlap=0.2, grids=[5, 6])
     again = json.loads(json.dumps(copy.deepcopy(config)))
     assert build_module(again, SCHEDULERS).config == build_module(config, SCHEDULERS).config
     assert config["type"] == "perflow"  # building left it as it was
@@ -131,6 +131,10 @@ def test_draws_are_checked():
     refused("draws.distribution must be one of host, uniform, beta, got 'edge'", draws=dict(distribution="edge"))
     refused("draws.beta must be two numbers > 0", draws=dict(beta=(1, 0)))
     refused("draws.beta must be two numbers > 0", draws=dict(beta=2.0))
+    refused("draws.overlap must be a number >= 0 and <= 1, got 1.5", draws=dict(overlap=1.5))
+    refused("draws.grids must be a list of numbers of steps, got 5; write", draws=dict(grids=5))
+    refused("each of draws.grids must be an integer >= 1, got 2.5", draws=dict(grids=(5, 2.5)))
+    refused("sampling_grid must be one of edges, uniform, got 'host'", sampling_grid="host")
     refused("draws.edge_mass must be a number >= 0 and <= 1, got 1.5", draws=dict(edge_mass=1.5))
     refused("draws.edge_mass must be a number >= 0 and <= 1, got nan", draws=dict(edge_mass=float("nan")))
     refused("draws.per_solve must be an integer >= 1", draws=dict(per_solve=0))
@@ -150,3 +154,17 @@ def test_objectives_are_checked():
 def test_a_config_without_type_is_refused():
     with pytest.raises(ValueError, match="needs a 'type' key"):
         build_module(dict(windows=4), SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (dict(curriculum=dict(windows=[4, 2])), "a curriculum merges windows"),
+        (dict(draws=dict(grids=[5])), "draws.grids trains windows of other grids"),
+    ],
+)
+def test_one_scale_a_window_needs_windows_that_stay(changes, why):
+    with pytest.raises(ValueError, match=why + r", so one scale a window has no meaning, got guidance.scale=\[9, 7, 5, 3\]"):
+        PeRFlowConfig(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), **changes)
+    with pytest.raises(ValueError, match=why + r".* got cfg_scale=\[9, 7, 5, 3\]; give one number"):
+        PeRFlowConfig(cfg_scale=[9, 7, 5, 3], **changes)

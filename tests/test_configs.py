@@ -46,6 +46,13 @@ def test_the_data_free_config_is_data_free(load):
     assert scheduler.draws.starts == "student" and scheduler.guidance.mode == "fixed" and "mask_ratios" not in config
 
 
+@pytest.mark.parametrize("version", ["", "_v1_3"])
+def test_the_curriculum_ends_with_one_window(load, version):
+    scheduler = build_module(load(FOLDER / f"perflow_curriculum{version}.py").scheduler, SCHEDULERS)
+    assert [windows.num_windows for windows in scheduler.curriculum.stages] == [8, 4, 2, 1]
+    assert scheduler.config.guidance.mode == "fixed" and scheduler.config.teacher.from_pretrained
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
 def test_no_config_names_a_local_path(path):
     assert "/mnt" not in path.read_text() and "/home" not in path.read_text()

@@ -5,12 +5,15 @@ import torch
 from problems import Constant, Gaussian
 from torch import nn
 
+from opensora_perflow.conventions import expand_like
+from opensora_perflow.metrics import velocity_jump
 from opensora_perflow.objectives import (
     WindowPair,
     combine,
     mean_over_frames,
     perflow,
     perflow_consistency,
+    perflow_continuity,
     perflow_direction,
     perflow_huber,
     perflow_phased,
@@ -243,3 +246,66 @@ def test_a_solution_is_the_last_of_its_states():
     path = list(states(Gaussian(), x, times, method="heun"))
     assert len(path) == 6 and path[0] is x
     torch.testing.assert_close(path[-1], solve(Gaussian(), x, times, method="heun"), rtol=0, atol=0)
+
+
+class PiecewiseLinear:
+    """v = a_k x + b_k t in window k: a field whose jump across an edge is known."""
+
+    windows = TimeWindows((1.0, 0.6, 0.1, 0.0))
+    a, b = torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.25, -0.5]], dtype=F64)
+
+    def __call__(self, x, t):
+        k = self.windows.lookup(t)
+        return expand_like(self.a[k], x) * x + expand_like(self.b[k] * t, x)
+
+
+def test_the_jump_of_a_piecewise_linear_field_is_its_own():
+    field, x = PiecewiseLinear(), torch.randn(2, 3, 4, 2, 2)
+    t, delta = torch.tensor([0.6, 0.1], dtype=F64), 0.01
+    a, b = field.a, field.b
+    jump = expand_like(a[:2] - a[1:], x) * x + expand_like((b[:2] - b[1:]) * t + b[:2] * delta, x)
+    assert velocity_jump(field, x, t, delta) == pytest.approx(jump.square().mean().sqrt().item(), rel=1e-5)  # float32
+
+
+def test_continuity_compares_the_field_on_the_continued_line_with_the_edges(pair):
+    field = PiecewiseLinear()
+    loss = perflow_continuity(field, pair, pair.t_end, reach=0.5)  # the first pair starts at t = 1: no edge
+    x, edge, above = pair.x_start[1:], pair.t_start[1:], torch.tensor([0.85], dtype=F64)  # 0.5 of 0.6 - 0.1 above 0.6
+    v = field(x, edge)
+    error = field(x + 0.25 * v, above) - v
+    torch.testing.assert_close(loss, torch.stack([torch.zeros(()), error.square().mean()]), rtol=1e-5, atol=0)  # float32
+    assert perflow_continuity(field, pair, pair.t_start).tolist() == [0.0, 0.0]  # drawn at the edge: nothing above it
+
+
+def test_near_the_edge_continuity_is_the_squared_jump(pair):
+    loss = perflow_continuity(PiecewiseLinear(), pair, pair.t_end, reach=1e-4)
+    jump = velocity_jump(PiecewiseLinear(), pair.x_start[1:], pair.t_start[1:], 1e-6)
+    assert loss[1].item() == pytest.approx(jump**2, rel=1e-3)  # the line is 5e-5 long
+
+
+def test_continuity_turns_the_upper_window_and_not_the_value_at_the_edge(pair):
+    above, at = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+
+    def student(x, t):
+        return (expand_like(t > 0.6, x) * (above + 1.0) + expand_like(t <= 0.6, x) * at).expand_as(x)
+
+    loss = perflow_continuity(student, pair, pair.t_end)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 1.0] and above.grad == 2.0 and (at.grad is None or at.grad == 0)
+
+
+def test_continuity_leaves_out_masked_frames(pair):
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+
+    def student(x, t):
+        v = torch.zeros_like(x)
+        v[:, :, 0] = expand_like(t, v[:, :, 0]) * 100
+        return v
+
+    assert perflow_continuity(student, pair, pair.t_end, mask.float()).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("reach", [0, -0.1])
+def test_continuity_needs_a_reach(pair, reach):
+    with pytest.raises(ValueError, match="perflow_continuity needs reach > 0"):
+        perflow_continuity(lambda x, t: x, pair, pair.t_end, reach=reach)

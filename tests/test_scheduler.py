@@ -316,6 +316,7 @@ def test_a_teacher_that_returns_nan_is_named():
         "perflow_consistency",
         dict(type="perflow_consistency", target="solution"),
         [dict(type="perflow"), dict(type="perflow_direction", weight=0.1)],
+        ["perflow", dict(type="perflow_continuity", weight=0.1, reach=0.5)],
     ],
 )
 def test_every_objective_trains_through_the_scheduler(objective):

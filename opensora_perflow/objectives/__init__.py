@@ -2,6 +2,7 @@
 
 from opensora_perflow.objectives.combination import combine
 from opensora_perflow.objectives.consistency import perflow_consistency
+from opensora_perflow.objectives.continuity import perflow_continuity
 from opensora_perflow.objectives.direction import perflow_direction
 from opensora_perflow.objectives.huber import perflow_huber
 from opensora_perflow.objectives.motion import perflow_motion
@@ -16,6 +17,7 @@ __all__ = [
     "mean_over_frames",
     "perflow",
     "perflow_consistency",
+    "perflow_continuity",
     "perflow_direction",
     "perflow_huber",
     "perflow_motion",

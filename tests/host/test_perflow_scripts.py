@@ -88,6 +88,18 @@ def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path:
     assert np.isfinite(losses(printed)).all()
 
 
+@pytest.mark.parametrize("teacher", ["original", "previous"])
+def test_two_processes_merge_their_windows_together(host_root: Path, clips: Clips, tmp_path: Path, teacher: str) -> None:
+    advance = dict(every=1, patience=1, min_steps=1, max_steps=2)  # 8 steps are enough for two stages to end
+    scheduler = dict(curriculum=dict(windows=[4, 2, 1], teacher=teacher, advance=advance))
+    config = child_config(tmp_path / "merge.py", "perflow_tiny_stage2.py", scheduler=scheduler)
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
+    printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=tmp_path)
+    ends = re.findall(r"curriculum: (\d) windows -> (\d) after \d+ steps", printed)
+    assert sorted(set(ends)) == [("2", "1"), ("4", "2")]
+    assert np.isfinite(losses(printed)).all()
+
+
 def test_image_and_video_conditioning(host_root: Path, host_tag: str, clips: Clips, tmp_path: Path) -> None:
     if host_tag != "1.3":
         pytest.skip("mask_types is new in Open-Sora 1.3")

@@ -1,0 +1,287 @@
+"""Fewer windows stage by stage: the rule on synthetic errors, the grids, and the scheduler that follows it."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from networks import CountCalls, Reference13, batch, sizes, tiny_network
+from problems import Gaussian
+
+from opensora_perflow import PeRFlow
+from opensora_perflow.conventions import shift_time
+from opensora_perflow.curriculum import AdvanceRule, Curriculum, held_out_error, merge_windows
+from opensora_perflow.hosts.timestep_transform import shift_ratio
+from opensora_perflow.windows import TimeWindows
+
+F64 = torch.float64
+UNEVEN = TimeWindows((1.0, 0.9, 0.6, 0.5, 0.0))
+
+
+def follow(curriculum, errors):
+    """Steps and measurements as the scheduler makes them; the steps at which stages began."""
+    errors, began, step = iter(errors), [0], 0
+    while not curriculum.is_last:
+        if curriculum.wants_measurement() and curriculum.observe(next(errors)):
+            curriculum.advance()
+            began.append(step)
+            continue
+        curriculum.progress.step += 1
+        step += 1
+    return began
+
+
+def test_merging_keeps_every_other_edge():
+    assert merge_windows(UNEVEN, 2).edges == (1.0, 0.6, 0.0)
+    assert merge_windows(TimeWindows.uniform(8), 2) == TimeWindows.uniform(2)
+    assert Curriculum(UNEVEN, [4, 2, 1]).stages == [UNEVEN, TimeWindows((1.0, 0.6, 0.0)), TimeWindows((1.0, 0.0))]
+    with pytest.raises(ValueError, match="4 windows cannot be merged evenly into 3"):
+        merge_windows(UNEVEN, 3)
+
+
+def test_a_stage_ends_when_its_error_stops_falling():
+    rule = AdvanceRule(every=10, patience=2, min_improvement=0.1, min_steps=1, max_steps=1000)
+    # 1.0 and 0.8 improve; 0.75 does not (less than a tenth), nor does 0.73: the stage ends at the fourth measurement, step 30.
+    curriculum = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
+    assert follow(curriculum, [1.0, 0.8, 0.75, 0.73, 2.0, 3.0, math.nan]) == [0, 30, 50]
+    assert curriculum.current == TimeWindows.uniform(1)
+
+
+def test_a_slow_fall_is_measured_against_the_best_and_adds_up():
+    rule = AdvanceRule(every=1, patience=2, min_improvement=0.1, min_steps=1, max_steps=1000)
+    curriculum = Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule)
+    # 0.95 is no improvement on 1.0, 0.89 is; then 0.85 and 0.81 are none on 0.89.
+    assert follow(curriculum, [1.0, 0.95, 0.89, 0.85, 0.81]) == [0, 4]
+
+
+def test_a_stage_has_its_least_and_its_most_steps():
+    rule = AdvanceRule(every=10, patience=1, min_steps=40, max_steps=60)
+    assert follow(Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule), [1.0] * 9) == [0, 40]
+    falling = (0.5**i for i in range(99))
+    assert follow(Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule), falling) == [0, 60]
+
+
+def test_the_last_stage_neither_measures_nor_ends():
+    curriculum = Curriculum(TimeWindows.uniform(2), [2, 1], rule=AdvanceRule(patience=1, min_steps=1))
+    curriculum.advance()
+    assert curriculum.is_last and not curriculum.wants_measurement() and not curriculum.observe(1.0)
+
+
+def test_the_state_survives_json_and_continues_alike():
+    rule = AdvanceRule(every=5, patience=2, min_steps=1, max_steps=100)
+    errors = [1.0, 0.5, 0.6, 0.4, 0.5, 0.5, 3.0, 2.0, 2.5, 2.6]
+    whole = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
+    first = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
+    assert first.state() == {"stage": 0, "step": 0, "best": None, "stale": 0}
+    for _ in range(12):
+        if first.wants_measurement():
+            first.observe(errors[first.progress.step // 5])
+        first.progress.step += 1
+    second = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.progress == first.progress
+    began = follow(whole, errors)
+    assert follow(second, errors[3:]) == [0, *(step - 12 for step in began[1:])]
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [({"stage": 1}, "a curriculum's state has the keys stage, step, best, stale, got stage"),
+     ({"stage": 3, "step": 0, "best": None, "stale": 0}, r"the state is in stage 3, this curriculum has the stages 0\.\.2")],
+)  # fmt: skip
+def test_a_foreign_state_is_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        Curriculum(TimeWindows.uniform(4), [4, 2, 1]).restore(state)
+
+
+@pytest.mark.parametrize("teacher", ["original", "previous"])
+def test_the_teachers_steps_lie_on_the_finer_windows(teacher):
+    curriculum = Curriculum(UNEVEN, [4, 2, 1], teacher)
+    first = curriculum.solver_grids(2)
+    assert first.dtype == F64 and first.tolist() == [
+        pytest.approx(row) for row in ([1, 0.95, 0.9], [0.9, 0.75, 0.6], [0.6, 0.55, 0.5], [0.5, 0.25, 0])
+    ]
+    curriculum.advance()
+    second = curriculum.solver_grids(2).tolist()
+    if teacher == "previous":
+        assert second == [[1.0, 0.9, 0.6], [0.6, 0.5, 0.0]]
+    else:
+        assert second == [pytest.approx([1, 0.95, 0.9, 0.75, 0.6]), pytest.approx([0.6, 0.55, 0.5, 0.25, 0])]
+    curriculum.advance()
+    assert len(curriculum.solver_grids(2)[0]) == (3 if teacher == "previous" else 9)
+    assert curriculum.teacher_is_student == (teacher == "previous")
+
+
+def test_the_held_out_error_is_the_velocitys_distance_from_the_teachers_windows():
+    field, times = Gaussian(), torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=F64)[:, None].expand(-1, 50)
+    x = torch.randn(50, 3, dtype=F64)
+    states = torch.stack([field.exact(x, times[0], t) for t in times])
+
+    def student(x, t):
+        end = torch.where(t == 1.0, 0.6, torch.where(t == 0.6, 0.1, 0.0))
+        return (field.exact(x, t, end) - x) / (end - t)[:, None]
+
+    assert held_out_error(student, states, times) < 1e-6  # objectives return float32
+    wrong = held_out_error(lambda x, t: student(x, t) + 0.3 * (t == 0.6)[:, None], states, times)
+    assert wrong == pytest.approx(0.3 / 3**0.5, rel=1e-5)  # one window of three is off by 0.3
+
+
+# --- through the scheduler ---
+
+QUICK = dict(every=1, patience=1, min_improvement=0.5, min_steps=1, max_steps=1)
+STAGES = dict(windows=[4, 2, 1], advance=QUICK)
+
+
+def step(scheduler, network, **arguments):
+    x, args = batch(network)
+    return scheduler.training_losses(network, x, args, **arguments)["loss"]
+
+
+def watched(scheduler):
+    seen = []
+
+    def objective(student, pair, t, frame_weights):
+        seen.append(pair)
+        return student(pair.point(t), t).flatten(1).mean(dim=1)
+
+    scheduler._objective = objective
+    return seen
+
+
+def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(caplog):
+    network = tiny_network()
+    scheduler = PeRFlow(windows=4, curriculum=STAGES, teacher=dict(steps_per_window=2))
+    seen = watched(scheduler)
+    with caplog.at_level(logging.INFO, logger="opensora_perflow"):
+        for _ in range(6):
+            step(scheduler, network)
+    teacher = scheduler._teacher
+    # Stages of 1 step each, and a measurement after it: the third window count from the fifth step on.
+    lengths = [round(1 / (pair.t_start - pair.t_end).mean().item()) for pair in seen]
+    assert lengths == [4, 4, 2, 2, 1, 1] and [len(pair.path) for pair in seen] == [3, 3, 5, 5, 9, 9]
+    assert scheduler._teacher is teacher and scheduler.curriculum.is_last
+    lines = [record.getMessage() for record in caplog.records if "curriculum" in record.getMessage()]
+    assert len(lines) == 2 and "4 windows -> 2 after 1 steps" in lines[0] and "2 windows -> 1 after 1 steps" in lines[1]
+    assert scheduler._sampling_times(torch.zeros(1, 4, 5, 4, 4), {})[:, 0].tolist() == [1.0, 0.0]
+
+
+def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windows():
+    network = tiny_network().train()
+    settings = dict(teacher=dict(steps_per_window=2, solver="heun"), guidance=dict(mode="fixed", scale=3.0))
+    scheduler = PeRFlow(windows=4, curriculum=dict(STAGES, teacher="previous"), **settings)
+    seen = watched(scheduler)
+    step(scheduler, network)
+    original = CountCalls(scheduler._teacher)
+    with torch.no_grad():
+        network.final_layer.linear.bias += 0.5
+    step(scheduler, network)  # measures at its end, and begins the second stage
+    assert scheduler.curriculum.progress.stage == 1 and original.samples > 0
+    assert torch.equal(scheduler._teacher.final_layer.linear.bias, network.final_layer.linear.bias)
+    assert not scheduler._teacher.training and not any(p.requires_grad for p in scheduler._teacher.parameters())
+    count = CountCalls(scheduler._teacher)
+    before = original.calls
+    scheduler.curriculum.rule.__dict__["every"] = 100  # no more measurements
+    scheduler.curriculum.progress.step = 1
+    step(scheduler, network)
+    assert (count.calls, count.samples) == (2, 4)  # two Euler steps of two unguided samples
+    assert original.calls == before and len(seen[-1].path) == 3
+
+
+def test_measuring_changes_neither_the_draws_nor_the_loss():
+    results = []
+    for settings in ({}, dict(curriculum=dict(windows=[4, 2]))):
+        network = tiny_network()
+        torch.manual_seed(3)
+        scheduler = PeRFlow(windows=4, teacher=dict(steps_per_window=2), **settings)
+        results.append(torch.stack([step(scheduler, network).detach() for _ in range(3)]))
+    # The same steps of the teacher, written as one grid over all windows or as one grid a window: float32.
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_moves():
+    network = Reference13().eval()
+    with torch.no_grad():
+        network.gain.zero_()  # neither x nor t matters: every window is straight
+    scheduler = PeRFlow(windows=4, curriculum=dict(windows=[4, 2]), use_timestep_transform=True, transform="v1.2")
+    x, args = batch(network, 2)
+    args.update(num_frames=torch.tensor([17.0, 102.0]))
+    mask = torch.tensor([[True] * 5, [False] + [True] * 4])
+    scheduler.training_losses(network, x, args, mask=mask)
+    best = scheduler.curriculum.progress.best
+    assert best < 1e-5  # float32 states divided by windows of about 1/4
+    held = scheduler._held_out[0]
+    ratio = shift_ratio(args, "v1.2")
+    edges = shift_time(torch.linspace(1, 0, 5, dtype=F64)[:, None].expand(-1, 2), ratio)
+    velocity = held.states.diff(dim=0) / edges.diff(dim=0)[:, :, None, None, None, None].float()
+    torch.testing.assert_close(velocity[:, 0], velocity[:1, 0].expand(4, -1, -1, -1, -1), atol=1e-5, rtol=0)
+    assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
+    network.y_embedder.y_embedding += 0.0
+    original = network.forward
+    network.forward = lambda *a, **k: original(*a, **k) + 0.25
+    path, prediction = scheduler._path_of(network)
+    assert scheduler._held_out_error(path, prediction, network, held) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_several_batches_are_kept_and_measured_together():
+    network = tiny_network()
+    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1], advance=dict(batches=2, every=1)))
+    for count in (2, 3, 2):
+        x, args = batch(network, count)
+        scheduler.training_losses(network, x, args)
+    assert [len(held.start) for held in scheduler._held_out] == [2, 3]
+    assert scheduler._held_out[0].states.shape == (3, 2, 4, 5, 4, 4)
+
+
+def test_a_repeated_init_keeps_the_progress_unless_the_training_settings_change():
+    scheduler = PeRFlow(windows=4, curriculum=STAGES)
+    scheduler.curriculum.advance()
+    scheduler.__init__(windows=4, curriculum=STAGES, cfg_scale=2.0)
+    assert scheduler.curriculum.progress.stage == 1
+    scheduler.__init__(windows=4, curriculum=dict(STAGES, teacher="previous"))
+    assert scheduler.curriculum.progress.stage == 0
+    scheduler.__init__(windows=4)
+    assert scheduler.curriculum is None
+
+
+def test_sizes_of_videos_pass_through_the_held_out_batch():
+    network = tiny_network()
+    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1]), use_timestep_transform=True, transform="v1.2")
+    x, args = batch(network)
+    scheduler.training_losses(network, x, {**args, **sizes(2, num_frames=51, side=512)})
+    expected = shift_ratio(sizes(2, num_frames=51, side=512), "v1.2")
+    torch.testing.assert_close(scheduler._held_out[0].ratio, expected)
+
+
+# --- config ---
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(windows=4, curriculum=dict()), "curriculum.windows begins with 8 windows, .* are 4; write windows=8"),
+        (dict(windows=6, curriculum=dict(windows=[6, 4])), "6 windows cannot be merged evenly into 4"),
+        (dict(windows=4, curriculum=dict(windows=[4])), r"two or more descending numbers, got \[4\]"),
+        (dict(windows=4, curriculum=dict(windows=[4, 4])), r"two or more descending numbers, got \[4, 4\]"),
+        (dict(windows=4, curriculum=dict(windows=4)), "curriculum.windows must be a list of numbers, got 4"),
+        (dict(windows=4, curriculum=dict(windows=[4, 0])), "each of curriculum.windows must be an integer >= 1, got 0"),
+        (dict(windows=8, curriculum=dict(teacher="ema")), "curriculum.teacher must be one of original, previous, got 'ema'"),
+        (dict(windows=8, curriculum="previous"), "curriculum must be a dict or None, got 'previous'; known keys: windows, "),
+        (dict(windows=8, curriculum=dict(window=[8, 4])), "did you mean windows"),
+        (dict(windows=8, curriculum=dict(advance=3)), "curriculum.advance must be a dict, got 3; known keys: every, "),
+        (dict(windows=8, curriculum=dict(advance=dict(patience=0))), "curriculum.advance.patience must be an integer >= 1"),
+        (dict(windows=8, curriculum=dict(advance=dict(min_improvement=1))), "min_improvement must be a share >= 0 and < 1"),
+        (dict(windows=8, curriculum=dict(advance=dict(min_steps=9, max_steps=8))), "min_steps must not exceed max_steps"),
+        (dict(windows=8, curriculum=dict(), draws=dict(overlap=0.5)), "use draws.overlap=0 and draws.grids="),
+        (dict(windows=8, curriculum=dict(), draws=dict(grids=[5])), "use draws.overlap=0 and draws.grids="),
+    ],
+)
+def test_a_curriculums_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PeRFlow(**settings)
+
+
+def test_a_curriculum_survives_copy_and_json():
+    config = dict(windows=8, curriculum=dict(windows=[8, 4, 2, 1], teacher="previous", advance=dict(every=10)))
+    assert PeRFlow(**json.loads(json.dumps(config))).config == PeRFlow(**config).config
+    assert PeRFlow(**config).config.stages().rule.every == 10
