@@ -292,7 +292,8 @@ class PeRFlow:
         """
         config, network = self.config, unwrap(model)
         path, prediction = self._path_of(network)
-        self._check_student(loaded_weights())
+        if self._randomness is None:  # sampled as loaded, not as trained since
+            self._check_student(loaded_weights())
         additional_args = dict(additional_args or {})
         if (z is None) == (z_size is None):
             raise ValueError(f"sample needs either z or z_size, got {'both' if z_size is not None else 'neither'}")

@@ -73,8 +73,12 @@ def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
     with pytest.raises(AssertionError, match="its weights are already those of a student and must not become"):
         run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage1.py", *options, cwd=tmp_path)
     assert checkpoints(tmp_path / "outputs") == []
-    teacher = dict(from_pretrained=str(start), allow_distilled=True)
-    config = child_config(tmp_path / "resume.py", "perflow_tiny_stage1.py", scheduler=dict(teacher=teacher))
+    scheduler = dict(teacher=dict(from_pretrained=str(start), allow_distilled=True))
+    config = child_config(tmp_path / "other.py", "perflow_tiny_stage1.py", scheduler=scheduler)
+    with pytest.raises(AssertionError, match=r"teacher was [0-9a-f]{16} \(a copy of the student's weights .*now [0-9a-f]{16}"):
+        run_script(host_root, "train.py", config, *options, cwd=tmp_path)
+    assert checkpoints(tmp_path / "outputs") == []
+    config = child_config(tmp_path / "resume.py", "perflow_tiny_stage1.py", scheduler=dict(scheduler, allow_change=True))
     printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
     assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step16"]
     assert f"PeRFlow teacher: weights from {start}" in printed and np.isfinite(losses(printed)).all()
@@ -143,7 +147,9 @@ def sample(
 
 def test_few_step_inference(host_root: Path, stage2: Path, tmp_path: Path) -> None:
     assert sample(host_root, "inference.py", stage2, tmp_path, verbose=2).shape == (17, 192, 192, 3)
-    assert "4/4" in (tmp_path / "inference.log").read_text()  # the sampler's progress bar: one step a window
+    printed = (tmp_path / "inference.log").read_text()
+    assert "4/4" in printed  # the sampler's progress bar: one step a window
+    assert "other settings than it was trained with" not in printed
 
 
 def test_guided_inference_of_stage_1(host_root: Path, stage1: tuple[Path, str], tmp_path: Path) -> None:
