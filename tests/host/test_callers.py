@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from _harness import (
+    NETWORKS,
     OWN_SCHEDULER,
     Clips,
     checkpoints,
@@ -97,7 +98,7 @@ def test_inference_i2v(
     references = {"v2v_head": clips.videos[0], "i2v_loop": f"{picture};{picture}"}
     options = ["--cond-type", cond_type, "--reference-path", references.get(cond_type, picture), "--loop", str(loop)]
     options += ["--condition-frame-length", "2"]
-    video, printed = sample(host_root, host_tag, "inference_i2v.py", student, tmp_path, *options)
+    video, printed = sample(host_root, host_tag, "inference_i2v.py", student, tmp_path, *options, dtype="bf16")
     # 17 frames are 5 latent ones; two loops that share 2 have 8, of which the script keeps a multiple of five.
     assert video.shape == (17, 64, 64, 3)
     assert printed.count("0/4 [") == loop
@@ -153,6 +154,32 @@ def test_training_after_sampling_in_inference_mode(host_root: Path, host_tag: st
     worker = Path(__file__).with_name("_inference_mode_worker.py")
     printed = run_python([str(worker), str(host_root), host_tag], nproc=1, log=tmp_path / "worker.log", cwd=tmp_path)
     assert re.search(r"trained \d+ parameters", printed)
+
+
+# Training from features
+
+
+def test_training_from_extracted_features(host_root: Path, host_tag: str, clips: Clips, tmp_path: Path) -> None:
+    if host_tag != "1.2":
+        pytest.skip("BatchFeatureDataset is new in Open-Sora 1.2, and 1.3's train.py cannot read it (scripts/train.py:297)")
+    # Text goes in projected and packed, so that there is no null text to drop prompts to.
+    model = {"type": NETWORKS[host_tag], "skip_y_embedder": True, "freeze_y_embedder": True}
+    model |= {"qk_norm": True, "enable_flash_attn": False, "enable_layernorm_kernel": False}
+    features = tmp_path / "features"
+    settings = {"save_dir": str(features), "bin_size": 2, "save_text_features": True, "save_compressed_text_features": True}
+    settings |= {"model": model, "bucket_config": {"144p": {17: (1.0, 2)}}}
+    scheduler = training_scheduler(host_tag)
+    extract = train_config(tmp_path / "extract.py", host_tag, clips, scheduler, tmp_path / "unused", **settings)
+    run_script(host_root, "misc/extract_feat.py", extract, cwd=tmp_path)
+    settings = {"model": model, "dataset": {"type": "BatchFeatureDataset", "data_path": str(features)}, "vae": None}
+    settings |= {"text_encoder": None, "load_video_features": True, "load_text_features": True, "vae_out_channels": 4}
+    settings |= {"text_encoder_output_dim": 32, "text_encoder_model_max_length": 10, "bucket_config": None}
+    settings |= {"mask_ratios": {"random": 0.5}, "epochs": 4}
+    config = train_config(tmp_path / "train.py", host_tag, clips, scheduler, tmp_path / "outputs", **settings)
+    printed = run_script(host_root, "train.py", config, cwd=tmp_path)
+    losses = [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", printed)]
+    assert len(losses) >= 8 and np.isfinite(losses).all()
+    assert [folder.name for folder in checkpoints(tmp_path / "outputs")][-1] == "epoch3-global_step8"
 
 
 # Measuring: each script with the tag's own scheduler, to see that upstream runs here, and with perflow.
