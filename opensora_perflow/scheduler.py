@@ -21,6 +21,7 @@ from opensora_perflow.hosts.run_config import check_teacher_source
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
+from opensora_perflow.overlap import fade_change
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
@@ -296,14 +297,22 @@ class PeRFlow:
         before_step = None
         if use_sdedit and reference is not None:
             before_step = partial(stdit.put_back_reference, reference=reference, add_noise=path.add_noise)
-        return sample(
+        kept, given = None, x
+        mask = None if mask is None else mask.to(device)
+        if config.overlap is not None and reference is not None:
+            kept, given = reference.mask[:, 0, :, 0, 0] == 1, reference.latents
+        elif config.overlap is not None and mask is not None:
+            kept = mask == 0
+            mask = mask.masked_fill(kept, config.overlap.edit)
+        clip = sample(
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise, join=config.edit_join),
+            edit=None if mask is None else FrameEdit(mask, add_noise=path.add_noise, join=config.edit_join),
             before_step=before_step,
             progress=progress,
         )
+        return clip if kept is None else fade_change(clip, given, kept, config.overlap.frames)
 
     def _build_path(self, name: str) -> Path:
         config = self.config
