@@ -285,6 +285,24 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
+class LongVideoConfig:
+    """How the clips of a long video (Open-Sora's `loop`) are joined at the frames that they share, in every clip that has
+    reference frames. Those come back as they were given."""
+
+    edit: float = 0.05
+    """Reference frames of edit ratio 0 are made anew from this flow time on while the others are generated, 0..1; 0 keeps them.
+    Between two grid points it costs an evaluation a clip. No effect with mask_index (v1.3), where the network makes them
+    anew anyway."""
+    frames: int = 2
+    """Latent frames beside reference frames over which the difference is faded out, >= 0; see long_video.py."""
+
+    def __post_init__(self) -> None:
+        check_number("long_video.edit", self.edit, low=0, high=1)
+        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 0:
+            raise ValueError(f"long_video.frames must be an integer >= 0, got {self.frames!r}")
+
+
+@dataclass(frozen=True)
 class PeRFlowConfig:
     """All keys of `scheduler=dict(type="perflow", ...)`.
 
@@ -328,6 +346,9 @@ class PeRFlowConfig:
     """Where an edited frame (Open-Sora's mask strategy) joins whose edit ratio lies between two grid points. exact: at its
     ratio, for one evaluation more; grid: at the next grid point, as upstream's rflow. No difference for ratios 0, 1 and
     those on the grid."""
+
+    long_video: LongVideoConfig | None = None
+    """dict(edit=0.05, frames=2): smoother and less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
 
     num_sampling_steps: int | None = None
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
@@ -403,6 +424,12 @@ class PeRFlowConfig:
             set_(self, "curriculum", from_mapping(CurriculumConfig, self.curriculum, "curriculum"))
         if self.curriculum is not None:
             self._check_curriculum()
+        if isinstance(self.long_video, Mapping):
+            set_(self, "long_video", from_mapping(LongVideoConfig, self.long_video, "long_video"))
+        elif not isinstance(self.long_video, LongVideoConfig | None):
+            raise ValueError(
+                f"long_video must be a dict or None, got {self.long_video!r}; write for example dict(edit=0.05, frames=2)"
+            )
         check_choice("window_time", self.window_time, ("host", "flow"))
         check_choice("path", self.path, PATHS)
         check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)

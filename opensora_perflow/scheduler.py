@@ -24,6 +24,7 @@ from opensora_perflow.hosts.parallel import data_parallel_rank, mean_over_ranks,
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
+from opensora_perflow.long_video import fade_change
 from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
 from opensora_perflow.overlap import place_windows
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
@@ -353,14 +354,22 @@ class PeRFlow:
         before_step = None
         if use_sdedit and reference is not None:
             before_step = partial(stdit.put_back_reference, reference=reference, add_noise=path.add_noise)
-        return sample(
+        kept, given = None, x
+        mask = None if mask is None else mask.to(device)
+        if config.long_video is not None and reference is not None:
+            kept, given = reference.mask[:, 0, :, 0, 0] == 1, reference.latents
+        elif config.long_video is not None and mask is not None:
+            kept = mask == 0
+            mask = mask.masked_fill(kept, config.long_video.edit)
+        clip = sample(
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask.to(device), add_noise=path.add_noise, join=config.edit_join),
+            edit=None if mask is None else FrameEdit(mask, add_noise=path.add_noise, join=config.edit_join),
             before_step=before_step,
             progress=progress,
         )
+        return clip if kept is None else fade_change(clip, given, kept, config.long_video.frames)
 
     @property
     def curriculum(self) -> Curriculum | None:

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from opensora_perflow.metrics import endpoint_error, energy_distance, temporal_difference_energy
+from opensora_perflow.metrics import (
+    drift,
+    endpoint_error,
+    energy_distance,
+    nearest_clip_distance,
+    seam,
+    temporal_difference_energy,
+)
 
 
 def test_endpoint_error_is_the_root_mean_square():
@@ -37,3 +44,38 @@ def test_motion_energy():
     ramp = torch.arange(3.0)[None, None, :, None, None].expand(1, 2, 3, 4, 4) * 0.5
     assert temporal_difference_energy(still) == 0.0 and temporal_difference_energy(ramp) == 0.25
     assert temporal_difference_energy(still[:, :, :1]) == 0.0
+
+
+def test_drift_is_the_energy_distance_of_each_loop_to_the_first():
+    first = torch.randn(40, 2, 3)
+    clips = torch.stack([first, first + 2.0, first])
+    # A shift by 2 of every entry is a distance of 2 between point masses; the clips' own spread lowers it.
+    assert drift(clips) == [energy_distance(first + 2.0, first), energy_distance(first, first)]
+    far = torch.stack([torch.zeros(5, 4), torch.full((5, 4), 3.0)])
+    assert drift(far) == [pytest.approx(6.0)]
+
+
+def test_a_seam_is_the_step_at_the_joint_over_the_steps_inside():
+    video = torch.tensor([0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 10.0])[None, None, :, None, None]
+    assert seam(video, [3, 6]) == pytest.approx(9.0)  # steps of 3 against steps of 1
+    assert seam(2 * video, [3]) == pytest.approx(9 / ((4 * 1 + 9) / 5))
+    assert seam(torch.arange(5.0)[None, None, :, None, None], [2]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("joints", [[], [0], [7], [1, 2, 3, 4, 5, 6]])
+def test_a_seam_needs_joints_and_an_inside(joints):
+    with pytest.raises(ValueError, match=r"joints must be some of the frames 1..6, and not all of them"):
+        seam(torch.zeros(1, 1, 7, 1, 1), joints)
+
+
+def test_nearest_clip_distance_is_zero_where_clips_repeat():
+    a, b, c = (torch.full((2, 3, 4), value) for value in (0.0, 1.0, 5.0))
+    assert nearest_clip_distance(torch.stack([a, b, a, b])) == 0.0
+    assert nearest_clip_distance(torch.stack([a, b, c])) == pytest.approx((1 + 1 + 4) / 3)
+    # Only a video's own clips count: here the second video never moves.
+    assert nearest_clip_distance(torch.stack([a, torch.stack([b[0], a[0]])])) == pytest.approx(0.5)
+
+
+def test_nearest_clip_distance_needs_two_clips():
+    with pytest.raises(ValueError, match="at least two clips of a video, got 1"):
+        nearest_clip_distance(torch.zeros(1, 3, 4))

@@ -488,6 +488,30 @@ def test_an_edit_ratio_is_a_warped_time():
     assert times == sorted(times, reverse=True)
 
 
+def test_joining_gives_reference_frames_back_and_changes_only_what_follows():
+    network, z = tiny_network(), torch.randn(2, 4, 5, 4, 4)
+    mask = torch.tensor([[0.0] * 2 + [1.0] * 3, [1.0] * 5])
+    count = CountCalls(network)
+    torch.manual_seed(0)
+    out = sampled(PeRFlow(guidance=FIXED, long_video=dict(edit=0.5, frames=1)), network, z, mask=mask)
+    assert count.calls == 4 and torch.equal(out[0, :, :2], z[0, :, :2])
+    torch.manual_seed(0)
+    edited = sampled(PeRFlow(guidance=FIXED), network, z, mask=mask.masked_fill(mask == 0, 0.5))
+    torch.testing.assert_close(out[0, :, 2], edited[0, :, 2] + 0.5 * (z[0, :, 1] - edited[0, :, 1]))
+    torch.testing.assert_close(out[0, :, 3:], edited[0, :, 3:], rtol=0, atol=0)
+    torch.testing.assert_close(out[1], edited[1], rtol=0, atol=0)  # a clip without reference frames
+
+
+def test_joining_without_an_edit_is_upstreams_joint():
+    network, z = tiny_network(), torch.randn(2, 4, 5, 4, 4)
+    mask = torch.tensor([[0.0] * 2 + [1.0] * 3] * 2)
+    results = []
+    for joint in (None, dict(edit=0.0, frames=3)):
+        torch.manual_seed(0)
+        results.append(sampled(PeRFlow(long_video=joint), network, z, mask=mask))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_steps_default_to_one_a_window():
     network = tiny_network()
     count = CountCalls(network)

@@ -34,8 +34,8 @@ class ConstantVelocity(StraightToReference):
         return torch.cat([torch.full_like(x, 0.5), torch.zeros_like(x)], dim=1)
 
 
-def v2v(network, reference, mask_index, *, guidance=None, **arguments):
-    settings = dict(cfg_scale=TEXT_SCALE) if guidance is None else dict(guidance=guidance)
+def v2v(network, reference, mask_index, *, guidance=None, joint=None, **arguments):
+    settings = dict(long_video=joint, **(dict(cfg_scale=TEXT_SCALE) if guidance is None else dict(guidance=guidance)))
     with torch.no_grad():
         return PeRFlow(num_sampling_steps=4, **settings).sample(
             network, text_encoder(network), torch.randn(2, 4, 5, 4, 4), PROMPTS, "cpu", additional_args=sizes(2),
@@ -98,6 +98,18 @@ def test_sdedit_starts_every_step_from_the_noised_reference():
     for call, drawn, t in zip(network.seen, noise, (1.0, 0.75, 0.5, 0.25)):
         noised = ((1 - t) * reference + t * drawn)[:, :, :2]
         torch.testing.assert_close(call["x"].chunk(3)[0][:, :, :2], noised, atol=1e-6, rtol=0)
+
+
+def test_joining_fades_the_difference_between_given_and_generated_reference_frames():
+    network, reference = StraightToReference(), torch.randn(2, 4, 5, 4, 4)
+    fixed = dict(mode="fixed", scale=7.0)
+    out = v2v(network, reference, [0, 1], guidance=fixed, joint=dict(frames=2))
+    plain = expected(network, reference, [0, 1], 1.0, 1.0)
+    assert torch.equal(out[:, :, :2], reference[:, :, :2])
+    difference = (reference - plain)[:, :, 1]
+    torch.testing.assert_close(out[:, :, 2], plain[:, :, 2] + 2 / 3 * difference, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[:, :, 3], plain[:, :, 3] + 1 / 3 * difference, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[:, :, 4], plain[:, :, 4], atol=1e-5, rtol=0)
 
 
 def test_loops_hand_the_last_frames_on():

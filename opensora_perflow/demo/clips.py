@@ -119,11 +119,28 @@ def make_clip(
     middle = margin + rng.uniform(size=2) * (size - 2 * margin)
     progress = np.linspace(-0.5, 0.5, num_frames) if num_frames > 1 else np.zeros(1)
     centers = middle + progress[:, None] * heading * travel  # [T, 2]
+    return draw_shape(content.color, content.shape, centers, radius, height=height, width=width), content.caption
+
+
+def draw_shape(
+    color: str, shape: str, centers: np.ndarray, radius: float, *, height: int = HEIGHT, width: int = WIDTH
+) -> np.ndarray:
+    """Draw a shape at a center in each frame.
+
+    Args:
+        color, shape: Keys of COLORS and SHAPES.
+        centers: (x, y) in pixels, [T, 2], y downwards.
+        radius: Half the shape's size in pixels.
+        height, width: Of the frames.
+
+    Returns:
+        Frames, uint8 [T, H, W, 3].
+    """
     y, x = np.mgrid[:height, :width] + 0.5
-    distance = _signed_distance(content.shape, x[None] - centers[:, 0, None, None], y[None] - centers[:, 1, None, None], radius)
+    distance = _signed_distance(shape, x[None] - centers[:, 0, None, None], y[None] - centers[:, 1, None, None], radius)
     coverage = np.clip(0.5 - distance, 0.0, 1.0)[..., None]  # one pixel of anti-aliasing at the outline
-    frames = coverage * np.array(COLORS[content.color]) + (1 - coverage) * np.array(BACKGROUND)
-    return np.rint(frames).astype(np.uint8), content.caption
+    frames = coverage * np.array(COLORS[color]) + (1 - coverage) * np.array(BACKGROUND)
+    return np.rint(frames).astype(np.uint8)
 
 
 def write_clips(

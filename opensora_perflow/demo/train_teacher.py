@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from opensora_perflow.demo.codec import TinyVAE
 from opensora_perflow.demo.model import TinySTDiT
 from opensora_perflow.demo.text import TinyTextEncoder
 from opensora_perflow.files import replacing
+from opensora_perflow.objectives import mean_over_frames
 
 LATENT_NOISE = 0.1  # added to normalised latents while the codec trains: the decoder forgives a sampler's small errors
 FRAME_RATES = (FPS, 12, 16, 24, 30)  # the clips look the same at any of them, so the teacher learns to ignore fps
@@ -116,6 +118,8 @@ def train_teacher(
     seed: int,
     save_every: int,
     save: Path,
+    start: Path | None = None,
+    draw_masks: Callable[[int, torch.Generator], Tensor] | None = None,
 ) -> tuple[TinySTDiT, float]:
     """Train a TinySTDiT by rectified flow.
 
@@ -126,13 +130,16 @@ def train_teacher(
         steps, batch_size, lr, seed: As in `train_codec`.
         save_every: Steps between two writes of the averaged weights to `save`.
         save: safetensors file.
+        start: safetensors file of weights to go on from; None: random ones.
+        draw_masks: (batch size, generator) -> bool [B, T'], True = generated frame. The others stay clean, the network is
+            told so, and they do not count (as Open-Sora trains with mask_ratios). None: every frame is generated.
 
     Returns:
         (averaged network in eval mode, mean squared velocity error of the last steps).
     """
     torch.manual_seed(seed + 1)
     generator = torch.Generator().manual_seed(seed + 1)
-    model = TinySTDiT().train()
+    model = TinySTDiT(from_pretrained=start).train()
     average = copy.deepcopy(model).eval()
     text_encoder = TinyTextEncoder()
     # 72 different captions at most: encode each once
@@ -157,9 +164,12 @@ def train_teacher(
         t_wide = t[:, None, None, None, None]
         x_t = (1 - t_wide) * data + t_wide * noise
         fps = torch.tensor(FRAME_RATES)[torch.randint(len(FRAME_RATES), (batch_size,), generator=generator)].float()
-        out = model(x_t, 1000 * t, encoded["y"][text], mask=encoded["mask"][text], fps=fps, **sizes)
+        frames = None if draw_masks is None else draw_masks(batch_size, generator)
+        if frames is not None:
+            x_t = torch.where(frames[:, None, :, None, None], x_t, data)
+        out = model(x_t, 1000 * t, encoded["y"][text], mask=encoded["mask"][text], x_mask=frames, fps=fps, **sizes)
         error = out[:, : data.shape[1]] - (data - noise)
-        loss = error.square().mean()
+        loss = mean_over_frames(error.square(), None if frames is None else frames.float()).mean()
         _step(optimizer, model, loss)
         _average(average, model, min(0.999, step / (step + 10)))
         losses.append(float(loss.detach()))
