@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -211,10 +211,12 @@ class PeRFlow:
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
-        if self._curriculum is not None:
-            start = _hold(torch.empty_like(noise), still, mask)
-            batch = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio)
-            self._follow_curriculum(path, prediction, model, batch)
+        if self._curriculum is not None and torch.is_grad_enabled():  # not where losses are only evaluated
+            if len(self._held_out) < self._curriculum.rule.batches:
+                start = _hold(_fixed_noise(noise, seed=len(self._held_out)), still, mask)
+                held = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio)
+                self._held_out.append(held)
+            self._follow_curriculum(path, prediction, model)
         return {"loss": loss}
 
     def sample(
@@ -364,6 +366,12 @@ class PeRFlow:
                 f'draws.overlap and draws.grids blend velocities, but prediction="{prediction}" means another velocity in '
                 'every window; use prediction="velocity", or overlap=0 and grids=()'
             )
+        distils_students = self._curriculum is not None and self._curriculum.teacher == "previous"
+        if distils_students and isinstance(self._path, DDPMPath) and prediction != "ddim_eps":
+            raise ValueError(
+                f'curriculum.teacher="previous" lets students take DDIM steps over their windows on path="ddpm", which one '
+                f'with prediction="{prediction}" was not trained for; use prediction="ddim_eps", or teacher="original"'
+            )
         return self._path, prediction
 
     def _draw_windows(self, path: Path, data: Tensor, model_args: Mapping[str, Any], timestep: Tensor | None) -> DrawnWindows:
@@ -486,6 +494,12 @@ class PeRFlow:
             self._teacher_source = check_teacher_source(self.config.teacher)
             settle(model)
             self._teacher = load_teacher(unwrap(model), self.config.teacher.from_pretrained)
+            if self._curriculum is not None and self._curriculum.teacher_is_student:
+                logger.warning(
+                    "PeRFlow curriculum: stage %d is taught by the student of the stage before; teacher.from_pretrained must "
+                    "be the checkpoint at which this stage began, with teacher.allow_distilled=True",
+                    self._curriculum.progress.stage + 1,
+                )
             logger.info("PeRFlow teacher: %s", self._teacher_source)
         return self._teacher
 
@@ -503,7 +517,8 @@ class PeRFlow:
         guidance, method = self.config.guidance, self.config.teacher.solver
         scale = 1.0 if guidance.mode == "sync" else guidance.scale
         image_scale = scale if guidance.image_scale is None else guidance.image_scale
-        if self._curriculum is not None and self._curriculum.teacher_is_student:
+        distilled = self._curriculum is not None and self._curriculum.teacher_is_student
+        if distilled:
             scale, image_scale, method = 1.0, 1.0, "euler"
         output = stdit.prediction_field(
             teacher,
@@ -514,23 +529,19 @@ class PeRFlow:
             text_scale=scale,
             image_scale=image_scale,
             guided_channels=self._guided_channels(path),
-            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed" and scale != 1.0,
+            flaw_fix=self.config.use_flaw_fix and guidance.mode == "fixed" and not distilled,
         )
         states = path.states(output, x, times, method=method, frame_mask=frame_mask)
         solution = torch.stack(list(states))
         check_finite(solution[-1], times[0], times[-1], self._teacher_source)
         return solution
 
-    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module, batch: HeldOut) -> None:
+    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module) -> None:
         """After a training step: measure where it is time to, and begin the next stage where this one has ended."""
-        curriculum, rule = self._curriculum, self._curriculum.rule
-        if len(self._held_out) < rule.batches:
-            generator = torch.Generator().manual_seed(len(self._held_out))  # its own: training draws what it drew without
-            noise = torch.randn(batch.start.shape, generator=generator).to(batch.start)
-            self._held_out.append(replace(batch, start=_hold(noise, batch.start, batch.mask)))
+        curriculum = self._curriculum
         if curriculum.wants_measurement():
             errors = [self._held_out_error(path, prediction, model, held) for held in self._held_out]
-            error = mean_over_ranks(sum(errors) / len(errors), batch.start.device)
+            error = mean_over_ranks(sum(errors) / len(errors), self._held_out[0].start.device)
             if curriculum.observe(error):
                 logger.info(
                     "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
@@ -576,6 +587,11 @@ class PeRFlow:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _fixed_noise(like: Tensor, seed: int) -> Tensor:
+    """The same at every call, and none of it from the generator that training draws from."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
 def _hold(x: Tensor, still: Tensor, frame_mask: Tensor | None) -> Tensor:
