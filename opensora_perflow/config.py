@@ -348,7 +348,7 @@ class PeRFlowConfig:
     those on the grid."""
 
     long_video: LongVideoConfig | None = None
-    """dict(edit=0.05, frames=2): smoother and less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
+    """dict(edit=0.05, frames=2): smoother, less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
 
     num_sampling_steps: int | None = None
     """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""

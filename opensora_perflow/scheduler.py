@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -235,10 +235,12 @@ class PeRFlow:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
         if config.frames_of_weight_one is not None:
             loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
-        if self._curriculum is not None and torch.is_grad_enabled():
-            start = _hold(torch.empty_like(noise), still, mask)
-            batch = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio, scale, told)
-            self._follow_curriculum(path, prediction, model, batch)
+        if self._curriculum is not None and torch.is_grad_enabled():  # not where losses are only evaluated
+            if len(self._held_out) < self._curriculum.rule.batches:
+                start = _hold(_fixed_noise(noise, seed=len(self._held_out)), still, mask)
+                held = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio, scale, told)
+                self._held_out.append(held)
+            self._follow_curriculum(path, prediction, model)
         return {"loss": loss}
 
     def sample(
@@ -409,6 +411,12 @@ class PeRFlow:
             raise ValueError(
                 f'draws.overlap and draws.grids blend velocities, but prediction="{prediction}" means another velocity in '
                 'every window; use prediction="velocity", or overlap=0 and grids=()'
+            )
+        distils_students = self._curriculum is not None and self._curriculum.teacher == "previous"
+        if distils_students and isinstance(self._path, DDPMPath) and prediction != "ddim_eps":
+            raise ValueError(
+                f'curriculum.teacher="previous" lets students take DDIM steps over their windows on path="ddpm", which one '
+                f'with prediction="{prediction}" was not trained for; use prediction="ddim_eps", or teacher="original"'
             )
         return self._path, prediction
 
@@ -682,16 +690,12 @@ class PeRFlow:
             self._negative = read_negative(self.config.guidance.negative)
         return self._negative
 
-    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module, batch: HeldOut) -> None:
+    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module) -> None:
         """After a training step: measure where it is time to, and begin the next stage where this one has ended."""
-        curriculum, rule = self._curriculum, self._curriculum.rule
-        if len(self._held_out) < rule.batches:
-            generator = torch.Generator().manual_seed(len(self._held_out))  # its own: training draws what it drew without
-            noise = torch.randn(batch.start.shape, generator=generator).to(batch.start)
-            self._held_out.append(replace(batch, start=_hold(noise, batch.start, batch.mask)))
+        curriculum = self._curriculum
         if curriculum.wants_measurement():
             errors = [self._held_out_error(path, prediction, model, held) for held in self._held_out]
-            error = mean_over_ranks(sum(errors) / len(errors), batch.start.device)
+            error = mean_over_ranks(sum(errors) / len(errors), self._held_out[0].start.device)
             if curriculum.observe(error):
                 logger.info(
                     "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
@@ -743,6 +747,11 @@ class PeRFlow:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _fixed_noise(like: Tensor, seed: int) -> Tensor:
+    """The same at every call, and none of it from the generator that training draws from."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
 def _hold(x: Tensor, still: Tensor, frame_mask: Tensor | None) -> Tensor:

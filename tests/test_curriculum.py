@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
-from networks import CountCalls, Reference13, batch, sizes, tiny_network
+from networks import CountCalls, Epsilon, Reference13, batch, sizes, tiny_network
 from problems import Gaussian
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import shift_time
 from opensora_perflow.curriculum import AdvanceRule, Curriculum, held_out_error, merge_windows
+from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.timestep_transform import shift_ratio
+from opensora_perflow.solvers import euler_step
 from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
@@ -216,7 +218,6 @@ def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_move
     velocity = held.states.diff(dim=0) / edges.diff(dim=0)[:, :, None, None, None, None].float()
     torch.testing.assert_close(velocity[:, 0], velocity[:1, 0].expand(4, -1, -1, -1, -1), atol=1e-5, rtol=0)
     assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
-    network.y_embedder.y_embedding += 0.0
     original = network.forward
     network.forward = lambda *a, **k: original(*a, **k) + 0.25
     path, prediction = scheduler._path_of(network)
@@ -242,6 +243,53 @@ def test_a_repeated_init_keeps_the_progress_unless_the_training_settings_change(
     assert scheduler.curriculum.progress.stage == 0
     scheduler.__init__(windows=4)
     assert scheduler.curriculum is None
+
+
+def test_only_students_whose_output_is_a_ddim_steps_teach_on_the_ddpm_path():
+    network = tiny_network()
+    x, args = batch(network)
+    scheduler = PeRFlow(path="ddpm", prediction="diff_eps", windows=4, curriculum=dict(STAGES, teacher="previous"))
+    with pytest.raises(ValueError, match='prediction="diff_eps" was not trained for; use prediction="ddim_eps"'):
+        scheduler.training_losses(network, x, args)
+
+
+def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window():
+    """One DDIM step with ddim_eps ends where the student's own window velocity ends."""
+    network = Epsilon()
+    scheduler = PeRFlow(
+        path="ddpm", windows=4, curriculum=dict(STAGES, teacher="previous"), guidance=dict(mode="fixed", scale=1.0)
+    )
+    seen = watched(scheduler)
+    x = torch.randn(2, 4, 5, 4, 4)
+    args = {"y": torch.zeros(2, 1, 10, 32), "mask": torch.ones(2, 10, dtype=torch.int64)}
+    for _ in range(3):
+        scheduler.training_losses(network, x, args)
+    pair = seen[-1]
+    assert scheduler.curriculum.progress.stage == 1 and len(pair.path) == 3
+    path, prediction = scheduler._path_of(network)
+    edges = pair.path_times
+    output = stdit.prediction_field(
+        network, network, stdit.training_condition(network, args), to_timestep=path.to_timestep, frame_mask=None
+    )
+    student = path.student(output, prediction, lambda t: (edges[0], edges[1]))
+    with torch.no_grad():
+        reached = euler_step(student, pair.path[0], edges[0], edges[1])
+    torch.testing.assert_close(pair.path[1], reached, rtol=1e-4, atol=1e-5)  # float32, two ways of writing the step
+
+
+def test_evaluating_losses_moves_nothing():
+    scheduler = PeRFlow(windows=4, curriculum=STAGES)
+    with torch.no_grad():
+        step(scheduler, tiny_network())
+    assert scheduler.curriculum.state()["step"] == 0 and not scheduler._held_out
+
+
+def test_a_restored_stage_says_which_teacher_it_needs(caplog):
+    scheduler = PeRFlow(windows=4, curriculum=dict(STAGES, teacher="previous"))
+    scheduler.curriculum.restore({"stage": 1, "step": 3, "best": 0.5, "stale": 0})
+    with caplog.at_level(logging.WARNING, logger="opensora_perflow"):
+        step(scheduler, tiny_network())
+    assert "stage 2 is taught by the student of the stage before" in caplog.text
 
 
 def test_sizes_of_videos_pass_through_the_held_out_batch():
