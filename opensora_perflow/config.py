@@ -203,7 +203,8 @@ class PeRFlowConfig:
     """
 
     windows: Any = 4
-    """Number K >= 1 of uniform windows, or a descending list of edges from 1 to 0 in untransformed time."""
+    """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or the file that
+    `opensora-perflow plan` wrote (a name that ends in .json), whose sampling grids then serve the step counts they are for."""
     window_time: str = "host"
     """host: edges pass through the host's timestep transform, per sample; flow: edges are flow times as they stand."""
     path: str = "auto"
@@ -226,7 +227,8 @@ class PeRFlowConfig:
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
     num_sampling_steps: int | None = None
-    """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
+    """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
+    number of windows serves every window alike."""
     num_timesteps: int = 1000
     """Size of the network's timestep range."""
     cfg_scale: float = 4.0
@@ -350,9 +352,12 @@ class PeRFlowConfig:
 
     @property
     def sampling_steps(self) -> int:
-        """Number of sampling steps: num_sampling_steps (or timestep_respacing), or one a window."""
+        """Number of sampling steps: num_sampling_steps (or timestep_respacing), a plan's only grid's, or one a window."""
         steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
-        return self.windows.num_windows if steps is None else int(steps)
+        if steps is not None:
+            return int(steps)
+        grids = self.windows.grids
+        return len(grids[0]) - 1 if len(grids) == 1 else self.windows.num_windows
 
 
 _ONLY_FALSE = {
