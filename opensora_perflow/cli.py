@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. A user's mistake is one line on stderr and status 2, not a traceback."""
+    from opensora_perflow import plan_command
+
     parser = argparse.ArgumentParser(
         prog="opensora-perflow",
         description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510).",
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_install(commands)
+    plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -155,7 +158,19 @@ def _print_status(root: Path, status: Status) -> int:
     return 0 if status.complete else 1
 
 
-_COMMANDS = {"demo": _demo, "install": _install}
+def _plan(args: dict) -> int:
+    from opensora_perflow import plan_command
+
+    return plan_command.plan(args)
+
+
+def _curve(args: dict) -> int:
+    from opensora_perflow import plan_command
+
+    return plan_command.curve(args)
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "plan": _plan, "curve": _curve}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -45,10 +45,14 @@ def read_plan(path: str | os.PathLike) -> tuple[tuple[Any, ...], tuple[tuple[Any
             "write one with `opensora-perflow plan`, or give its full path"
         ) from error
     except ValueError as error:
-        raise ValueError(f"windows names {name!r}, which is not JSON ({error}); write a plan with `opensora-perflow plan`") from error
+        raise ValueError(
+            f"windows names {name!r}, which is not JSON ({error}); write a plan with `opensora-perflow plan`"
+        ) from error
     found = plan.get("format") if isinstance(plan, Mapping) else None
     if found != FORMAT:
-        raise ValueError(f'{name!r} is no plan: expected "format": "{FORMAT}", got {found!r}; write one with `opensora-perflow plan`')
+        raise ValueError(
+            f'{name!r} is no plan: expected "format": "{FORMAT}", got {found!r}; write one with `opensora-perflow plan`'
+        )
     edges, grids = plan.get("edges"), plan.get("grids", [])
     if not isinstance(edges, list) or not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
         raise ValueError(f"{name!r} is no whole plan: it needs edges, a list of times, and grids, a list of such lists")

@@ -117,6 +117,7 @@ def _descending(times: Sequence[float], name: str, alternative: str = "") -> tup
     descending = all(start > end for start, end in zip(values, values[1:]))
     if len(values) < 2 or values[0] != 1.0 or values[-1] != 0.0 or not descending:
         raise ValueError(
-            f"{name} must descend strictly from 1 to 0, got {list(times)}; write for example [1, 0.75, 0.5, 0.25, 0]{alternative}"
+            f"{name} must descend strictly from 1 to 0, got {list(times)}; "
+            f"write for example [1, 0.75, 0.5, 0.25, 0]{alternative}"
         )
     return values

@@ -7,10 +7,11 @@ from problems import Constant, Gaussian, LinearInState, LinearInTime
 
 from opensora_perflow.conventions import shift_time
 from opensora_perflow.planning.extra_steps import grids_by_steps
-from opensora_perflow.planning.fine_path import follow, step_errors
-from opensora_perflow.planning.grids import carried_grid, compare, plan_grid, uniform_grid
+from opensora_perflow.planning.fine_path import follow, step_errors, uniform_grid
+from opensora_perflow.planning.grids import carried_grid, compare, plan_grid
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.planning.shortest_path import shortest_path
+from opensora_perflow.planning.windows import plan_windows, window_errors
 
 F64 = torch.float64
 
@@ -171,3 +172,37 @@ def test_fewer_steps_than_windows_drop_the_edge_that_matters_least():
 def test_wrong_step_counts_are_refused():
     with pytest.raises(ValueError, match="the largest number of steps must be an integer >= 1"):
         grids_by_steps(Probe(Constant(), noise()), noise(), (1.0, 0.0), 0)
+
+
+def test_window_errors_are_those_of_one_step_from_the_teachers_state():
+    # A student that is the teacher itself: its one step across a window of width h of v = 2 t errs by h^2.
+    edges = (1.0, 0.6, 0.5, 0.0)
+    probe = Probe(LinearInTime(), noise())
+    path = follow(probe, edges, substeps=1, method="heun")
+    assert window_errors(probe, path) == pytest.approx([0.16, 0.01, 0.25], rel=1e-6)  # errors are taken in float32
+
+
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+def test_planned_windows_err_alike(power):
+    # Errors of 4 windows that follow the model exactly, with the density 3 above u = 1/2 and 1 below.
+    def mass(start, end):
+        return 3 * (max(start, 0.5) - max(end, 0.5)) + min(start, 0.5) - min(end, 0.5)
+
+    pilot = (1.0, 0.75, 0.5, 0.2, 0.0)
+    errors = [mass(a, b) ** power for a, b in zip(pilot, pilot[1:])]
+    edges, predicted = plan_windows(pilot, errors, 4, power=power, resolution=96)
+    # The whole mass is 2: windows of 1/2 each, which are 1/6 wide above and 1/2 below.
+    assert edges == pytest.approx((1, 5 / 6, 2 / 3, 1 / 2, 0))
+    assert predicted == pytest.approx([0.5**power] * 4)
+
+
+def test_equal_errors_leave_uniform_windows():
+    edges, predicted = plan_windows(uniform_grid(4), [0.2] * 4, 8)
+    assert edges == uniform_grid(8)
+    assert predicted == pytest.approx([0.2 / 2**1.5] * 8)
+
+
+def test_errors_without_meaning_are_refused():
+    for errors in ([0.1, 0.0], [0.1], [0.1, math.nan]):
+        with pytest.raises(ValueError, match="a positive error for each of the pilot's 2 windows"):
+            plan_windows((1.0, 0.5, 0.0), errors, 2)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora_perflow.demo.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents
 from opensora_perflow.demo.mixture import DIM, NUM_CLASSES, NUM_TIMESTEPS, ClassText, Mixture, MixtureNetwork
@@ -31,21 +34,43 @@ def video_probe(num_samples: int, seed: int, guidance_scale: float = 3.0, networ
     text_encoder = TinyTextEncoder()
     text_encoder.y_embedder = network.y_embedder
     generator = torch.Generator().manual_seed(seed)
-    captions = sorted({content.caption for content in contents()})
-    order = torch.randperm(len(captions), generator=generator).tolist()
-    prompts = [captions[order[i % len(captions)]] for i in range(num_samples)]
+    prompts = _captions(num_samples, generator)
     noise = torch.randn(num_samples, *LATENT_SHAPE, generator=generator)
+    return _probe(network, text_encoder, prompts, noise, _sizes(num_samples), guidance_scale)
+
+
+def video_conditions(batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """model_args of a training batch of the tiny video model: captions, drawn, and sizes."""
+    return {**TinyTextEncoder().encode(_captions(batch_size, generator)), **_sizes(batch_size)}
+
+
+def _captions(count: int, generator: torch.Generator) -> list[str]:
+    known = sorted({content.caption for content in contents()})
+    order = torch.randperm(len(known), generator=generator).tolist()
+    return [known[order[i % len(known)]] for i in range(count)]
+
+
+def _sizes(count: int) -> dict[str, Tensor]:
     sizes = {"num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH, "ar": HEIGHT / WIDTH, "fps": FPS}
-    sizes = {key: torch.full((num_samples,), float(value)) for key, value in sizes.items()}
-    return _probe(network, text_encoder, prompts, noise, sizes, guidance_scale)
+    return {key: torch.full((count,), float(value)) for key, value in sizes.items()}
 
 
-def _probe(network, text_encoder, prompts, noise, sizes, guidance_scale) -> Probe:
+def _probe(
+    network: nn.Module,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    sizes: Mapping[str, Tensor],
+    guidance_scale: float,
+) -> Probe:
     condition = stdit.sampling_condition(
-        network, text_encoder, prompts, negative_prompts=None, additional_args=sizes, reference=None,
+        network,
+        text_encoder,
+        prompts,
+        negative_prompts=None,
+        additional_args=sizes,
+        reference=None,
         needs_null=guidance_scale != 1.0,
-    )  # fmt: skip
-    velocity = stdit.velocity_field(
-        network, network, condition, num_timesteps=NUM_TIMESTEPS, text_scale=guidance_scale
-    )  # fmt: skip
+    )
+    velocity = stdit.velocity_field(network, network, condition, num_timesteps=NUM_TIMESTEPS, text_scale=guidance_scale)
     return Probe(velocity, noise)

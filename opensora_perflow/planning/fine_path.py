@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.schedule import check_num_steps
+from opensora_perflow.schedule import check_num_steps, linear_grid
 from opensora_perflow.solvers import solve
 
 
@@ -30,32 +31,41 @@ class FinePath:
 
 
 @torch.no_grad()
-def follow(probe: Probe, num_candidates: int = 32, *, substeps: int = 8, method: str = "euler", progress: bool = False) -> FinePath:
-    """Solve a field's ODE and keep the states at evenly spaced untransformed times.
+def follow(
+    probe: Probe, times: int | Sequence[float] = 32, *, substeps: int = 8, method: str = "euler", progress: bool = False
+) -> FinePath:
+    """Solve a field's ODE and keep the states at some untransformed times.
 
     Args:
         probe: The field and its noise.
-        num_candidates: M >= 1, intervals between the states that are kept.
-        substeps: Solver steps in each, >= 1. Field calls: M (substeps * evaluations of the method + 1) + 1.
+        times: Candidate times, descending from 1 to 0; or M >= 1, the number of even intervals between them.
+        substeps: Solver steps in each interval, >= 1. Field calls: M (substeps * evaluations of the method + 1) + 1.
         method: A key of SOLVERS.
 
     Raises:
-        ValueError: num_candidates or substeps not an integer >= 1; states that are not finite.
+        ValueError: a number of intervals or substeps that is not an integer >= 1; states that are not finite.
     """
-    check_num_steps(num_candidates, "the number of candidate intervals")
+    if not isinstance(times, Sequence):
+        check_num_steps(times, "the number of candidate intervals")
+        times = uniform_grid(int(times))
     check_num_steps(substeps, "the solver steps between two candidates")
-    times = 1.0 - torch.arange(num_candidates * substeps + 1, dtype=torch.float64) / (num_candidates * substeps)
-    times[-1] = 0.0
-    flow_times = probe.flow_times(times)
+    ends = torch.tensor(times, dtype=torch.float64)
+    grids = linear_grid(ends[:-1], ends[1:], substeps).T  # [M, substeps + 1]
     x, states, velocities = probe.noise, [probe.noise], []
-    for k in tqdm(range(num_candidates), desc="following the teacher", unit="interval", disable=not progress):
-        velocities.append(probe.velocity(x, flow_times[k * substeps]))
-        x = solve(probe.velocity, x, flow_times[k * substeps : (k + 1) * substeps + 1], method=method)
+    for grid in tqdm(grids, desc="following the teacher", unit="interval", disable=not progress):
+        flow_times = probe.flow_times(grid)
+        velocities.append(probe.velocity(x, flow_times[0]))
+        x = solve(probe.velocity, x, flow_times, method=method)
         states.append(x)
     velocities.append(probe.velocity(x, flow_times[-1]))
     if not bool(x.isfinite().all()):
         raise ValueError("the teacher's path holds NaN or infinity; check its weights, and use bf16 or fp32 instead of fp16")
-    return FinePath(times[::substeps], flow_times[::substeps], torch.stack(states), torch.stack(velocities))
+    return FinePath(ends, probe.flow_times(ends), torch.stack(states), torch.stack(velocities))
+
+
+def uniform_grid(num_steps: int) -> tuple[float, ...]:
+    """N + 1 evenly spaced times from 1 to 0, as the host's own sampler takes them."""
+    return tuple(1.0 - i / num_steps for i in range(num_steps)) + (0.0,)
 
 
 @torch.no_grad()

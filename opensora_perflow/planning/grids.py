@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.metrics import endpoint_error
-from opensora_perflow.planning.fine_path import FinePath, step_errors
+from opensora_perflow.planning.fine_path import FinePath, step_errors, uniform_grid
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
 
@@ -91,11 +91,6 @@ def plan_grid(
     errors = [endpoint_error(probe.sample(grid), path.endpoints) for grid in candidates]
     predicted, grid = min(zip(errors, candidates))
     return compare(grid, predicted, fresh, fresh_endpoints)
-
-
-def uniform_grid(num_steps: int) -> tuple[float, ...]:
-    """N + 1 evenly spaced times from 1 to 0, as the host's own sampler takes them."""
-    return tuple(1.0 - i / num_steps for i in range(num_steps)) + (0.0,)
 
 
 def compare(grid: tuple[float, ...], predicted: float, fresh: Probe, endpoints: Tensor) -> Comparison:
