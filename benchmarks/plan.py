@@ -9,9 +9,9 @@ For each number of windows K:
      measured on the same fresh noise: endpoint error (root mean square distance from where the guided teacher's fine steps
      carry it) and energy distance to those endpoints;
   3. grids for 1..4K steps are grown on other noise (planning/extra_steps.py) and compared with the default grids.
-With --grids: the teacher itself, planned against uniform grids (planning/grids.py), no training.
+With --grids: the teacher itself, on grids planned once (noise of seed 100) against uniform ones (planning/grids.py).
 
-Students train without data, from states that they reach themselves, all in the PeRFlow object. Writes plan.json and plan.md.
+Students train without data, from states that they reach themselves, all in the PeRFlow object. Writes JSON into FOLDER.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from opensora_perflow.demo.model import load_teacher
 from opensora_perflow.metrics import endpoint_error, energy_distance
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, uniform_grid
-from opensora_perflow.planning.grids import plan_grid
+from opensora_perflow.planning.grids import choose_grid, compare
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import plan_windows, window_errors
 from opensora_perflow.schedule import sampling_grid
@@ -48,7 +48,11 @@ PILOT_SEED = 100
 class MixtureWorld:
     """The 16-dimensional mixture, guidance 2."""
 
-    scale, lr, batch_size, samples, settings = 2.0, 2e-3, 256, 2048, dict(teacher=dict(steps_per_window=2, solver="heun"))
+    scale, lr, batch_size = 2.0, 2e-3, 256
+    samples, pilot_samples, substeps, candidates = 2048, 512, 2, 64
+
+    def teacher_steps(self, num_windows: int) -> int:
+        return 2
 
     def student(self) -> nn.Module:
         return MixtureNetwork(Mixture.standard())
@@ -64,7 +68,11 @@ class MixtureWorld:
 class VideoWorld:
     """The demo's tiny STDiT3, guidance 3."""
 
-    scale, lr, batch_size, samples, settings = 3.0, 1e-3, 8, 32, dict(teacher=dict(steps_per_window=2, solver="heun"))
+    scale, lr, batch_size = 3.0, 1e-3, 8
+    samples, pilot_samples, substeps, candidates = 16, 8, 1, 32
+
+    def teacher_steps(self, num_windows: int) -> int:
+        return max(1, 8 // num_windows)
 
     def student(self) -> nn.Module:
         return load_teacher()
@@ -81,8 +89,14 @@ def train(world: Any, edges: Sequence[float], iterations: int, seed: int) -> nn.
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     student = world.student().train()
-    config = dict(type="perflow", windows=list(edges), guidance=dict(mode="fixed", scale=world.scale), **world.settings)
-    scheduler = build_module({**config, "draws": dict(starts="student", edge_mass=0.5, per_solve=2)}, SCHEDULERS)
+    config = dict(
+        type="perflow",
+        windows=list(edges),
+        guidance=dict(mode="fixed", scale=world.scale),
+        teacher=dict(steps_per_window=world.teacher_steps(len(edges) - 1), solver="heun"),
+        draws=dict(starts="student", edge_mass=0.5, per_solve=2),
+    )
+    scheduler = build_module(config, SCHEDULERS)
     optimizer = torch.optim.Adam(student.parameters(), lr=world.lr)
     warmup = min(50, iterations // 10 + 1)
     rate = torch.optim.lr_scheduler.LambdaLR(
@@ -101,11 +115,11 @@ def train(world: Any, edges: Sequence[float], iterations: int, seed: int) -> nn.
 
 def plan_edges(world: Any, num_windows: int, iterations: int, rounds: int = 2) -> tuple[tuple[float, ...], list[dict]]:
     """Edges planned by `rounds` pilot students, and what each pilot measured."""
-    teacher, edges, report = world.probe(world.samples // 4, PILOT_SEED), uniform_grid(num_windows), []
+    teacher, edges, report = world.probe(world.pilot_samples, PILOT_SEED), uniform_grid(num_windows), []
     for _ in range(rounds):
         student = train(world, edges, iterations, PILOT_SEED)
         path = follow(teacher, edges, substeps=max(2, 64 // num_windows), method="heun")
-        errors = window_errors(world.probe(world.samples // 4, PILOT_SEED, student), path)
+        errors = window_errors(world.probe(world.pilot_samples, PILOT_SEED, student), path)
         report.append({"edges": edges, "errors": errors})
         edges, expected = plan_windows(edges, errors, num_windows)
         report[-1]["expected"] = expected
@@ -125,7 +139,7 @@ def measure(world: Any, student: nn.Module, edges: Sequence[float], path: Any, s
 def any_steps(world: Any, student: nn.Module, edges: Sequence[float], path: Any, seed: int) -> list[dict[str, Any]]:
     """Error on fresh noise for 1..4K steps: the default grid, and the one grown on other noise."""
     num_windows = len(edges) - 1
-    count = world.samples // 4
+    count = world.pilot_samples
     endpoints = follow(world.probe(count, seed + 500), 64, substeps=2, method="heun").endpoints
     grown = grids_by_steps(world.probe(count, seed + 500, student), endpoints, edges, min(4 * num_windows, 16), places=(0.5,))
     probe, rows = world.probe(world.samples, seed, student), []
@@ -140,18 +154,24 @@ def any_steps(world: Any, student: nn.Module, edges: Sequence[float], path: Any,
     return rows
 
 
-def grids(world: Any, counts: Sequence[int], seeds: Sequence[int], num_samples: int) -> list[dict[str, Any]]:
-    """The teacher itself on planned and on uniform grids."""
+def grids(world: Any, counts: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The teacher itself on grids that are planned once, and on uniform ones, with the fresh noise of each seed."""
+    fine = dict(substeps=world.substeps, method="heun", progress=True)
+    probe = world.probe(world.samples, PILOT_SEED)
+    path = follow(probe, world.candidates, **fine)
+    chosen = {steps: choose_grid(probe, path, steps, progress=True) for steps in counts}
     rows = []
     for seed in seeds:
-        probe, fresh = world.probe(num_samples, 300 + seed), world.probe(2 * num_samples, seed)
-        path = follow(probe, 32, substeps=2, method="heun", progress=True)
-        endpoints = follow(fresh, 32, substeps=2, method="heun", progress=True).endpoints
-        for steps in counts:
-            found = plan_grid(probe, path, fresh, endpoints, steps, progress=True)
+        fresh = world.probe(world.samples, seed)
+        endpoints = follow(fresh, world.candidates, **fine).endpoints
+        for steps, (grid, predicted) in chosen.items():
+            found = compare(grid, predicted, fresh, endpoints)
             rows.append({"seed": seed, "steps": steps, **asdict(found)})
-            print(f"seed {seed} {steps} steps: planned {found.error:.4f} (predicted {found.predicted:.4f}), uniform "
-                  f"{found.uniform:.4f}, gain {found.gain:.1f} se, {rounded(found.grid)}", flush=True)  # fmt: skip
+            print(
+                f"seed {seed} {steps} steps: planned {found.error:.4f} (predicted {found.predicted:.4f}), uniform "
+                f"{found.uniform:.4f}, gain {found.gain:.1f} se, {rounded(found.grid)}",
+                flush=True,
+            )
     return rows
 
 
@@ -166,7 +186,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=1000, help="training steps of a student; a pilot has half of them")
     parser.add_argument("--grids", type=int, nargs="+", metavar="N", help="plan the teacher's own N steps instead")
-    parser.add_argument("--samples", type=int, help="noises that grids are planned on; twice as many compare them")
     parser.add_argument("--any-steps", action="store_true", help="also 1..4K steps, of the first seed's students")
     parser.add_argument("--out", type=Path, default=Path("outputs/plan"))
     args = parser.parse_args()
@@ -174,14 +193,14 @@ def main() -> None:
     world = MixtureWorld() if args.model == "mixture" else VideoWorld()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.grids:
-        rows = grids(world, args.grids, args.seeds, args.samples or world.samples // 2)
+        rows = grids(world, args.grids, args.seeds)
         (args.out / f"grids_{args.model}.json").write_text(json.dumps(rows, indent=1))
         return
     results = []
     for num_windows in args.windows:
         planned, report = plan_edges(world, num_windows, max(1, args.iterations // 2))
         for seed in args.seeds:
-            path = follow(world.probe(world.samples, seed), 32, substeps=2, method="heun")
+            path = follow(world.probe(world.samples, seed), 32, substeps=world.substeps, method="heun")
             for name, edges in {"uniform": uniform_grid(num_windows), "planned": planned}.items():
                 student = train(world, edges, args.iterations, seed)
                 row = {"windows": num_windows, "seed": seed, "name": name, "edges": edges, "pilots": report}

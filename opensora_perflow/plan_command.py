@@ -19,7 +19,7 @@ from opensora_perflow.plan_file import write_plan
 from opensora_perflow.plan_subjects import Subject, demo_subject, host_subject
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, uniform_grid
-from opensora_perflow.planning.grids import Comparison, plan_grid
+from opensora_perflow.planning.grids import Comparison, choose_grid, compare
 from opensora_perflow.planning.windows import plan_windows, window_errors
 from opensora_perflow.schedule import check_num_steps, sampling_grid
 from opensora_perflow.windows import TimeWindows
@@ -148,7 +148,10 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
     fine = dict(substeps=max(2, 64 // args["candidates"]), method="heun", progress=True)
     path = follow(probe, args["candidates"], **fine)
     endpoints = follow(fresh, args["candidates"], **fine).endpoints
-    found = {steps: plan_grid(probe, path, fresh, endpoints, steps, progress=True) for steps in args["steps"]}
+    found = {}
+    for steps in args["steps"]:
+        grid, predicted = choose_grid(probe, path, steps, progress=True)
+        found[steps] = compare(grid, predicted, fresh, endpoints)
     print(f"\n{'steps':>5}{'NFE':>5}{'uniform':>10}{'planned':>10}{'predicted':>11}{'gain / se':>11}   grid")
     for steps, row in found.items():
         grid = " ".join(f"{time:.4g}" for time in row.grid)

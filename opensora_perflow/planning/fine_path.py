@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensora_perflow.objectives.combination import remember_last
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.schedule import check_num_steps, linear_grid
 from opensora_perflow.solvers import solve
@@ -39,7 +40,7 @@ def follow(
     Args:
         probe: The field and its noise.
         times: Candidate times, descending from 1 to 0; or M >= 1, the number of even intervals between them.
-        substeps: Solver steps in each interval, >= 1. Field calls: M (substeps * evaluations of the method + 1) + 1.
+        substeps: Solver steps in each interval, >= 1. Field calls: M * substeps * evaluations of the method, and 1.
         method: A key of SOLVERS.
 
     Raises:
@@ -51,13 +52,14 @@ def follow(
     check_num_steps(substeps, "the solver steps between two candidates")
     ends = torch.tensor(times, dtype=torch.float64)
     grids = linear_grid(ends[:-1], ends[1:], substeps).T  # [M, substeps + 1]
+    velocity = remember_last(probe.velocity)  # a step begins where its velocity was just recorded
     x, states, velocities = probe.noise, [probe.noise], []
     for grid in tqdm(grids, desc="following the teacher", unit="interval", disable=not progress):
         flow_times = probe.flow_times(grid)
-        velocities.append(probe.velocity(x, flow_times[0]))
-        x = solve(probe.velocity, x, flow_times, method=method)
+        velocities.append(velocity(x, flow_times[0]))
+        x = solve(velocity, x, flow_times, method=method)
         states.append(x)
-    velocities.append(probe.velocity(x, flow_times[-1]))
+    velocities.append(velocity(x, flow_times[-1]))
     if not bool(x.isfinite().all()):
         raise ValueError("the teacher's path holds NaN or infinity; check its weights, and use bf16 or fp32 instead of fp16")
     return FinePath(ends, probe.flow_times(ends), torch.stack(states), torch.stack(velocities))

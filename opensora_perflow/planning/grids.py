@@ -72,25 +72,23 @@ class Comparison:
         return self.error < self.uniform
 
 
-def plan_grid(
-    probe: Probe, path: FinePath, fresh: Probe, fresh_endpoints: Tensor, num_steps: int, *, progress: bool = False
-) -> Comparison:
-    """Plan a grid on one set of noise and compare it with uniform steps on another.
+def choose_grid(probe: Probe, path: FinePath, num_steps: int, *, progress: bool = False) -> tuple[tuple[float, ...], float]:
+    """The best of three grids on the path's own noise.
 
-    Three grids are sampled on `probe`: the shortest path of squared local errors (`step_errors`: exact, but blind to what
-    becomes of an error), `carried_grid`, and uniform steps. The one with the lowest error goes to the comparison.
+    The shortest path of squared local errors (`step_errors`: exact, but blind to what becomes of an error), `carried_grid`, and
+    uniform steps; all are sampled.
 
-    Args:
-        probe, path: Where it is chosen, M >= num_steps.
-        fresh, fresh_endpoints: Where it is compared, and where fine steps carry that noise.
+    Returns:
+        (num_steps + 1 times, the endpoint error there).
+
+    Raises:
+        ValueError: num_steps out of 1..M.
     """
-    uniform = uniform_grid(num_steps)
     local, _ = shortest_path(step_errors(path).square(), num_steps)
     carried, _ = carried_grid(probe, path, num_steps, progress=progress)
-    candidates = [tuple(path.times[list(indices)].tolist()) for indices in (local, carried)] + [uniform]
-    errors = [endpoint_error(probe.sample(grid), path.endpoints) for grid in candidates]
-    predicted, grid = min(zip(errors, candidates))
-    return compare(grid, predicted, fresh, fresh_endpoints)
+    grids = [tuple(path.times[list(indices)].tolist()) for indices in (local, carried)] + [uniform_grid(num_steps)]
+    error, grid = min((endpoint_error(probe.sample(grid), path.endpoints), grid) for grid in grids)
+    return grid, error
 
 
 def compare(grid: tuple[float, ...], predicted: float, fresh: Probe, endpoints: Tensor) -> Comparison:
