@@ -42,8 +42,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "Without --windows: measures the teacher's fine path, plans a grid for each --steps by dynamic programming, and\n"
             "compares it with as many uniform steps on fresh noise. The file gets the grids that beat uniform steps; if none\n"
             "does, this says so, writes no file and exits with 1. Nothing is trained.\n"
-            "With --windows K: measures a pilot student (any short run, any windows) and plans K windows that are expected to\n"
-            "be equally hard; the plan is for the training that follows."
+            "With --windows K: measures what each window of a pilot student (any short run, any windows) adds to its error at\n"
+            "the end, and plans K windows that should add the least; the plan is for the training that follows."
         ),
         epilog=(
             "examples:\n"
@@ -188,9 +188,9 @@ def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
     path = follow(teacher, edges, substeps=max(2, -(-64 // (len(edges) - 1))), method="heun", progress=True)
     errors = window_errors(student, path)
     planned, expected = plan_windows(edges, errors, args["windows"])
-    print("\nthe pilot's windows, and its error in each")
+    print("\nthe pilot's windows, and what each adds to its error at the end (the squares add up)")
     _print_windows(edges, errors)
-    print("planned windows, and the error expected in each")
+    print("planned windows, and what each is expected to add")
     _print_windows(planned, expected)
     report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}
     report |= {"pilot_edges": edges, "pilot_errors": errors, "expected_errors": expected}
@@ -282,7 +282,7 @@ def _windows_figure(windows: dict[str, tuple[Sequence[float], Sequence[float]]],
     axis = figure.subplots()
     for (name, (edges, errors)), color in zip(windows.items(), (TEACHER, STUDENT)):
         axis.stairs(errors[::-1], edges[::-1], color=color, label=f"{name} windows", linewidth=2)
-    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="error of one step", title="Windows")
+    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="adds to the endpoint error", title="Windows")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
     save_figure(figure, path)

@@ -12,8 +12,11 @@ import torch
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.cli import main
 from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
+from opensora_perflow.metrics import endpoint_error
 from opensora_perflow.plan_file import read_plan
-from opensora_perflow.plan_subjects import demo_subject
+from opensora_perflow.plan_subjects import Subject, demo_subject
+from opensora_perflow.planning.fine_path import follow
+from opensora_perflow.planning.probe import Probe
 from opensora_perflow.schedule import sampling_grid
 from opensora_perflow.windows import TimeWindows
 
@@ -68,19 +71,26 @@ def student(tmp_path):
     return tmp_path / "student.safetensors"
 
 
-def test_a_plan_holds_the_grids_that_beat_uniform_steps(tmp_path, capsys):
+def bent(count, seed):
+    """v = 6 (1/2 - t) below t = 1/2 and 0 above; an Euler step errs by 3 h^2, with h its width below 1/2."""
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    return Probe(lambda x, t: 6 * (0.5 - t).clamp(min=0).to(x.dtype)[:, None].expand_as(x), noise)
+
+
+def test_a_plan_holds_the_grids_that_beat_uniform_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opensora_perflow.plan_command.demo_subject", lambda *settings: Subject("bent", bent))
     out = tmp_path / "plans" / "plan.json"
-    status = main(["plan", *SMALL, "--steps", "3", "5", "--candidates", "8", "--out", str(out)])
+    assert main(["plan", "--steps", "2", "3", "8", "--candidates", "8", "--samples", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert out.with_suffix(".png").is_file() and "planned" in printed
-    if status == 1:
-        assert "no plan was written" in printed and not out.exists()
-        return
-    edges, grids = read_plan(out)
+    # 2 steps: halves of the bent half, 2 * 3 / 16; 3 steps: an eighth, an eighth and a quarter of it. 8 steps of 8 candidates
+    # are the uniform ones.
+    assert read_plan(out) == ((1.0, 0.0), ((1.0, 0.25, 0.0), (1.0, 0.375, 0.25, 0.0)))
     compared = json.loads(out.read_text())["report"]["grids"]
-    kept = {steps: row for steps, row in compared.items() if row["error"] < row["uniform"]}
-    assert edges == (1.0, 0.0) and [len(grid) - 1 for grid in grids] == [int(steps) for steps in kept]
-    assert TimeWindows.from_config(str(out)).grids == grids
+    assert compared["2"]["error"] == pytest.approx(3 / 8, rel=1e-3) and compared["2"]["uniform"] == pytest.approx(
+        3 / 4, rel=1e-3
+    )
+    assert compared["3"]["error"] == pytest.approx(9 / 32, rel=1e-3)
+    assert "8 steps: no grid was found that beats uniform steps" in printed and out.with_suffix(".png").is_file()
 
 
 def test_where_nothing_beats_uniform_steps_no_plan_is_written(tmp_path, capsys):
@@ -106,11 +116,12 @@ def test_a_curve_writes_a_grid_for_every_number_of_steps(tmp_path, student, caps
     assert windows.edges == (1.0, 0.5, 0.0) and [len(grid) - 1 for grid in windows.grids] == [1, 2, 3, 4, 5]
     rows = json.loads((tmp_path / "curve" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3, 4, 5] and "planned error" in capsys.readouterr().out
-    # The numbers are those of the sampler: the default grid of 5 steps, and the plan's, on the fresh noise.
-    fresh = demo_subject("mixture", student, TimeWindows.uniform(2), None).student(8, 1000)
-    for key, grid in (("error", sampling_grid(TimeWindows.uniform(2), 5)), ("planned", sampling_grid(windows, 5))):
-        other = fresh.sample(sampling_grid(TimeWindows.uniform(2), 2))
-        assert rows[4][key] != rows[1]["error"] and not torch.equal(fresh.sample(grid), other)
+    # The numbers are those of the sampler on fresh noise: the default grid of 5 steps, and the plan's.
+    subject = demo_subject("mixture", student, TimeWindows.uniform(2), None)
+    endpoints = follow(subject.teacher(8, 1000), 64, substeps=2, method="heun").endpoints
+    for key, made in (("error", TimeWindows.uniform(2)), ("planned", windows)):
+        x = subject.student(8, 1000).sample(sampling_grid(made, 5))
+        assert rows[4][key] == pytest.approx(endpoint_error(x, endpoints), rel=1e-5)
     assert (tmp_path / "curve" / "curve.png").is_file()
 
 

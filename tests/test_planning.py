@@ -174,12 +174,28 @@ def test_wrong_step_counts_are_refused():
         grids_by_steps(Probe(Constant(), noise()), noise(), (1.0, 0.0), 0)
 
 
-def test_window_errors_are_those_of_one_step_from_the_teachers_state():
-    # A student that is the teacher itself: its one step across a window of width h of v = 2 t errs by h^2.
-    edges = (1.0, 0.6, 0.5, 0.0)
-    probe = Probe(LinearInTime(), noise())
-    path = follow(probe, edges, substeps=1, method="heun")
-    assert window_errors(probe, path) == pytest.approx([0.16, 0.01, 0.25], rel=1e-6)  # errors are taken in float32
+def test_window_errors_are_what_each_window_adds_at_the_end():
+    # A student that is the teacher itself, v = a x: a step across a window multiplies by 1 - a h, the teacher by e^{-a h}.
+    a, edges, x = 1.3, (1.0, 0.6, 0.5, 0.0), noise(64)
+    path = follow(Probe(LinearInState(a), x), edges, substeps=512, method="heun")
+    size, ends = x.square().mean().sqrt().item(), []
+    for k in range(4):  # from the teacher's state at edge k
+        euler = math.prod(1 + a * (end - start) for start, end in zip(edges[k:], edges[k + 1 :]))
+        ends.append(size * math.exp(a * (edges[k] - 1)) * abs(euler - math.exp(-a * edges[k])))
+    expected = [(one**2 - rest**2) ** 0.5 for one, rest in zip(ends, ends[1:])]
+    errors = window_errors(Probe(LinearInState(a), x), path)
+    assert errors == pytest.approx(expected, rel=1e-4)  # the path has 1536 Heun steps; errors are taken in float32
+    assert math.hypot(*errors) == pytest.approx(ends[0], rel=1e-4)
+
+
+def test_a_window_whose_error_the_others_undo_is_not_free():
+    # The student goes astray in the first window and comes back in the second.
+    def student(x, t):
+        return torch.where(t[:, None] > 0.5, 1.0, -1.0).expand_as(x).to(x.dtype)
+
+    path = follow(Probe(Constant(0.0), noise()), (1.0, 0.5, 0.0), substeps=1)
+    # From the start it ends at 0; from the middle it is 1/2 off. E_0 = 0 leaves nothing to share.
+    assert window_errors(Probe(student, noise()), path) == [0.0, pytest.approx(0.5)]
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
