@@ -35,9 +35,10 @@ from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, Mixtu
 from opensora_perflow.demo.model import load_teacher
 from opensora_perflow.metrics import endpoint_error, energy_distance
 from opensora_perflow.planning.extra_steps import grids_by_steps
-from opensora_perflow.planning.fine_path import follow, uniform_grid
+from opensora_perflow.planning.fine_path import follow, step_errors, uniform_grid
 from opensora_perflow.planning.grids import choose_grid, compare
 from opensora_perflow.planning.probe import Probe
+from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import plan_windows, window_errors
 from opensora_perflow.schedule import sampling_grid
 from opensora_perflow.windows import TimeWindows
@@ -130,6 +131,13 @@ def plan_edges(world: Any, num_windows: int, iterations: int, rounds: int = 2) -
     return edges, report
 
 
+def teacher_edges(world: Any, num_windows: int) -> tuple[float, ...]:
+    """Edges from the teacher alone: the least sum of squared errors of one Euler step a window."""
+    path = follow(world.probe(world.pilot_samples, PILOT_SEED), world.candidates, substeps=world.substeps, method="heun")
+    indices, _ = shortest_path(step_errors(path).square(), num_windows)
+    return tuple(path.times[list(indices)].tolist())
+
+
 def measure(world: Any, student: nn.Module, edges: Sequence[float], path: Any, seed: int) -> dict[str, Any]:
     """Error and energy distance on the path's noise, one step a window."""
     x = world.probe(world.samples, seed, student).sample(edges)
@@ -186,6 +194,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=1000, help="training steps of a student; a pilot has half of them")
     parser.add_argument("--grids", type=int, nargs="+", metavar="N", help="plan the teacher's own N steps instead")
+    parser.add_argument(
+        "--edges", nargs="+", choices=("uniform", "teacher", "planned"), default=["uniform", "planned"],
+        help="teacher: edges with the least sum of squared errors of the teacher's own Euler steps, no pilot",
+    )  # fmt: skip
     parser.add_argument("--any-steps", action="store_true", help="also 1..4K steps, of the first seed's students")
     parser.add_argument("--out", type=Path, default=Path("outputs/plan"))
     args = parser.parse_args()
@@ -198,10 +210,15 @@ def main() -> None:
         return
     results = []
     for num_windows in args.windows:
-        planned, report = plan_edges(world, num_windows, max(1, args.iterations // 2))
+        variants, report = {"uniform": uniform_grid(num_windows)}, []
+        if "teacher" in args.edges:
+            variants["teacher"] = teacher_edges(world, num_windows)
+        if "planned" in args.edges:
+            variants["planned"], report = plan_edges(world, num_windows, max(1, args.iterations // 2))
+        variants = {name: edges for name, edges in variants.items() if name in args.edges}
         for seed in args.seeds:
             path = follow(world.probe(world.samples, seed), 32, substeps=world.substeps, method="heun")
-            for name, edges in {"uniform": uniform_grid(num_windows), "planned": planned}.items():
+            for name, edges in variants.items():
                 student = train(world, edges, args.iterations, seed)
                 row = {"windows": num_windows, "seed": seed, "name": name, "edges": edges, "pilots": report}
                 row |= measure(world, student, edges, path, seed)

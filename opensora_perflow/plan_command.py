@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from opensora_perflow.config import check_number
 from opensora_perflow.demo.plots import STUDENT, TEACHER, save_figure
@@ -297,6 +298,7 @@ def _curve_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
         if shown:
             axis.plot([row["nfe"] for row in shown], [row[planned] for row in shown], "o-", color=STUDENT, label="planned grid")
         axis.set(xlabel="network evaluations a sample (NFE)", title=name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(bottom=min(0, *axis.get_ylim()))
         axis.legend(frameon=False)
     save_figure(figure, path)

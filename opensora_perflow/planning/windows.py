@@ -2,7 +2,7 @@ r"""Windows for a student, from what a pilot student's windows add to its error.
 
 The teacher alone does not tell where a student will err: its curvature, or the error of its Euler steps, is largest where its
 path bends, but a bend that is the same for all samples is learnt in no time, and a straight piece on which samples decide for
-different modes is not (benchmarks/README.md has the numbers). So a student is asked: a short run with any windows.
+different modes is not. So a student is asked: a short run with any windows.
 """
 
 from __future__ import annotations
