@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. A user's mistake is one line on stderr and status 2, not a traceback."""
+    from opensora_perflow import plan_command
+
     parser = argparse.ArgumentParser(
         prog="opensora-perflow",
         description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510).",
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_install(commands)
     _add_embed(commands)
+    plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -182,7 +185,19 @@ def _embed(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed}
+def _plan(args: dict) -> int:
+    from opensora_perflow import plan_command
+
+    return plan_command.plan(args)
+
+
+def _curve(args: dict) -> int:
+    from opensora_perflow import plan_command
+
+    return plan_command.curve(args)
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "plan": _plan, "curve": _curve}
 
 if __name__ == "__main__":
     sys.exit(main())

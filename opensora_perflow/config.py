@@ -311,7 +311,8 @@ class PeRFlowConfig:
     """
 
     windows: Any = 4
-    """Number K >= 1 of uniform windows, or a descending list of edges from 1 to 0 in untransformed time."""
+    """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or the file that
+    `opensora-perflow plan` wrote (a name that ends in .json), whose sampling grids then serve the step counts they are for."""
     window_time: str = "host"
     """host: edges pass through the host's timestep transform, per sample; flow: edges are flow times as they stand."""
     path: str = "auto"
@@ -351,10 +352,12 @@ class PeRFlowConfig:
     """dict(edit=0.05, frames=2): smoother, less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
 
     num_sampling_steps: int | None = None
-    """Sampling steps, >= 1; None: one a window. A multiple of the number of windows serves every window alike."""
+    """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
+    number of windows serves every window alike."""
     sampling_grid: str = "edges"
-    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows; uniform: the host's
-    own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same where the number of windows divides that of steps."""
+    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows, or to where the plan
+    that `windows` names wants them; uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same
+    where the number of windows divides that of steps."""
     num_timesteps: int = 1000
     """Size of the network's timestep range."""
     cfg_scale: Any = 4.0
@@ -531,13 +534,15 @@ class PeRFlowConfig:
 
     @property
     def sampling_steps(self) -> int:
-        """Number of sampling steps: num_sampling_steps (or timestep_respacing), or one a window."""
+        """Number of sampling steps: num_sampling_steps (or timestep_respacing), a plan's only grid's, or one a window."""
         return self.steps_over(self.windows)
 
     def steps_over(self, windows: TimeWindows) -> int:
         """The same where a curriculum has come to other windows."""
         steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
-        return windows.num_windows if steps is None else int(steps)
+        if steps is not None:
+            return int(steps)
+        return len(windows.grids[0]) - 1 if len(windows.grids) == 1 else windows.num_windows
 
 
 _ONLY_FALSE = {

@@ -110,12 +110,11 @@ def register_with_host() -> None:
             host_schedulers.register_module(name=name, module=scheduler)
 
 
-def run_script(script: str, arguments: Sequence[str]) -> None:
-    """Run `script` in this process with `arguments` as its command line.
+def prepare(script: str) -> None:
+    """Make this process one that can run `script`: its checkout on sys.path, the machine's gaps filled, perflow registered.
 
     Raises:
         ValueError: no such script, or it lies outside an Open-Sora checkout (see `find_host_root`).
-        SystemExit: whatever the script exits with.
     """
     root = find_host_root(script)
     # The script's own folder comes first, as Python puts it there for a script that is started directly.
@@ -123,6 +122,16 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     with _visible_lines():
         portable.activate()
     register_with_host()
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    """Run `script` in this process with `arguments` as its command line.
+
+    Raises:
+        ValueError: see `prepare`.
+        SystemExit: whatever the script exits with.
+    """
+    prepare(script)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
 

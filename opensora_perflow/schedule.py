@@ -151,6 +151,8 @@ def sampling_grid(windows: TimeWindows, num_steps: int) -> tuple[float, ...]:
     uniform, or if K is 1, this is the host's own uniform grid. With fewer steps than windows, each step spans whole windows,
     as evenly as their number allows: possible, but the student was not trained for steps across an edge.
 
+    Where the windows come from a plan that holds a grid of so many steps, it is that one.
+
     Returns:
         num_steps + 1 times, descending from 1 to 0.
 
@@ -158,6 +160,9 @@ def sampling_grid(windows: TimeWindows, num_steps: int) -> tuple[float, ...]:
         ValueError: num_steps is not an integer >= 1.
     """
     check_num_steps(num_steps)
+    planned = windows.grid_of(int(num_steps))
+    if planned is not None:
+        return planned
     num_windows = windows.num_windows
     if num_steps < num_windows:
         return tuple(windows.edges[round(i * num_windows / num_steps)] for i in range(num_steps + 1))

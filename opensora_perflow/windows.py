@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
+
+from opensora_perflow.plan_file import read_plan
 
 
 @dataclass(frozen=True)
@@ -17,25 +20,26 @@ class TimeWindows:
 
     Window k is the half-open interval (edges[k + 1], edges[k]]; t = 0 belongs to the last one. Window 0 is the noisiest.
 
+    Args:
+        edges: K + 1 times.
+        grids: Sampling grids that a plan chose, at most one for each number of steps; N + 1 times from 1 to 0 for N steps.
+
     Raises:
-        ValueError: edges that are not finite numbers, do not descend strictly, or do not run from 1 to 0.
+        ValueError: edges or grids that are not finite numbers, do not descend strictly, or do not run from 1 to 0; two grids
+            of as many steps.
 
     Source: PeRFlow (arXiv:2405.07510), section 3: the time windows of the piecewise flow.
     """
 
     edges: tuple[float, ...]
+    grids: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if not all(isinstance(edge, Real) and not isinstance(edge, bool) and math.isfinite(edge) for edge in self.edges):
-            raise ValueError(f"window edges must be finite numbers, got {list(self.edges)}; write for example [1, 0.6, 0]")
-        edges = tuple(float(edge) for edge in self.edges)
-        descending = all(start > end for start, end in zip(edges, edges[1:]))
-        if len(edges) < 2 or edges[0] != 1.0 or edges[-1] != 0.0 or not descending:
-            raise ValueError(
-                f"window edges must descend strictly from 1 to 0, got {list(self.edges)}; "
-                "write for example [1, 0.75, 0.5, 0.25, 0], or the number of windows alone"
-            )
-        object.__setattr__(self, "edges", edges)
+        object.__setattr__(self, "edges", _descending(self.edges, "window edges", ", or the number of windows alone"))
+        grids = tuple(_descending(grid, "a plan's sampling grid") for grid in self.grids)
+        if len({len(grid) for grid in grids}) < len(grids):
+            raise ValueError(f"a plan holds one grid for a number of steps, got {sorted(len(g) - 1 for g in grids)} steps")
+        object.__setattr__(self, "grids", grids)
 
     @classmethod
     def uniform(cls, num_windows: int) -> TimeWindows:
@@ -49,25 +53,36 @@ class TimeWindows:
         return cls(tuple(1.0 - k / num_windows for k in range(num_windows)) + (0.0,))
 
     @classmethod
-    def from_config(cls, value: int | Sequence[float] | TimeWindows) -> TimeWindows:
-        """Windows as configs write them: a number of uniform windows, or the list of edges.
+    def from_config(cls, value: int | Sequence[float] | str | os.PathLike | TimeWindows) -> TimeWindows:
+        """Windows as configs write them: a number of uniform windows, the list of edges, or a plan's file (plan_file.py).
 
         Raises:
-            ValueError: anything else, or invalid edges.
+            ValueError: anything else, invalid edges, or a file that is not there or holds no plan.
         """
         if isinstance(value, TimeWindows):
             return value
         if isinstance(value, int):
             return cls.uniform(value)
+        if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+            edges, grids = read_plan(value)
+            try:
+                return cls(edges, grids)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(value)}: {error}") from error
         if isinstance(value, Sequence) and not isinstance(value, str):
             return cls(tuple(value))
         raise ValueError(
-            f"windows must be a number of windows (4) or a descending list of edges ([1, 0.6, 0.2, 0]), got {value!r}"
+            "windows must be a number of windows (4), a descending list of edges ([1, 0.6, 0.2, 0]) or a plan's file "
+            f'("plan.json"), got {value!r}'
         )
 
     @property
     def num_windows(self) -> int:
         return len(self.edges) - 1
+
+    def grid_of(self, num_steps: int) -> tuple[float, ...] | None:
+        """The plan's sampling grid for a number of steps, if it has one."""
+        return next((grid for grid in self.grids if len(grid) == num_steps + 1), None)
 
     def lookup(self, u: Tensor) -> Tensor:
         """Index of the window that each time lies in.
@@ -92,3 +107,17 @@ class TimeWindows:
         """(u_start, u_end) of each window index, float64, u_start > u_end: the noisy and the clean edge."""
         edges = torch.tensor(self.edges, dtype=torch.float64, device=window_idx.device)
         return edges[window_idx], edges[window_idx + 1]
+
+
+def _descending(times: Sequence[float], name: str, alternative: str = "") -> tuple[float, ...]:
+    """The times as floats; raises ValueError unless they descend strictly from 1 to 0."""
+    if not all(isinstance(time, Real) and not isinstance(time, bool) and math.isfinite(time) for time in times):
+        raise ValueError(f"{name} must be finite numbers, got {list(times)}; write for example [1, 0.6, 0]")
+    values = tuple(float(time) for time in times)
+    descending = all(start > end for start, end in zip(values, values[1:]))
+    if len(values) < 2 or values[0] != 1.0 or values[-1] != 0.0 or not descending:
+        raise ValueError(
+            f"{name} must descend strictly from 1 to 0, got {list(times)}; "
+            f"write for example [1, 0.75, 0.5, 0.25, 0]{alternative}"
+        )
+    return values

@@ -1,0 +1,76 @@
+"""What an Open-Sora inference script is about to sample: its networks, prompts and sizes, built by the script itself.
+
+The script runs as it is, with its own command line, up to its first call of `scheduler.sample`; there it is stopped. So the
+checkpoint, the text encoder, the text cleaning and the video's sizes are the host's, whatever the tag.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class InferenceCall:
+    """The arguments of the script's scheduler.sample, and the config that its scheduler was built from."""
+
+    scheduler: Mapping[str, Any]
+    model: nn.Module
+    text_encoder: Any
+    z: Tensor
+    prompts: Sequence[str]
+    device: torch.device | str
+    additional_args: Mapping[str, Any] = field(default_factory=dict)
+    neg_prompts: Sequence[str] | None = None
+
+
+class _Stop(BaseException):
+    """Carries the call out of the script; a BaseException, so that no `except Exception` of the host holds it."""
+
+    def __init__(self, call: InferenceCall) -> None:
+        self.call = call
+
+
+class _Recorder:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+
+    def sample(
+        self, model: nn.Module, text_encoder: Any, z: Tensor, prompts: Sequence[str], device: Any, *rest: Any, **named: Any
+    ):
+        additional_args = named.get("additional_args", rest[0] if rest else None)
+        if named.get("mask_index"):
+            raise ValueError("a plan is made for text to video; leave out references (--reference-path, --cond-type)")
+        given = dict(additional_args or {})
+        raise _Stop(InferenceCall(self._config, model, text_encoder, z, list(prompts), device, given, named.get("neg_prompts")))
+
+
+def first_call(script: str, arguments: Sequence[str]) -> InferenceCall:
+    """Run an inference script until it samples.
+
+    Args:
+        script: Of a checkout that run.prepare has made importable.
+        arguments: The script's own command line.
+
+    Raises:
+        ValueError: the script ended without sampling, or wants reference frames.
+        SystemExit: the script's own, for wrong arguments.
+    """
+    from opensora.registry import SCHEDULERS
+
+    SCHEDULERS.build = lambda config, *args, **kwargs: _Recorder(config)  # on the object: `del` brings the class's back
+    argv, sys.argv = sys.argv, [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except _Stop as stop:
+        return stop.call
+    finally:
+        sys.argv = argv
+        del SCHEDULERS.build
+    raise ValueError(f"{script} ended without sampling; name an inference script, such as ROOT/scripts/inference.py")

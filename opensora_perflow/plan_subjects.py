@@ -1,0 +1,132 @@
+"""What `opensora-perflow plan` and `curve` measure: a teacher, perhaps its student, and noise for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
+from opensora_perflow.demo.model import load_teacher as load_video_teacher
+from opensora_perflow.demo.probes import mixture_probe, video_probe
+from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.inference_call import InferenceCall, first_call
+from opensora_perflow.hosts.network import unwrap
+from opensora_perflow.planning.probe import Probe, join
+from opensora_perflow.registry import SCHEDULERS, build_module
+from opensora_perflow.run import prepare
+from opensora_perflow.teacher import load_teacher
+from opensora_perflow.windows import TimeWindows
+
+GUIDANCE = {"video": 3.0, "mixture": 2.0}
+"""Scales of the demo's and of the benchmark's teacher."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A guided teacher, and a student of it if there is one; each makes a probe of (number of samples, seed).
+
+    windows: the student's. branches: network evaluations of a (teacher's, student's) step.
+    """
+
+    name: str
+    teacher: Callable[[int, int], Probe]
+    student: Callable[[int, int], Probe] | None = None
+    windows: TimeWindows | None = None
+    branches: tuple[int, int] = (2, 1)
+
+
+def demo_subject(model: str, student: str | os.PathLike | None, windows: TimeWindows, guidance_scale: float | None) -> Subject:
+    """The demo's tiny video model or the mixture; a student of it has its guidance folded in.
+
+    Raises:
+        ValueError: weights that are not there or do not fit.
+    """
+    scale = GUIDANCE[model] if guidance_scale is None else guidance_scale
+    probe = {"video": video_probe, "mixture": mixture_probe}[model]
+    branches = (1 if scale == 1.0 else 2, 1)
+    if student is None:
+        return Subject(model, lambda count, seed: probe(count, seed, scale), branches=branches)
+    network = load_teacher(_demo_network(model, student), student)
+    return Subject(
+        model,
+        lambda count, seed: probe(count, seed, scale),
+        lambda count, seed: probe(count, seed, 1.0, network),
+        windows,
+        branches,
+    )
+
+
+def _demo_network(model: str, weights: str | os.PathLike) -> nn.Module:
+    if model == "video":
+        return load_video_teacher()
+    state = read_state_dict(weights)
+    width = state["layers.0.weight"].shape[0] if "layers.0.weight" in state else 128
+    return MixtureNetwork(Mixture.standard(), width)
+
+
+def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLike | None) -> Subject:
+    """What an Open-Sora inference script would sample.
+
+    With scheduler type rflow its network is the teacher. With type perflow it is a student if `teacher` names the weights
+    that it was distilled from, and else a teacher too, sampled as the config says.
+
+    Raises:
+        ValueError: a scheduler other than rflow and perflow, or a perflow of the ddpm path; see run.prepare, first_call and
+            teacher.load_teacher.
+    """
+    prepare(script)
+    call = first_call(script, arguments)
+    config = dict(call.scheduler)
+    kind = config.pop("type", None)
+    if kind not in ("rflow", "perflow"):
+        raise ValueError(f"plans are made for rectified flows: scheduler type rflow or perflow, got {kind!r}")
+    if kind == "rflow":
+        config = {**config, "windows": 1, "path": "linear"}
+    scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
+    settings, ratio = scheduler.config, scheduler._window_ratio(call.additional_args)
+    if settings.path == "ddpm":
+        raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
+    fixed = settings.guidance.mode == "fixed"
+    own_scale = 1.0 if fixed else settings.cfg_scale
+    own = _host_probes(call, call.model, own_scale, settings, ratio)
+    branches = 1 if own_scale == 1.0 else 2
+    if teacher is None:
+        return Subject(kind, own, branches=(branches, branches))
+    scale = settings.guidance.scale if fixed else own_scale
+    frozen = load_teacher(unwrap(call.model), teacher)
+    by_teacher = _host_probes(call, frozen, scale, settings, ratio)
+    return Subject(kind, by_teacher, own, settings.windows, (1 if scale == 1.0 else 2, branches))
+
+
+def _host_probes(call: InferenceCall, network: nn.Module, scale: float, settings, ratio) -> Callable[[int, int], Probe]:
+    """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own."""
+    condition = stdit.sampling_condition(
+        unwrap(network),
+        call.text_encoder,
+        call.prompts,
+        negative_prompts=call.neg_prompts,
+        additional_args=call.additional_args,
+        reference=None,
+        needs_null=scale != 1.0,
+    )
+    velocity = stdit.velocity_field(
+        network,
+        unwrap(network),
+        condition,
+        num_timesteps=int(settings.num_timesteps),
+        text_scale=scale,
+        flaw_fix=settings.use_flaw_fix and scale != 1.0,
+    )
+
+    def probe(count: int, seed: int) -> Probe:
+        generator = torch.Generator().manual_seed(seed)
+        batches = -(-count // len(call.prompts))
+        noise = [torch.randn(call.z.shape, generator=generator).to(call.device) for _ in range(batches)]
+        return join([Probe(velocity, own, ratio) for own in noise])
+
+    return probe

@@ -1,0 +1,198 @@
+"""`opensora-perflow plan` and `curve`, on the mixture and through an inference script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.cli import main
+from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
+from opensora_perflow.metrics import endpoint_error
+from opensora_perflow.plan_file import read_plan
+from opensora_perflow.plan_subjects import Subject, demo_subject
+from opensora_perflow.planning.fine_path import follow
+from opensora_perflow.planning.probe import Probe
+from opensora_perflow.schedule import sampling_grid
+from opensora_perflow.windows import TimeWindows
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL = ["--model", "mixture", "--samples", "8"]
+
+SCRIPT = '''
+"""Builds and samples as Open-Sora's scripts/inference.py does."""
+import sys
+import torch
+from opensora.registry import SCHEDULERS
+from opensora_perflow.demo.model import load_teacher
+from opensora_perflow.demo.text import TinyTextEncoder
+def main():
+    model, text_encoder = load_teacher(), TinyTextEncoder()
+    text_encoder.y_embedder = model.y_embedder
+    kind, references = sys.argv[1:3]
+    config = dict(type=kind, cfg_scale=3.0, use_timestep_transform=True)
+    if kind == "perflow":
+        config.update(windows=2, guidance=dict(mode="fixed", scale=3.0))
+    if kind == "none":
+        return
+    scheduler = SCHEDULERS.build(config)
+    sizes = {key: torch.full((2,), float(value)) for key, value in
+             dict(height=360, width=360, num_frames=51, ar=1, fps=8).items()}
+    scheduler.sample(model, text_encoder, z=torch.zeros(2, 4, 5, 8, 8), prompts=["a red circle moving right", "a blue square"],
+                     device="cpu", additional_args=sizes, progress=False, mask=None, mask_index=eval(references))
+    raise SystemExit("the script went on after its first sample")
+main()
+'''
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    root = tmp_path / "Open-Sora"
+    for relative, source in {
+        "opensora/__init__.py": "",
+        "opensora/registry.py": "from mmengine.registry import Registry\nSCHEDULERS = Registry('scheduler')\n",
+        "scripts/inference.py": SCRIPT,
+    }.items():
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        (root / relative).write_text(source)
+    return root / "scripts" / "inference.py"
+
+
+@pytest.fixture
+def student(tmp_path):
+    torch.manual_seed(0)
+    network = MixtureNetwork(Mixture.standard(), width=8)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.1)
+    write_state_dict(tmp_path / "student.safetensors", network.state_dict(), {"format": "pt"})
+    return tmp_path / "student.safetensors"
+
+
+def bent(count, seed):
+    """v = 6 (1/2 - t) below t = 1/2 and 0 above; an Euler step errs by 3 h^2, with h its width below 1/2."""
+    noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+    return Probe(lambda x, t: 6 * (0.5 - t).clamp(min=0).to(x.dtype)[:, None].expand_as(x), noise)
+
+
+def test_a_plan_holds_the_grids_that_beat_uniform_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("opensora_perflow.plan_command.demo_subject", lambda *settings: Subject("bent", bent))
+    out = tmp_path / "plans" / "plan.json"
+    assert main(["plan", "--steps", "2", "3", "8", "--candidates", "8", "--samples", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    # 2 steps: halves of the bent half, 2 * 3 / 16; 3 steps: an eighth, an eighth and a quarter of it. 8 steps of 8 candidates
+    # are the uniform ones.
+    assert read_plan(out) == ((1.0, 0.0), ((1.0, 0.25, 0.0), (1.0, 0.375, 0.25, 0.0)))
+    compared = json.loads(out.read_text())["report"]["grids"]
+    assert compared["2"]["error"] == pytest.approx(3 / 8, rel=1e-3) and compared["2"]["uniform"] == pytest.approx(
+        3 / 4, rel=1e-3
+    )
+    assert compared["3"]["error"] == pytest.approx(9 / 32, rel=1e-3)
+    assert "8 steps: no grid was found that beats uniform steps" in printed and out.with_suffix(".png").is_file()
+
+
+def test_where_nothing_beats_uniform_steps_no_plan_is_written(tmp_path, capsys):
+    # As many candidates as steps: the uniform grid is the only one.
+    status = main(["plan", *SMALL, "--steps", "4", "--candidates", "4", "--out", str(tmp_path / "plan.json")])
+    assert status == 1 and not (tmp_path / "plan.json").exists()
+    assert "4 steps: no grid was found that beats uniform steps" in capsys.readouterr().out
+
+
+def test_windows_are_planned_from_a_pilot(tmp_path, student, capsys):
+    out = tmp_path / "plan.json"
+    options = ["--windows", "3", "--student", str(student), "--student-windows", "1", "0.5", "0", "--out", str(out)]
+    assert main(["plan", *SMALL, *options]) == 0
+    windows = TimeWindows.from_config(str(out))
+    assert windows.num_windows == 3 and windows.grids == () and out.with_suffix(".png").is_file()
+    assert str(list(windows.edges))[1:4] == "1.0" and "planned windows" in capsys.readouterr().out
+
+
+def test_a_curve_writes_a_grid_for_every_number_of_steps(tmp_path, student, capsys):
+    options = ["--student", str(student), "--student-windows", "2", "--max-steps", "5", "--out", str(tmp_path / "curve")]
+    assert main(["curve", *SMALL, *options]) == 0
+    windows = TimeWindows.from_config(str(tmp_path / "curve" / "plan.json"))
+    assert windows.edges == (1.0, 0.5, 0.0) and [len(grid) - 1 for grid in windows.grids] == [1, 2, 3, 4, 5]
+    rows = json.loads((tmp_path / "curve" / "curve.json").read_text())["rows"]
+    assert [row["nfe"] for row in rows] == [1, 2, 3, 4, 5] and "planned error" in capsys.readouterr().out
+    # The numbers are those of the sampler on fresh noise: the default grid of 5 steps, and the plan's.
+    subject = demo_subject("mixture", student, TimeWindows.uniform(2), None)
+    endpoints = follow(subject.teacher(8, 1000), 64, substeps=2, method="heun").endpoints
+    for key, made in (("error", TimeWindows.uniform(2)), ("planned", windows)):
+        x = subject.student(8, 1000).sample(sampling_grid(made, 5))
+        assert rows[4][key] == pytest.approx(endpoint_error(x, endpoints), rel=1e-5)
+    assert (tmp_path / "curve" / "curve.png").is_file()
+
+
+def test_a_teachers_curve_has_its_own_evaluations(tmp_path):
+    assert main(["curve", *SMALL, "--max-steps", "3", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    assert [row["nfe"] for row in rows] == [2, 4, 6] and rows[0]["error"] > rows[1]["error"] > rows[2]["error"]
+    assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["plan", "--steps", "0"], "--steps must be an integer >= 1"),
+        (["plan", "--steps", "8", "--candidates", "4"], "--steps 8 needs as many candidate times"),
+        (["plan", "--samples", "0"], "--samples must be an integer >= 1"),
+        (["plan", "--windows", "4"], "windows are planned from what a pilot student measures"),
+        (["plan", "--windows", "0"], "--windows must be an integer >= 1"),
+        (["plan", "--guidance-scale", "-1"], "--guidance-scale must be"),
+        (["plan", "--teacher", "weights.pt"], "belongs to an inference script; name it with --script"),
+        (["plan", "--script", "a.py", "--student", "b.pt"], "name its teacher with --teacher"),
+        (["plan", "--script", "a.py"], "SCRIPT must be the path of a Python file"),
+        (["plan", "--student-windows", "1", "x", "0"], "--student-windows: could not convert"),
+        (["curve", "--student", "missing.safetensors"], "missing.safetensors"),
+        (["curve", "--max-steps", "0"], "--max-steps must be an integer >= 1"),
+        (["curve", "--samples", "1"], "--samples must be >= 2"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def start(checkout, command, *options, host):
+    """A process of its own: run.prepare changes sys.path and the machine's gaps for good."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    arguments = [command, "--script", str(checkout), "--samples", "2", *options, "--", *host]
+    return subprocess.run(
+        [sys.executable, "-m", "opensora_perflow", *arguments],
+        cwd=checkout.parent, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_an_inference_script_is_planned_up_to_its_first_sample(checkout):
+    result = start(checkout, "plan", "--steps", "2", "--candidates", "4", "--out", "p.json", host=["rflow", "None"])
+    assert result.returncode in (0, 1), result.stderr
+    assert "Endpoint errors" in result.stdout and (checkout.parent / "p.png").is_file()
+    assert "went on" not in result.stderr
+
+
+def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
+    from opensora_perflow.demo.model import WEIGHTS
+
+    result = start(checkout, "curve", "--teacher", str(WEIGHTS), "--max-steps", "3", "--out", "c", host=["perflow", "None"])
+    assert result.returncode == 0, result.stderr
+    windows = TimeWindows.from_config(str(checkout.parent / "c" / "plan.json"))
+    assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
+    rows = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"]
+    assert [row["nfe"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "host, message",
+    [
+        (["iddpm", "None"], "scheduler type rflow or perflow, got 'iddpm'"),
+        (["none", "None"], "ended without sampling"),
+        (["rflow", "[0]"], "a plan is made for text to video"),
+    ],
+)
+def test_scripts_that_cannot_be_planned(checkout, host, message):
+    result = start(checkout, "plan", "--steps", "2", "--candidates", "4", host=host)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

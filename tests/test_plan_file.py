@@ -1,0 +1,97 @@
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from networks import CountCalls, sizes, text_encoder, tiny_network
+
+from opensora_perflow import SCHEDULERS, build_module
+from opensora_perflow.hosts import stdit
+from opensora_perflow.plan_file import FORMAT, read_plan, write_plan
+from opensora_perflow.planning.probe import Probe
+from opensora_perflow.schedule import sampling_grid
+from opensora_perflow.windows import TimeWindows
+
+EDGES, GRIDS = (1.0, 0.7, 0.2, 0.0), ((1.0, 0.7, 0.5, 0.2, 0.0), (1.0, 0.2, 0.0))
+
+
+@pytest.fixture
+def plan(tmp_path):
+    write_plan(tmp_path / "plan.json", EDGES, GRIDS, {"seed": 0})
+    return tmp_path / "plan.json"
+
+
+def test_what_was_written_is_read(plan, monkeypatch):
+    assert read_plan(plan) == (EDGES, GRIDS)
+    monkeypatch.chdir(plan.parent)
+    assert TimeWindows.from_config("plan.json") == TimeWindows(EDGES, GRIDS) == TimeWindows.from_config(plan)
+
+
+def test_a_planned_grid_serves_its_number_of_steps_and_no_other(plan):
+    windows = TimeWindows.from_config(str(plan))
+    assert sampling_grid(windows, 4) == GRIDS[0] and sampling_grid(windows, 2) == GRIDS[1]
+    for steps in (1, 3, 5, 6):
+        assert sampling_grid(windows, steps) == sampling_grid(TimeWindows(EDGES), steps)
+
+
+def test_the_config_stays_as_the_host_wrote_it(plan):
+    config = dict(type="perflow", windows=str(plan))
+    again = json.loads(json.dumps(deepcopy(config)))
+    scheduler = build_module(again, SCHEDULERS)
+    assert again == config and scheduler.config.windows.edges == EDGES
+    assert deepcopy(scheduler.config).windows == scheduler.config.windows
+
+
+@pytest.mark.parametrize("grids, steps", [((), 3), (GRIDS[:1], 4), (GRIDS, 3)])
+def test_default_number_of_steps(tmp_path, grids, steps):
+    write_plan(tmp_path / "plan.json", EDGES, grids, {})
+    config = dict(type="perflow", windows=str(tmp_path / "plan.json"))
+    assert build_module(config, SCHEDULERS).config.sampling_steps == steps
+    assert build_module(dict(config, num_sampling_steps=7), SCHEDULERS).config.sampling_steps == 7
+
+
+@pytest.mark.parametrize("warped", [False, True])
+def test_a_checkpoint_is_sampled_on_its_planned_grid_with_guidance(tmp_path, warped):
+    grid = (1.0, 0.95, 0.8, 0.7, 0.5, 0.35, 0.3, 0.1, 0.0)
+    write_plan(tmp_path / "plan.json", (1.0, 0.0), [grid], {})
+    network = tiny_network()
+    counter, encoder, z = CountCalls(network), text_encoder(network), torch.randn(2, 4, 5, 4, 4)
+    prompts, arguments = ["a red circle", "a blue square"], sizes(2, side=360)
+    config = dict(type="perflow", windows=str(tmp_path / "plan.json"), cfg_scale=3.0, use_timestep_transform=warped)
+    scheduler = build_module(config, SCHEDULERS)
+    with torch.no_grad():
+        out = scheduler.sample(network, encoder, z, prompts, "cpu", additional_args=arguments, progress=False)
+    assert (counter.calls, counter.samples) == (8, 2 * 2 * 8)  # 8 steps without being told so, both branches each
+    condition = stdit.sampling_condition(
+        network, encoder, prompts, negative_prompts=None, additional_args=arguments, reference=None, needs_null=True
+    )
+    velocity = stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=3.0)
+    ratio = scheduler._window_ratio(arguments)
+    assert (ratio is not None) == warped
+    torch.testing.assert_close(out, Probe(velocity, z, ratio).sample(grid), atol=1e-6, rtol=0)  # the same float32 steps
+
+
+def test_a_missing_plan_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"plan 'plam.json', which cannot be read from {tmp_path} .No such file"):
+        build_module(dict(type="perflow", windows="plam.json"), SCHEDULERS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "which is not JSON"),
+        ("[]", 'is no plan: expected "format"'),
+        ('{"format": "opensora_perflow.plan/0"}', "got 'opensora_perflow.plan/0'"),
+        ('{"format": "%s"}', "is no whole plan"),
+        ('{"format": "%s", "edges": [1, 0], "grids": [8]}', "is no whole plan"),
+        ('{"format": "%s", "edges": [1, 0.2, 0.5, 0]}', "plan.json: window edges must descend strictly from 1 to 0"),
+        ('{"format": "%s", "edges": [1, "x", 0]}', "plan.json: window edges must be finite numbers"),
+        ('{"format": "%s", "edges": [1, 0], "grids": [[1, 0.5]]}', "plan.json: a plan's sampling grid must descend"),
+        ('{"format": "%s", "edges": [1, 0], "grids": [[1, 0.5, 0], [1, 0.4, 0]]}', "one grid for a number of steps"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, text, message):
+    (tmp_path / "plan.json").write_text(text.replace("%s", FORMAT))
+    with pytest.raises(ValueError, match=message):
+        TimeWindows.from_config(str(tmp_path / "plan.json"))
