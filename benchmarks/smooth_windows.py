@@ -48,16 +48,11 @@ def continuity(weight: float, reach: float = 0.5) -> list[Any]:
 RECIPES = {
     "plain": settings(edge_mass=0.0),
     "edge mass": settings(),
-    "overlap .5": settings(overlap=0.5),
     "overlap .6": settings(overlap=0.6),
     "overlap .75": settings(overlap=0.75),
     "continuity": settings(continuity(1.0)),
-    "overlap .9": settings(overlap=0.9),
     "overlap .75 + continuity": settings(continuity(0.3), overlap=0.75),
-    "grids 5 6 7": settings(grids=(5, 6, 7)),
-    "grids 4 5 6 7": settings(grids=(4, 5, 6, 7)),
     "grids 5 6 7 + overlap .6": settings(grids=(5, 6, 7), overlap=0.6),
-    "grids 4 4 5 + overlap .75": settings(grids=(4, 4, 5), overlap=0.75),
 }
 
 
