@@ -3,8 +3,8 @@
     python benchmarks/plan.py [--model mixture|video] [--windows 4 8] [--seeds 0 1 2] [--iterations N] [--out FOLDER]
 
 For each number of windows K:
-  1. a pilot student is trained with K uniform windows (its own seed, 100), its window errors are measured and edges planned
-     (planning/windows.py); once more with those edges: a second pilot;
+  1. a pilot student is trained with K uniform windows (its own seed, 100), its window errors are measured and edges planned by
+     both criteria (planning/windows.py); of the pilots with uniform and with each planned windows the best one's are taken;
   2. for every seed one student is trained with uniform and one with planned edges, everything else alike, and both are
      measured on the same fresh noise: endpoint error (root mean square distance from where the guided teacher's fine steps
      carry it) and energy distance to those endpoints;
@@ -39,7 +39,7 @@ from opensora_perflow.planning.fine_path import follow, step_errors, uniform_gri
 from opensora_perflow.planning.grids import choose_grid, compare
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
-from opensora_perflow.planning.windows import plan_windows, window_errors
+from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.schedule import sampling_grid
 from opensora_perflow.windows import TimeWindows
 
@@ -114,21 +114,26 @@ def train(world: Any, edges: Sequence[float], iterations: int, seed: int) -> nn.
     return student.eval()
 
 
-def plan_edges(world: Any, num_windows: int, iterations: int, rounds: int = 2) -> tuple[tuple[float, ...], list[dict]]:
-    """Edges planned by `rounds` pilot students, and what each pilot measured."""
-    teacher, edges, report = world.probe(world.pilot_samples, PILOT_SEED), uniform_grid(num_windows), []
-    for _ in range(rounds):
-        student = train(world, edges, iterations, PILOT_SEED)
+def plan_edges(world: Any, num_windows: int, iterations: int) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+    """The edges whose pilot ends nearest to the teacher, and what each pilot measured: uniform, and each criterion's."""
+    teacher, pilots = world.probe(world.pilot_samples, PILOT_SEED), []
+    candidates = {"uniform": uniform_grid(num_windows)}
+    while len(pilots) < len(candidates):
+        name, edges = list(candidates.items())[len(pilots)]
+        student = world.probe(world.pilot_samples, PILOT_SEED, train(world, edges, iterations, PILOT_SEED))
         path = follow(teacher, edges, substeps=max(2, 64 // num_windows), method="heun")
-        errors = window_errors(world.probe(world.pilot_samples, PILOT_SEED, student), path)
-        report.append({"edges": edges, "errors": errors})
-        edges, expected = plan_windows(edges, errors, num_windows)
-        report[-1]["expected"] = expected
+        pilot = {"name": name, "edges": edges, "error": endpoint_error(student.sample(edges), path.endpoints)}
+        for criterion, measure_errors in CRITERIA.items():
+            pilot[criterion] = measure_errors(student, path)
+            if name == "uniform":
+                candidates[criterion], _ = plan_windows(edges, pilot[criterion], num_windows)
+        pilots.append(pilot)
         print(
-            f"K={num_windows} pilot errors {rounded(errors)} -> edges {rounded(edges)}, expected {rounded(expected)}",
+            f"K={num_windows} pilot {name} {rounded(edges)}: error {pilot['error']:.4f}, added {rounded(pilot['added'])}, "
+            f"local {rounded(pilot['local'])}",
             flush=True,
         )
-    return edges, report
+    return min(pilots, key=lambda pilot: pilot["error"])["edges"], pilots
 
 
 def teacher_edges(world: Any, num_windows: int) -> tuple[float, ...]:

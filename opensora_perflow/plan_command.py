@@ -21,7 +21,7 @@ from opensora_perflow.plan_subjects import Subject, demo_subject, host_subject
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, uniform_grid
 from opensora_perflow.planning.grids import Comparison, choose_grid, compare
-from opensora_perflow.planning.windows import plan_windows, window_errors
+from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.schedule import check_num_steps, sampling_grid
 from opensora_perflow.windows import TimeWindows
 
@@ -44,7 +44,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "compares it with as many uniform steps on fresh noise. The file gets the grids that beat uniform steps; if none\n"
             "does, this says so, writes no file and exits with 1. Nothing is trained.\n"
             "With --windows K: measures what each window of a pilot student (any short run, any windows) adds to its error at\n"
-            "the end, and plans K windows that should add the least; the plan is for the training that follows."
+            "the end, and plans K windows that should add the least, for the training that follows. Whether they do, a second\n"
+            "pilot tells: the command prints how far a pilot ends from its teacher."
         ),
         epilog=(
             "examples:\n"
@@ -58,6 +59,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     _add_subject(plan)
     plan.add_argument("--steps", type=int, nargs="+", default=[8], help="step counts to plan grids for (default 8)")
     plan.add_argument("--windows", type=int, metavar="K", help="plan K windows from what a pilot student measures")
+    plan.add_argument(
+        "--criterion", choices=tuple(CRITERIA), default="added",
+        help="what windows are planned by: what each adds to the error at the end, or errs by itself (default added)",
+    )  # fmt: skip
     plan.add_argument("--candidates", type=int, default=32, help="candidate times are multiples of 1/this (default 32)")
     plan.add_argument("--out", type=Path, default=Path("plan.json"), help="file to write; a .png lies beside it")
     curve = commands.add_parser(
@@ -187,14 +192,17 @@ def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
     edges = subject.windows.edges
     teacher, student = (probe(args["samples"], args["seed"]) for probe in (subject.teacher, subject.student))
     path = follow(teacher, edges, substeps=max(2, -(-64 // (len(edges) - 1))), method="heun", progress=True)
-    errors = window_errors(student, path)
+    errors = CRITERIA[args["criterion"]](student, path)
     planned, expected = plan_windows(edges, errors, args["windows"])
-    print("\nthe pilot's windows, and what each adds to its error at the end (the squares add up)")
+    end = endpoint_error(student.sample(edges), path.endpoints)
+    meaning = {"added": "adds to its error at the end", "local": "errs by, from the teacher's state"}[args["criterion"]]
+    print(f"\nthe pilot ends {end:.4f} from the teacher; its windows, and what each {meaning}")
     _print_windows(edges, errors)
-    print("planned windows, and what each is expected to add")
+    print("planned windows, and what is expected of each")
     _print_windows(planned, expected)
     report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}
-    report |= {"pilot_edges": edges, "pilot_errors": errors, "expected_errors": expected}
+    report |= {"criterion": args["criterion"], "pilot_edges": edges, "pilot_error": end}
+    report |= {"pilot_errors": errors, "expected_errors": expected}
     write_plan(args["out"], planned, [], report)
     _windows_figure({"pilot": (edges, errors), "planned": (planned, expected)}, args["out"].with_suffix(".png"))
     print(f'written to {args["out"]}: train with scheduler = dict(type="perflow", windows="{args["out"]}", ...)')
@@ -283,7 +291,7 @@ def _windows_figure(windows: dict[str, tuple[Sequence[float], Sequence[float]]],
     axis = figure.subplots()
     for (name, (edges, errors)), color in zip(windows.items(), (TEACHER, STUDENT)):
         axis.stairs(errors[::-1], edges[::-1], color=color, label=f"{name} windows", linewidth=2)
-    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="adds to the endpoint error", title="Windows")
+    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="error of a window", title="Windows")
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
     save_figure(figure, path)

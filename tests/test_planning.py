@@ -11,7 +11,7 @@ from opensora_perflow.planning.fine_path import follow, step_errors, uniform_gri
 from opensora_perflow.planning.grids import carried_grid, choose_grid, compare
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.planning.shortest_path import shortest_path
-from opensora_perflow.planning.windows import plan_windows, window_errors
+from opensora_perflow.planning.windows import added_errors, local_errors, plan_windows
 
 F64 = torch.float64
 
@@ -174,7 +174,14 @@ def test_wrong_step_counts_are_refused():
         grids_by_steps(Probe(Constant(), noise()), noise(), (1.0, 0.0), 0)
 
 
-def test_window_errors_are_what_each_window_adds_at_the_end():
+def test_local_errors_are_those_of_one_step_from_the_teachers_state():
+    # A student that is the teacher itself: its one step across a window of width h of v = 2 t errs by h^2.
+    probe = Probe(LinearInTime(), noise())
+    path = follow(probe, (1.0, 0.6, 0.5, 0.0), substeps=1, method="heun")
+    assert local_errors(probe, path) == pytest.approx([0.16, 0.01, 0.25], rel=1e-6)  # errors are taken in float32
+
+
+def test_added_errors_are_what_each_window_adds_at_the_end():
     # A student that is the teacher itself, v = a x: a step across a window multiplies by 1 - a h, the teacher by e^{-a h}.
     a, edges, x = 1.3, (1.0, 0.6, 0.5, 0.0), noise(64)
     path = follow(Probe(LinearInState(a), x), edges, substeps=512, method="heun")
@@ -183,7 +190,7 @@ def test_window_errors_are_what_each_window_adds_at_the_end():
         euler = math.prod(1 + a * (end - start) for start, end in zip(edges[k:], edges[k + 1 :]))
         ends.append(size * math.exp(a * (edges[k] - 1)) * abs(euler - math.exp(-a * edges[k])))
     expected = [(one**2 - rest**2) ** 0.5 for one, rest in zip(ends, ends[1:])]
-    errors = window_errors(Probe(LinearInState(a), x), path)
+    errors = added_errors(Probe(LinearInState(a), x), path)
     assert errors == pytest.approx(expected, rel=1e-4)  # the path has 1536 Heun steps; errors are taken in float32
     assert math.hypot(*errors) == pytest.approx(ends[0], rel=1e-4)
 
@@ -195,7 +202,7 @@ def test_a_window_whose_error_the_others_undo_is_not_free():
 
     path = follow(Probe(Constant(0.0), noise()), (1.0, 0.5, 0.0), substeps=1)
     # From the start it ends at 0; from the middle it is 1/2 off. E_0 = 0 leaves nothing to share.
-    assert window_errors(Probe(student, noise()), path) == [0.0, pytest.approx(0.5)]
+    assert added_errors(Probe(student, noise()), path) == [0.0, pytest.approx(0.5)]
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5, 2.0])

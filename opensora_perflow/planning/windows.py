@@ -16,7 +16,7 @@ from opensora_perflow.metrics import endpoint_error
 from opensora_perflow.planning.fine_path import FinePath, uniform_grid
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
-from opensora_perflow.solvers import solve
+from opensora_perflow.solvers import euler_step, solve
 
 POWER = 1.5
 """How a student's error grows with the width of its window: 1 for a velocity that is wrong by as much everywhere, 2 for a bend
@@ -24,7 +24,19 @@ that nobody learnt. Measured on the mixture: 1.1 to 1.8."""
 
 
 @torch.no_grad()
-def window_errors(student: Probe, path: FinePath) -> list[float]:
+def local_errors(student: Probe, path: FinePath) -> list[float]:
+    """Root mean square error of one step of the student across each window, from the teacher's own state at its noisy edge.
+
+    Args:
+        student: As it is sampled; its noise is not used.
+        path: The teacher's, at the student's window edges.
+    """
+    ends = zip(path.states, path.flow_times, path.flow_times[1:], path.states[1:])
+    return [endpoint_error(euler_step(student.velocity, x, t, t_next), end) for x, t, t_next, end in ends]
+
+
+@torch.no_grad()
+def added_errors(student: Probe, path: FinePath) -> list[float]:
     r"""What each window adds to the error at the end, when the student takes one step a window.
 
     With E_k the endpoint error of a student that starts at window k from the teacher's own state there, window k adds
@@ -32,8 +44,7 @@ def window_errors(student: Probe, path: FinePath) -> list[float]:
     sampling from noise.
 
     Args:
-        student: As it is sampled; its noise is not used.
-        path: The teacher's, at the student's window edges.
+        student, path: As for `local_errors`.
 
     Returns:
         One number a window, at least a hundredth of E_0: a window whose error the others undo is not free.
@@ -44,6 +55,10 @@ def window_errors(student: Probe, path: FinePath) -> list[float]:
         squares.append(endpoint_error(landed, path.endpoints) ** 2)
     floor = (0.01 * squares[0] ** 0.5) ** 2
     return [max(square - rest, floor) ** 0.5 for square, rest in zip(squares, [*squares[1:], 0.0])]
+
+
+CRITERIA = {"added": added_errors, "local": local_errors}
+"""What windows may be planned by. Neither wins always (benchmarks/README.md): a second pilot, with each plan, tells."""
 
 
 def plan_windows(
