@@ -272,7 +272,8 @@ class CurriculumConfig:
     teacher: str = "original"
     """original: the run's teacher in every stage, with teacher.steps_per_window steps for each window of the first stage.
     previous: from the second stage on the student as it was when the stage before ended, with one Euler step for each of
-    that stage's windows and without guidance, which is folded in."""
+    that stage's windows and without guidance, which is folded in. A run that is resumed inside such a stage goes on with the
+    student that it loads as the teacher: the one before is not kept."""
     advance: AdvanceRule = field(default_factory=AdvanceRule)
     """When a stage ends: dict(every=50, patience=3, min_improvement=0.02, min_steps=200, max_steps=2000, batches=1)."""
 

@@ -116,7 +116,7 @@ class Curriculum:
                 f"curriculum.windows begins with {counts[0]} windows, but the config's windows are "
                 f"{self.windows.num_windows}; write windows={counts[0]}"
             )
-        self.windows = TimeWindows(self.windows.edges)  # a plan's sampling grids are not the merged windows'
+        self.windows = TimeWindows(self.windows.edges)  # a plan's sampling grids are not the merged windows' own
         self.stages = [self.windows]
         for count in counts[1:]:
             self.stages.append(merge_windows(self.stages[-1], count))

@@ -15,6 +15,7 @@ from opensora_perflow.curriculum import AdvanceRule, Curriculum, held_out_error,
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.timestep_transform import shift_ratio
 from opensora_perflow.solvers import euler_step
+from opensora_perflow.state import write_state
 from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
@@ -284,12 +285,22 @@ def test_evaluating_losses_moves_nothing():
     assert scheduler.curriculum.state()["step"] == 0 and not scheduler._held_out
 
 
-def test_a_restored_stage_says_which_teacher_it_needs(caplog):
-    scheduler = PeRFlow(windows=4, curriculum=dict(STAGES, teacher="previous"))
-    scheduler.curriculum.restore({"stage": 1, "step": 3, "best": 0.5, "stale": 0})
-    with caplog.at_level(logging.WARNING, logger="opensora_perflow"):
-        step(scheduler, tiny_network())
-    assert "stage 2 is taught by the student of the stage before" in caplog.text
+def test_a_resumed_run_goes_on_in_its_stage(tmp_path, monkeypatch):
+    settings = dict(windows=4, curriculum=dict(windows=[4, 2, 1], teacher="previous"))
+    first, network = PeRFlow(**settings), tiny_network()
+    step(first, network)
+    first.curriculum.restore({"stage": 1, "step": 3, "best": 0.5, "stale": 0})
+    write_state(tmp_path, first.state())
+    monkeypatch.setattr("opensora_perflow.scheduler.resumed_checkpoint", lambda: (tmp_path, True))
+    resumed = PeRFlow(**settings)
+    step(resumed, network)
+    assert resumed.curriculum.state() == {"stage": 1, "step": 4, "best": 0.5, "stale": 0}
+    assert resumed.state().windows == first.curriculum.current.edges  # of its stage: the check of changed windows passed
+    assert "the student, as it came to stage 2" in resumed.state().teacher_source
+
+    monkeypatch.setattr("opensora_perflow.scheduler.resumed_checkpoint", lambda: (tmp_path, False))  # --start-from-scratch
+    with pytest.raises(ValueError, match="windows was .*, now .*allow_change=True"):
+        step(PeRFlow(**settings), network)
 
 
 def test_sizes_of_videos_pass_through_the_held_out_batch():
