@@ -421,8 +421,8 @@ def main() -> None:
     parser.add_argument("--edit", type=float, default=0.05, help="flow time of the rows edit and overlap (default 0.05)")
     parser.add_argument("--frames", type=int, default=2, help="frames that overlap fades over (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of part scenes (default 0 1 2)")
-    parser.add_argument("--samples", type=int, default=1024, help="long videos of part scenes (default 1024)")
-    parser.add_argument("--iterations", type=int, default=800, help="training steps of part scenes (default 800)")
+    parser.add_argument("--samples", type=int, default=512, help="long videos of part scenes (default 512)")
+    parser.add_argument("--iterations", type=int, default=2000, help="training steps of part scenes (default 2000)")
     parser.add_argument("--video-seed", type=int, default=0, help="of part video (default 0)")
     parser.add_argument("--video-samples", type=int, default=36, help="long videos of part video (default 36: every caption)")
     parser.add_argument(
@@ -447,7 +447,8 @@ def main() -> None:
             kept = args.out / f"student_{args.video_iterations}_of_{world.weights.name}"
             results = [run_seed(world, args, args.video_iterations, args.video_samples, args.video_seed, kept)]
             shown = {name: world.decode(joined(clips)[:4]) for name, clips in results[0]["clips"].items()}
-            write_video(args.out / "long_video.mp4", side_by_side(shown, results[0]["prompts"][:4], scale=2), fps=FPS)
+            short = [prompt.replace(" bouncing", "\nbouncing") for prompt in results[0]["prompts"][:4]]
+            write_video(args.out / "long_video.mp4", side_by_side(shown, short, scale=2), fps=FPS)
         summaries[part] = summarise(results)
         texts.append(markdown(part, summaries[part], seeds, command))
         records[part] = [{key: value for key, value in result.items() if key not in ("clips", "prompts")} for result in results]
