@@ -40,7 +40,8 @@ from opensora_perflow.planning.grids import choose_grid, compare
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
-from opensora_perflow.schedule import sampling_grid
+from opensora_perflow.schedule import linear_grid, sampling_grid
+from opensora_perflow.solvers import solve
 from opensora_perflow.windows import TimeWindows
 
 PILOT_SEED = 100
@@ -188,6 +189,30 @@ def grids(world: Any, counts: Sequence[int], seeds: Sequence[int]) -> list[dict[
     return rows
 
 
+def substeps(world: Any, num_windows: int, method: str, each: int) -> None:
+    """Would the teacher's steps be better divided unevenly among the windows? The best division, by dynamic programming."""
+    probe = world.probe(world.pilot_samples, PILOT_SEED)
+    path = follow(probe, num_windows, substeps=128 // num_windows, method="heun")
+    total, error = each * num_windows, {}
+    for k in range(num_windows):
+        for count in range(1, 3 * each + 1):
+            grid = linear_grid(path.flow_times[k], path.flow_times[k + 1], count)
+            with torch.no_grad():
+                landed = solve(probe.velocity, path.states[k], grid, method=method)
+            error[k, count] = endpoint_error(landed, path.states[k + 1]) ** 2
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for k in range(num_windows):
+        ways = [
+            (used + count, cost + error[k, count], (*counts, count))
+            for used, (cost, counts) in best.items()
+            for count in range(1, 3 * each + 1)
+            if used + count <= total
+        ]
+        best = {used: min((cost, counts) for n, cost, counts in ways if n == used) for used, _, _ in ways}
+    even = sum(error[k, each] for k in range(num_windows)) ** 0.5
+    print(f"K={num_windows}, {total} {method} steps: evenly {even:.4f}, best {best[total][0] ** 0.5:.4f} as {best[total][1]}")
+
+
 def rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
@@ -203,6 +228,7 @@ def main() -> None:
         "--edges", nargs="+", choices=("uniform", "teacher", "planned"), default=["uniform", "planned"],
         help="teacher: edges with the least sum of squared errors of the teacher's own Euler steps, no pilot",
     )  # fmt: skip
+    parser.add_argument("--substeps", action="store_true", help="divide the teacher's steps among uniform windows instead")
     parser.add_argument("--any-steps", action="store_true", help="also 1..4K steps, of the first seed's students")
     parser.add_argument("--out", type=Path, default=Path("outputs/plan"))
     args = parser.parse_args()
@@ -212,6 +238,11 @@ def main() -> None:
     if args.grids:
         rows = grids(world, args.grids, args.seeds)
         (args.out / f"grids_{args.model}.json").write_text(json.dumps(rows, indent=1))
+        return
+    if args.substeps:
+        for num_windows in args.windows:
+            for method, each in (("heun", 2), ("heun", 1), ("euler", 8), ("euler", 4)):
+                substeps(world, num_windows, method, each)
         return
     results = []
     for num_windows in args.windows:
