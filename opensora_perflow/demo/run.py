@@ -102,7 +102,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     """
     began = time.perf_counter()
     torch.manual_seed(settings.seed)
-    vae, text_encoder, teacher = TinyVAE().eval(), TinyTextEncoder(), _network(settings.open_sora)
+    vae, text_encoder, teacher = TinyVAE().eval(), TinyTextEncoder(), build_network(settings.open_sora)
     clips = _clips(settings)
     with torch.no_grad():
         pixels = frames_to_tensor(clips.frames)
@@ -121,7 +121,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         ),
         SCHEDULERS,
     )
-    student = _network(settings.open_sora)
+    student = build_network(settings.open_sora)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
     path = _teacher_path(teacher, text_encoder, batch, settings, scheduler.config.windows.edges)
     history = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
@@ -178,7 +178,7 @@ class TeacherPath:
     seconds: float
 
 
-def _network(open_sora: Path | None) -> nn.Module:
+def build_network(open_sora: Path | None) -> nn.Module:
     """A network with the shipped weights: the small copy of STDiT3, or the real class from a checkout."""
     if open_sora is None:
         return load_teacher()
