@@ -35,6 +35,17 @@ def test_clip_shows_what_its_caption_says(content: clips.Content) -> None:
     assert clips.recognise(frames) == content
 
 
+def test_a_shape_is_drawn_at_its_centers() -> None:
+    centers = np.array([[20.0, 40.0], [44.0, 24.0]])  # (x, y)
+    frames = clips.draw_shape("red", "circle", centers, 6.0)
+    bright = np.abs(frames.astype(float) - np.array(clips.BACKGROUND)).sum(axis=-1) > 100
+    for shown, center in zip(bright, centers):
+        y, x = np.nonzero(shown)
+        np.testing.assert_allclose([x.mean() + 0.5, y.mean() + 0.5], center, atol=1e-9)  # symmetric about the center
+        assert abs(shown.sum() - np.pi * 36) < 10  # the outline's anti-aliased pixels
+    assert frames[0, 40, 20].tolist() == list(clips.COLORS["red"])
+
+
 def test_shape_stays_inside_the_frame() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -520,3 +531,30 @@ OTHER_LAYERS = (
     "y_embedder.y_proj.fc1", "y_embedder.y_proj.fc2", "final_layer.linear",
 )  # fmt: skip
 GOLDEN_RED = [-0.384645, -0.443836, 1.078197]
+
+
+def test_a_teacher_trained_with_masks_sees_given_frames_clean_and_is_judged_by_the_others(tmp_path: Path) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Recorder(TinySTDiT):
+        def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+            seen.append((x, kwargs["x_mask"]))
+            return super().forward(x, *args, **kwargs)
+
+    latents = torch.full((2, 4, 3, 4, 4), 7.0)
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_teacher, "TinySTDiT", Recorder)
+        _, loss = train_teacher.train_teacher(
+            latents, ["a", "b"], height=32, width=32, steps=1, batch_size=2, lr=0.0, seed=0, save_every=1,
+            save=tmp_path / "teacher.safetensors", draw_masks=lambda count, generator: mask,
+        )  # fmt: skip
+    x, told = seen[0]
+    assert torch.equal(told, mask)
+    assert torch.equal((x == 7.0).flatten(3).all(dim=3).all(dim=1), ~mask)
+    # A new network answers 0, so its error is data - noise: with the seed's noise, of the generated frames alone.
+    generator = torch.Generator().manual_seed(1)
+    torch.randint(2, (2,), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    error = (7.0 - noise).square().mean(dim=(1, 3, 4))
+    assert loss == pytest.approx(((error[0, 1:].mean() + error[1].mean()) / 2).item(), rel=1e-5)

@@ -17,6 +17,7 @@ from opensora_perflow.plan_file import read_plan
 from opensora_perflow.plan_subjects import Subject, demo_subject
 from opensora_perflow.planning.fine_path import follow
 from opensora_perflow.planning.probe import Probe
+from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.schedule import sampling_grid
 from opensora_perflow.windows import TimeWindows
 
@@ -100,13 +101,22 @@ def test_where_nothing_beats_uniform_steps_no_plan_is_written(tmp_path, capsys):
     assert "4 steps: no grid was found that beats uniform steps" in capsys.readouterr().out
 
 
-def test_windows_are_planned_from_a_pilot(tmp_path, student, capsys):
+@pytest.mark.parametrize("criterion", ["added", "local"])
+def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
     out = tmp_path / "plan.json"
     options = ["--windows", "3", "--student", str(student), "--student-windows", "1", "0.5", "0", "--out", str(out)]
+    options += ["--criterion", criterion]
     assert main(["plan", *SMALL, *options]) == 0
     windows = TimeWindows.from_config(str(out))
     assert windows.num_windows == 3 and windows.grids == () and out.with_suffix(".png").is_file()
-    assert str(list(windows.edges))[1:4] == "1.0" and "planned windows" in capsys.readouterr().out
+    report = json.loads(out.read_text())["report"]
+    assert report["criterion"] == criterion and report["pilot_edges"] == [1.0, 0.5, 0.0]
+    subject = demo_subject("mixture", student, TimeWindows.uniform(2), None)
+    path = follow(subject.teacher(8, 0), (1.0, 0.5, 0.0), substeps=32, method="heun")
+    errors = CRITERIA[criterion](subject.student(8, 0), path)
+    assert report["pilot_errors"] == pytest.approx(errors, rel=1e-5)
+    assert windows.edges == plan_windows((1.0, 0.5, 0.0), errors, 3)[0]
+    assert "planned windows" in capsys.readouterr().out
 
 
 def test_a_curve_writes_a_grid_for_every_number_of_steps(tmp_path, student, capsys):

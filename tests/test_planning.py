@@ -12,6 +12,8 @@ from opensora_perflow.planning.grids import carried_grid, choose_grid, compare
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import added_errors, local_errors, plan_windows
+from opensora_perflow.schedule import sampling_grid
+from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
 
@@ -167,6 +169,18 @@ def test_fewer_steps_than_windows_drop_the_edge_that_matters_least():
     endpoints = follow(probe, 8, substeps=64, method="heun").endpoints
     found = grids_by_steps(probe, endpoints, (1.0, 0.75, 0.5, 0.0), 3)
     assert found[2].grid == (1.0, 0.5, 0.0)  # 0.75 lies on a straight piece
+
+
+def test_grown_grids_are_never_worse_than_the_default_ones():
+    probe = Probe(LinearInTime(), noise())
+    endpoints = probe.sample((1.0, 0.5, 0.0), method="heun")
+    found = grids_by_steps(probe, endpoints, (1.0, 0.9, 0.5, 0.0), 6, places=(0.5,))
+    windows = TimeWindows((1.0, 0.9, 0.5, 0.0))
+    for steps, measured in found.items():
+        default = (probe.sample(sampling_grid(windows, steps)) - endpoints).square().mean().sqrt().item()
+        assert measured.error <= default * (1 + 1e-6)
+    # 5 steps: halving the widest windows, 1/4 + 1/4 and 1/5 + 1/5, and the first one as it is.
+    assert found[5].grid == pytest.approx((1.0, 0.9, 0.7, 0.5, 0.25, 0.0))
 
 
 def test_wrong_step_counts_are_refused():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from tqdm import tqdm
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.metrics import endpoint_error
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.schedule import check_num_steps
+from opensora_perflow.schedule import check_num_steps, sampling_grid
+from opensora_perflow.windows import TimeWindows
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ def grids_by_steps(
     places: Sequence[float] = (0.25, 0.5, 0.75),
     progress: bool = False,
 ) -> dict[int, MeasuredGrid]:
-    """Nested grids for 1..max_steps steps, grown from the window edges by what each change does to the measured error.
+    """Grids for 1..max_steps steps, grown from the window edges by what each change does to the measured error.
 
     Upwards, the next grid is the last one with one more time: of all intervals and all `places` in them, the one with the
-    lowest endpoint error. Downwards, one edge less: the one whose absence costs least. Greedy, because a student inside its
-    windows is not the solution of any ODE whose local errors could be added up; measured, because it is the sampler itself
+    lowest endpoint error. Downwards, one edge less: the one whose absence costs least. Where the default grid
+    (schedule.sampling_grid) of as many steps is better, that one, and growth goes on from it. Greedy, because a student inside
+    its windows is not the solution of any ODE whose local errors could be added up; measured, because it is the sampler itself
     that runs.
 
     Args:
@@ -54,22 +56,22 @@ def grids_by_steps(
         ValueError: max_steps not an integer >= 1.
     """
     check_num_steps(max_steps, "the largest number of steps")
-    edges = tuple(edges)
-    measured = {len(edges) - 1: MeasuredGrid(edges, endpoint_error(probe.sample(edges), endpoints))}
-    found = measured[len(edges) - 1]
-    for steps in range(len(edges) - 2, 0, -1):
-        shorter = [found.grid[:k] + found.grid[k + 1 :] for k in range(1, steps + 1)]
-        found = min((MeasuredGrid(grid, endpoint_error(probe.sample(grid), endpoints)) for grid in shorter), key=_error)
-        measured[steps] = found
-    found = measured[len(edges) - 1]
-    for steps in tqdm(range(len(edges), max_steps + 1), desc="placing steps", unit="step", disable=not progress):
-        found = min(_insertions(probe, endpoints, found.grid, places), key=_error)
-        measured[steps] = found
+    windows = TimeWindows(tuple(edges))
+
+    def measure(grid: tuple[float, ...]) -> MeasuredGrid:
+        return MeasuredGrid(grid, endpoint_error(probe.sample(grid), endpoints))
+
+    def best(grids: Iterable[MeasuredGrid], steps: int) -> MeasuredGrid:
+        return min([*grids, measure(sampling_grid(windows, steps))], key=lambda measured: measured.error)
+
+    count = windows.num_windows
+    measured = {count: measure(windows.edges)}
+    for steps in range(count - 1, 0, -1):
+        longer = measured[steps + 1].grid
+        measured[steps] = best((measure(longer[:k] + longer[k + 1 :]) for k in range(1, steps + 1)), steps)
+    for steps in tqdm(range(count + 1, max_steps + 1), desc="placing steps", unit="step", disable=not progress):
+        measured[steps] = best(_insertions(probe, endpoints, measured[steps - 1].grid, places), steps)
     return {steps: measured[steps] for steps in sorted(measured) if steps <= max_steps}
-
-
-def _error(measured: MeasuredGrid) -> float:
-    return measured.error
 
 
 def _insertions(probe: Probe, endpoints: Tensor, grid: tuple[float, ...], places: Sequence[float]) -> list[MeasuredGrid]:

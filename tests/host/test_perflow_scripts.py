@@ -158,9 +158,11 @@ def test_guided_inference_of_stage_1(host_root: Path, stage1: tuple[Path, str], 
     assert video.shape == (17, 192, 192, 3) and "8/8" in (tmp_path / "inference.log").read_text()
 
 
-def test_loops_extend_the_video(host_root: Path, stage2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("joint", [None, dict(edit=0.1, frames=2)])
+def test_loops_extend_the_video(host_root: Path, stage2: Path, tmp_path: Path, joint: dict[str, float] | None) -> None:
     options = ["--loop", "2", "--condition-frame-length", "5"]
-    video = sample(host_root, "inference.py", stage2, tmp_path, *options, num_frames=34, image_size=(64, 64))
+    changes = dict(num_frames=34, image_size=(64, 64), scheduler=dict(long_video=joint))
+    video = sample(host_root, "inference.py", stage2, tmp_path, *options, **changes)
     assert video.shape == (51, 64, 64, 3)  # 34 + 34 frames, 17 of them shared
 
 
