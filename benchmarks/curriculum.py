@@ -3,7 +3,7 @@
     python benchmarks/curriculum.py [--iterations 1000] [--seeds 0 1 2] [--out FOLDER]
 
 All students end with one window (K = 1, InstaFlow) and use few_step.py's draws: half of the times at the edge, two times a
-solution, student starts. The original teacher takes 8 guided Heun steps from noise to data everywhere: one in each of 8
+solution, student starts. The original teacher takes 8 guided midpoint steps from noise to data everywhere: one in each of 8
 windows, eight in one. "previous": every stage's student teaches the next one, unguided, with one Euler step a window. Columns:
 endpoint error as in few_step.py with 1, 2 and 4 uniform steps; teacher calls = evaluations of teachers, per sample of a batch,
 held-out measurements included. The json has the lines of every stage's end.
@@ -23,25 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import BATCH_SIZE, OURS, Recipe, train
-from smooth_windows import KeepingEvaluation, evaluation_of, sampler
+from few_step import Evaluation, Recipe, train
+from smooth_windows import DRAWS, SCALE, WIDTH, sampler
 from torch.nn.modules.module import register_module_forward_pre_hook
+from worlds import MixtureWorld
 
-from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
+from opensora_perflow.demo.mixture import MixtureNetwork
 from opensora_perflow.files import replacing
 from opensora_perflow.metrics import endpoint_error
 
 STEPS = (1, 2, 4)
-DIRECT = dict(windows=1, teacher=dict(steps_per_window=8, solver="heun"), draws=OURS["draws"])
-DIRECT_CALLS = 2 * 2 * 8  # per step of the optimizer: Heun, guidance
+DIRECT = dict(windows=1, teacher=dict(steps_per_window=8, solver="midpoint"), draws=DRAWS)
+DIRECT_CALLS = 2 * 2 * 8  # per step of the optimizer: midpoint, guidance
 
 
 def staged(teacher: str, iterations: int) -> dict[str, Any]:
     advance = dict(every=25, patience=2, min_improvement=0.05, min_steps=iterations // 10, max_steps=iterations // 5)
     return dict(
         windows=8,
-        teacher=dict(steps_per_window=1, solver="heun"),
-        draws=OURS["draws"],
+        teacher=dict(steps_per_window=1, solver="midpoint"),
+        draws=DRAWS,
         curriculum=dict(windows=[8, 4, 2, 1], teacher=teacher, advance=advance),
     )
 
@@ -74,19 +75,19 @@ class StageLog(logging.Handler):
             self.lines.append(record.getMessage())
 
 
-def measure(name: str, settings: dict[str, Any], iterations: int, seed: int, evaluation: KeepingEvaluation) -> dict[str, Any]:
+def measure(name: str, settings: dict[str, Any], iterations: int, seed: int, evaluation: Evaluation) -> dict[str, Any]:
     log = StageLog()
     logging.getLogger("opensora_perflow").addHandler(log)
     with counted() as samples:
-        train(Recipe(name, settings, iterations, steps=()), Mixture.standard(), seed, evaluation)
+        result = train(Recipe(name, settings, iterations, WIDTH, steps=()), evaluation.world, seed, evaluation, SCALE)
     logging.getLogger("opensora_perflow").removeHandler(log)
-    curriculum = evaluation.scheduler.curriculum
+    curriculum = result["scheduler"].curriculum
     assert curriculum is None or curriculum.is_last, "the run ended before the last stage"
-    student = evaluation.student.eval()
+    student = result["student"]
     errors = {
         steps: endpoint_error(evaluation.sample(sampler("uniform", steps, 1), student), evaluation.endpoints) for steps in STEPS
     }
-    cost = {"teacher_calls": samples[0] / BATCH_SIZE, "optimizer_steps": iterations}
+    cost = {"teacher_calls": samples[0] / SCALE.batch_size, "optimizer_steps": iterations}
     return {"name": name, "seed": seed, **cost, "errors": errors, "stages": log.lines}
 
 
@@ -128,7 +129,7 @@ def main() -> None:
         return row
 
     for seed in args.seeds:
-        evaluation = evaluation_of(seed)
+        evaluation = Evaluation.of(MixtureWorld(), SCALE.num_samples, seed, floor=False)
         for teacher in ("original", "previous"):
             name = f"8 -> 4 -> 2 -> 1, {teacher} teacher"
             calls = keep(measure(name, staged(teacher, args.iterations), args.iterations, seed, evaluation))["teacher_calls"]

@@ -1,16 +1,17 @@
 """Few-step students against their teacher, in one process: endpoint error, distribution and cost, with several seeds.
 
-    python benchmarks/few_step.py [--full] [--ablations] [--out FOLDER] [--seeds 0 1 2] [--recipes NAME ...]
+    python benchmarks/few_step.py [--world mixture video stdit3] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...]
+                                  [--open-sora ROOT] [--out FOLDER]
 
-Part (a): the 16-dimensional mixture of opensora_perflow/demo/mixture.py (24 modes, 4 classes, closed-form teacher, guidance
-2), with an MLP as student. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
+Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
 `sample` samples; the host's rflow sampler is PeRFlow with one window and CFG (benchmarks/sampler_parity.py).
 
-Writes few_step.json, few_step.md and few_step.png. Every seed draws new training data, new student weights and new noise for
-evaluation; the mixture stays. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint error = root mean
-square distance from where 512 guided Euler steps carry the same noise; energy distance to those endpoints (unbiased, so
-about 0 for equal distributions; the floor is that of two independent sets of the teacher's); same mode = share of samples
-whose nearest mode is the endpoint's; teacher calls = evaluations of the teacher during training, per sample of a batch.
+Writes WORLD.json, WORLD.md and WORLD.png. Every seed draws new training data, new student weights (where the student does
+not start as a copy) and new noise for evaluation. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint
+error = root mean square distance from where 512 guided Euler steps carry the same noise; energy distance to those endpoints
+(unbiased, so about 0 for equal distributions; the floor is that of two independent sets of the teacher's); same mode = share
+of samples whose nearest mode is the endpoint's; motion = temporal-difference energy over the endpoints'; teacher calls =
+evaluations of the teacher during training, per sample of a batch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,16 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
+from worlds import MixtureWorld, VideoWorld, World
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.demo.plots import save_figure
+from opensora_perflow.files import replacing
 from opensora_perflow.metrics import endpoint_error, energy_distance
 
-GUIDANCE = 2.0
 REFERENCE_STEPS = 512
-BATCH_SIZE, PEAK_LR, WARMUP = 256, 2e-3, 50
+CURVE_POINTS = 15
 
 
 @dataclass(frozen=True)
@@ -48,100 +50,110 @@ class Recipe:
     settings: dict[str, Any]
     """Scheduler config besides type and guidance."""
     iterations: int
-    width: int = 128
+    width: int | None = None
+    """Of the mixture's students."""
     steps: tuple[int, ...] = (4, 8, 16)
 
 
-REFERENCE = dict(windows=4, teacher=dict(steps_per_window=8))
-INSTAFLOW = dict(windows=1, teacher=dict(steps_per_window=32))
-EDGE = dict(edge_mass=0.5)
-OURS = dict(
+@dataclass(frozen=True)
+class Scale:
+    """How much work a world gets."""
+
+    iterations: int
+    """Training steps of the reference recipe."""
+    batch_size: int
+    lr: float
+    num_samples: int
+    """Samples that are compared."""
+
+
+SCALES = {
+    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1e-3, 32)},
+    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 1e-3, 128)},
+    "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 2e-3, 1024)},
+}
+
+REFERENCE = dict(
     windows=4,
-    teacher=dict(steps_per_window=2, solver="heun"),
-    draws=dict(**EDGE, starts="student", per_solve=2),
+    teacher=dict(steps_per_window=8, solver="euler"),
+    draws=dict(starts="diffused", edge_mass=0.0, per_solve=1),
 )
+"""The public PeRFlow recipe: uniform windows and times, diffused starts, one time a solve (arXiv:2405.07510)."""
+OURS = dict(windows=4)
+"""The scheduler's defaults: student starts, 3/4 of the times at the edge, 2 times a solve, 2 midpoint steps a window."""
 
 
-def recipes(iterations: int) -> list[Recipe]:
-    """The students that are compared, and what each change contributes on the way from the reference recipe to ours."""
-    return [
+def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Settings with some changed; those of teacher and draws are merged into what is there."""
+    merged = {
+        key: {**settings.get(key, {}), **value} if key in ("teacher", "draws") else value for key, value in changes.items()
+    }
+    return {**settings, **merged}
+
+
+def recipes(world: World, iterations: int) -> list[Recipe]:
+    """The students that are compared. A solution of ours takes half of the teacher calls of the reference recipe's."""
+    edge = changed(REFERENCE, draws=dict(edge_mass=0.75))
+    chosen = [
         Recipe("reference recipe", REFERENCE, iterations),
-        Recipe("K=1 reflow (InstaFlow), as many calls", INSTAFLOW, iterations // 4, steps=(1, 4, 8, 16)),
-        Recipe("reference + half of the times at the edge", dict(REFERENCE, draws=EDGE), iterations),
-        Recipe("  + student starts", dict(REFERENCE, draws=dict(**EDGE, starts="student")), iterations),
-        Recipe("ours (+ 2 Heun steps, 2 times a solve)", OURS, iterations),
+        Recipe("K=1 reflow (InstaFlow)", changed(REFERENCE, windows=1, teacher=dict(steps_per_window=32)), iterations // 4,
+               steps=(1, 4, 8, 16)),
         Recipe("ours, the reference's teacher calls", OURS, 2 * iterations),
-        Recipe("ours, 1/4 of its teacher calls", OURS, iterations // 2),
-        Recipe("ours, 1/16 of its teacher calls", OURS, iterations // 8),
-        Recipe("ours, twice as wide, 3/2 as long", OURS, 3 * iterations // 2, width=256),
-    ]
-
-
-def ablations(iterations: int) -> list[Recipe]:
-    """One change to ours at a time, everything else alike."""
-
-    def change(name: str, settings: dict[str, Any] | None = None, **draws: Any) -> Recipe:
-        return Recipe(name, {**OURS, **(settings or {}), "draws": {**OURS["draws"], **draws}}, iterations)
-
-    return [
-        change("ours"),
-        *(change(f"edge_mass={mass}", edge_mass=mass) for mass in (0.0, 0.25, 0.75, 0.9)),
-        change("edge_mass=1, per_solve=1", edge_mass=1.0, per_solve=1),
-        change("beta (5, 1), no edge mass", distribution="beta", beta=(5, 1), edge_mass=0.0),
-        change("starts=diffused", starts="diffused"),
-        change("starts=mixed", starts="mixed"),
-        change("per_solve=1", per_solve=1),
-        change("per_solve=4", per_solve=4),
-        change("teacher: 8 Euler steps", dict(teacher=dict(steps_per_window=8))),
-        change("teacher: 4 Euler steps", dict(teacher=dict(steps_per_window=4))),
-        change("teacher: 1 Heun step", dict(teacher=dict(steps_per_window=1, solver="heun"))),
-        change("teacher: 4 Heun steps", dict(teacher=dict(steps_per_window=4, solver="heun"))),
-        change("+ 0.1 direction", dict(objective=["perflow", dict(type="perflow_direction", weight=0.1)])),
-        change("phased", dict(objective="perflow_phased")),
-        change("perflow + phased", dict(objective=["perflow", "perflow_phased"])),
-        change("pseudo-Huber", dict(objective="perflow_huber")),
-        change("consistency, student target", dict(objective="perflow_consistency")),
-        change("consistency, solution target", dict(objective=dict(type="perflow_consistency", target="solution"))),
-    ]
+    ]  # fmt: skip
+    if world.name == "mixture":
+        # What each change contributes, and how little and how much training does.
+        chosen[1:1] = [
+            Recipe("reference + 3/4 of the times at the edge", edge, iterations),
+            Recipe("reference + edge + student starts", changed(edge, draws=dict(starts="student")), iterations),
+            Recipe("ours", OURS, iterations),
+        ]
+        chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2))
+        chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384))
+    else:
+        chosen.append(Recipe("ours, K=8", changed(OURS, windows=8), 2 * iterations, steps=(8, 16)))
+    return chosen
 
 
 @dataclass
 class Evaluation:
     """Noise and prompts that every sampler gets, and where the fine teacher carries them."""
 
+    world: World
     noise: Tensor
     prompts: list[str]
-    endpoints: Tensor
-    floor: float
-    text: ClassText = field(default_factory=ClassText)
+    endpoints: Tensor = field(init=False)
+    floor: float = field(init=False, default=math.nan)
 
     @classmethod
-    def of(cls, teacher: nn.Module, num_samples: int, seed: int) -> Evaluation:
+    def of(cls, world: World, num_samples: int, seed: int, floor: bool = True) -> Evaluation:
         generator = torch.Generator().manual_seed(1000 + seed)
-        noise, other = torch.randn(2, num_samples, 16, 1, 1, 1, generator=generator)
-        prompts = [f"class {i % NUM_CLASSES}" for i in range(num_samples)]
-        evaluation = cls(noise, prompts, noise, 0.0)
-        evaluation.endpoints = evaluation.sample(host_sampler(REFERENCE_STEPS), teacher)
-        again = evaluation.sample(host_sampler(REFERENCE_STEPS), teacher, other)
+        noise, other = torch.randn(2, num_samples, *world.latent_shape, generator=generator).to(world.device)
+        prompts = [world.prompts[i % len(world.prompts)] for i in range(num_samples)]
+        evaluation = cls(world, noise, prompts)
+        evaluation.endpoints = evaluation.sample(host_sampler(world, REFERENCE_STEPS), world.teacher, progress=True)
+        if not floor:
+            return evaluation
+        # 64 steps are the same distribution to well below the floor's own noise, and 8 times cheaper.
+        again = evaluation.sample(host_sampler(world, 64), world.teacher, other)
         evaluation.floor = energy_distance(again, evaluation.endpoints)
         return evaluation
 
     @torch.no_grad()
-    def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None) -> Tensor:
-        z = self.noise if noise is None else noise
-        return scheduler.sample(network, self.text, z, self.prompts, "cpu", progress=False)
+    def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None, progress: bool = False) -> Tensor:
+        z, world = self.noise if noise is None else noise, self.world
+        sizes = world.sizes(len(z))
+        return scheduler.sample(network, world.text, z, self.prompts, world.device, additional_args=sizes, progress=progress)
 
-    def metrics(self, x: Tensor, mixture: Mixture) -> dict[str, float]:
-        same = mixture.nearest_mode(x) == mixture.nearest_mode(self.endpoints)
+    def metrics(self, x: Tensor) -> dict[str, float]:
         return {
             "endpoint_error": endpoint_error(x, self.endpoints),
             "energy_distance": energy_distance(x, self.endpoints),
-            "same_mode": same.double().mean().item(),
+            **self.world.describe(x, self.endpoints),
         }
 
 
-def host_sampler(steps: int) -> Any:
-    return build_module(dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=GUIDANCE), SCHEDULERS)
+def host_sampler(world: World, steps: int) -> Any:
+    return build_module(dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=world.guidance), SCHEDULERS)
 
 
 class Calls:
@@ -155,59 +167,71 @@ class Calls:
         self.samples += len(inputs[0])
 
 
-def train(recipe: Recipe, mixture: Mixture, seed: int, evaluation: Evaluation) -> dict[str, Any]:
+def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     """Distil one student, and measure it at each of its step counts."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    student, text = MixtureNetwork(mixture, recipe.width).train(), ClassText()
-    config = dict(type="perflow", guidance=dict(mode="fixed", scale=GUIDANCE), **recipe.settings)
+    student = world.student(recipe.width)
+    config = dict(type="perflow", guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
     scheduler = build_module(config, SCHEDULERS)
     calls = Calls(scheduler._teacher_of(student))
-    optimizer = torch.optim.Adam(student.parameters(), lr=PEAK_LR)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=scale.lr)
+    warmup = min(50, recipe.iterations // 10 + 1)
     rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * i / recipe.iterations))
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / recipe.iterations))
     )
     seconds, curve = 0.0, []
-    for step in range(recipe.iterations):
-        began = time.perf_counter()
-        class_idx = torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=generator)
-        data = mixture.draw(class_idx, generator)
-        loss = scheduler.training_losses(student, data, text.of(class_idx))["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-        seconds += time.perf_counter() - began
-        if (step + 1) % max(1, recipe.iterations // 20) == 0:
-            error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
-            curve.append([step + 1, calls.samples / BATCH_SIZE, seconds, error])
+    with tqdm(
+        total=recipe.iterations, desc=f"seed {seed}, {recipe.name.strip()}", unit="step", leave=False, mininterval=1
+    ) as bar:
+        for step in range(recipe.iterations):
+            began = time.perf_counter()
+            data, model_args = world.batch(scale.batch_size, generator)
+            loss = scheduler.training_losses(student, data, model_args)["loss"].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            rate.step()
+            seconds += time.perf_counter() - began
+            bar.update()
+            if (step + 1) % max(1, recipe.iterations // CURVE_POINTS) == 0:
+                student.eval()
+                error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
+                student.train()
+                curve.append([step + 1, calls.samples / scale.batch_size, seconds, error])
+                bar.set_postfix(error=f"{error:.4f}")
     student.eval()
     rows = []
     for steps in recipe.steps:
         sampler = build_module(dict(config, num_sampling_steps=steps), SCHEDULERS)
-        measured = evaluation.metrics(evaluation.sample(sampler, student), mixture)
+        measured = evaluation.metrics(evaluation.sample(sampler, student))
         rows.append({"sampler": recipe.name, "steps": steps, "nfe": steps, **measured})
-    cost = {"teacher_calls": calls.samples / BATCH_SIZE, "optimizer_steps": recipe.iterations, "train_seconds": seconds}
-    return {"rows": [{**row, **cost} for row in rows], "curve": curve}
+    cost = {
+        "teacher_calls": calls.samples / scale.batch_size,
+        "optimizer_steps": recipe.iterations,
+        "train_seconds": seconds,
+    }
+    return {"rows": [{**row, **cost} for row in rows], "curve": curve, "cost": cost, "student": student, "scheduler": scheduler}
 
 
-def run_seed(mixture: Mixture, seed: int, chosen: Iterable[Recipe], num_samples: int) -> dict[str, Any]:
-    teacher = MixtureNetwork(mixture, width=1).eval()  # untrained, the MLP adds nothing at any width
-    evaluation = Evaluation.of(teacher, num_samples, seed)
+def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) -> dict[str, Any]:
+    evaluation = Evaluation.of(world, scale.num_samples, seed)
     rows = []
     for steps in (4, 8, 16, 30):
-        x = evaluation.sample(host_sampler(steps), teacher)
-        rows.append({"sampler": "host's rflow", "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x, mixture)})
+        x = evaluation.sample(host_sampler(world, steps), world.teacher)
+        rows.append({"sampler": "host's rflow", "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x)})
     curves = {}
     for recipe in chosen:
-        result = train(recipe, mixture, seed, evaluation)
+        result = train(recipe, world, seed, evaluation, scale)
         rows += result["rows"]
         curves[recipe.name] = result["curve"]
         for row in result["rows"]:
             print(
-                f"seed {seed}  {recipe.name:44} {row['steps']:3d} steps  error {row['endpoint_error']:.4f}  "
-                f"energy {row['energy_distance']:.5f}  {row['train_seconds']:.0f} s",
+                f"{world.name}  seed {seed}  {recipe.name:44} {row['steps']:3d} steps  error {row['endpoint_error']:.4f}  "
+                f"energy {row['energy_distance']:.5f}  {world.own_column} {row[world.own_column]:.3f}  "
+                f"{row['train_seconds']:.0f} s",
                 flush=True,
             )
     return {"seed": seed, "floor": evaluation.floor, "rows": rows, "curves": curves}
@@ -222,42 +246,68 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for rows in table.values():
         merged = {key: rows[0][key] for key in ("sampler", "steps", "nfe")}
-        for key in ("endpoint_error", "energy_distance", "same_mode", "teacher_calls", "optimizer_steps", "train_seconds"):
-            if key in rows[0]:
-                values = [row[key] for row in rows]
-                merged[key] = statistics.mean(values)
-                merged[key + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        for key in rows[0].keys() - merged.keys():
+            values = [row[key] for row in rows]
+            merged[key] = statistics.mean(values)
+            merged[key + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
         summary.append(merged)
     return summary
 
 
-def markdown(summary: list[dict[str, Any]], floors: list[float], command: str) -> str:
+def reaches(results: list[dict[str, Any]], first: str, second: str) -> dict[str, float] | None:
+    """Where the second recipe's error first falls to the best of the first: shares of its calls, steps and seconds.
+
+    Mean over the seeds; None if a seed never gets there, or a recipe is missing.
+    """
+    shares = []
+    for result in results:
+        if not {first, second} <= result["curves"].keys():
+            return None
+        best = min(result["curves"][first], key=lambda point: point[3])
+        there = next((point for point in result["curves"][second] if point[3] <= best[3]), None)
+        if there is None:
+            return None
+        shares.append([mine / theirs for mine, theirs in zip(there[:3], best[:3])])
+    steps, calls, seconds = (statistics.mean(values) for values in zip(*shares))
+    return {"optimizer_steps": steps, "teacher_calls": calls, "seconds": seconds}
+
+
+def markdown(world: World, results: list[dict[str, Any]], command: str) -> str:
     """The table, as benchmarks/README.md shows it."""
+    floors = [result["floor"] for result in results]
     spread = statistics.stdev(floors) if len(floors) > 1 else 0.0
+    own = world.own_column.replace("_", " ")
     lines = [
         f"`{command}`",
         "",
-        f"Mean and standard deviation of {len(floors)} seeds. Energy distance in 1/1000; two independent sets of the teacher's "
-        f"samples are {1000 * statistics.mean(floors):.2f} ± {1000 * spread:.2f} apart.",
+        f"Mean and standard deviation of {len(floors)} seed(s). Energy distance in 1/1000; two independent sets of the "
+        f"teacher's samples are {1000 * statistics.mean(floors):.2f} ± {1000 * spread:.2f} apart.",
         "",
-        "| sampler | NFE | endpoint error | energy distance | same mode | teacher calls | optimizer steps | seconds |",
+        f"| sampler | NFE | endpoint error | energy distance | {own} | teacher calls | optimizer steps | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in summary:
+    for row in summarise(results):
         cost = "| | | |"
         if "teacher_calls" in row:
             cost = f"| {row['teacher_calls']:.0f} | {row['optimizer_steps']:.0f} | {row['train_seconds']:.0f} |"
         lines.append(
-            f"| {row['sampler']}, {row['steps']} steps | {row['nfe']} "
+            f"| {row['sampler'].strip()}, {row['steps']} steps | {row['nfe']} "
             f"| {row['endpoint_error']:.4f} ± {row['endpoint_error_std']:.4f} "
             f"| {1000 * row['energy_distance']:.2f} ± {1000 * row['energy_distance_std']:.2f} "
-            f"| {row['same_mode']:.1%} {cost}"
+            f"| {row[world.own_column]:.1%} {cost}"
         )
+    names = list(results[0]["curves"])
+    for name in names[1:]:
+        if name.startswith("ours") and (share := reaches(results, names[0], name)) is not None:
+            lines += ["", f"The best error of the {names[0]} is reached by \"{name}\" with {share['teacher_calls']:.2f} of its "
+                      f"teacher calls, {share['optimizer_steps']:.2f} of its optimizer steps, {share['seconds']:.2f} of its "
+                      "seconds."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def figure(results: list[dict[str, Any]], summary: list[dict[str, Any]], path: Path) -> None:
+def figure(results: list[dict[str, Any]], path: Path) -> None:
     """Error against NFE, and error while training against what the teacher was asked."""
+    summary = summarise(results)
     drawing = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
     left, right = drawing.subplots(1, 2)
     names = list(dict.fromkeys(row["sampler"] for row in summary))
@@ -279,34 +329,66 @@ def figure(results: list[dict[str, Any]], summary: list[dict[str, Any]], path: P
     save_figure(drawing, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="4 times the training steps")
-    parser.add_argument("--ablations", action="store_true", help="one change to our settings at a time, instead")
+def write(world: World, results: list[dict[str, Any]], out: Path, command: str) -> str:
+    """Table, numbers and plot of a world; returns the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(world, results, command)
+    record = {"command": command, "torch": torch.__version__, "summary": summarise(results), "seeds": results}
+    with replacing(out / f"{world.name}.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1))
+    with replacing(out / f"{world.name}.md") as temporary:
+        temporary.write_text(text)
+    figure(results, out / f"{world.name}.png")
+    return text
+
+
+def make_world(name: str, device: str, open_sora: Path | None) -> World:
+    if name == "stdit3" and open_sora is None:
+        raise SystemExit("world stdit3 is Open-Sora's own class: give --open-sora ROOT, a v1.2.0 or v1.3 checkout")
+    return MixtureWorld(device) if name == "mixture" else VideoWorld(device, open_sora if name == "stdit3" else None)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", nargs="+", choices=("mixture", "video", "stdit3"), default=["mixture"])
+    parser.add_argument(
+        "--size",
+        choices=tuple(SCALES),
+        default="cpu",
+        help="cpu: minutes a recipe; full: longer; gpu: on CUDA, larger",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("outputs/few_step"), help="folder (default outputs/few_step)")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the world stdit3")
     parser.add_argument("--recipes", nargs="+", help="only the recipes whose names contain one of these")
-    args = parser.parse_args()
+    return parser
+
+
+def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
     logging.getLogger("opensora_perflow").setLevel(logging.WARNING)
-    iterations = 8000 if args.full else 2000
-    chosen = ablations(iterations // 2) if args.ablations else recipes(iterations)
-    chosen = [recipe for recipe in chosen if not args.recipes or any(part in recipe.name for part in args.recipes)]
-    command = "python benchmarks/few_step.py" + " --full" * args.full + " --ablations" * args.ablations
-    command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
-    results = []
-    for seed in args.seeds:
-        results.append(run_seed(Mixture.standard(), seed, chosen, num_samples=4096 if args.full else 2048))
-        # Written after every seed: a run that is stopped leaves the seeds that it finished.
-        summary, floors = summarise(results), [result["floor"] for result in results]
-        text = markdown(summary, floors, command)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "few_step.json").write_text(
-            json.dumps({"command": command, "summary": summary, "seeds": results}, indent=1)
-        )
-        (args.out / "few_step.md").write_text(text)
-        figure(results, summary, args.out / "few_step.png")
-    print(text)
+    for name in args.world:
+        world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora)
+        scale = SCALES[args.size]["mixture" if name == "mixture" else "video"]
+        chosen = [
+            recipe
+            for recipe in recipes_of(world, scale.iterations)
+            if not args.recipes or any(part in recipe.name for part in args.recipes)
+        ]
+        command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
+        command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
+        command += "" if not args.recipes else " --recipes " + " ".join(f'"{part}"' for part in args.recipes)
+        results = []
+        for seed in args.seeds:
+            results.append(run_seed(world, seed, chosen, scale))
+            # Written after every seed: a run that is stopped leaves the seeds that it finished.
+            text = write(world, results, args.out, command)
+        print(text)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/few_step"), help="folder (default outputs/few_step)")
+    run(parser.parse_args(), "few_step.py", recipes)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/smooth_windows.py [--iterations 1000] [--seeds 0 1 2] [--recipes NAME ...] [--out FOLDER]
 
-Every student has 4 windows, few_step.py's own settings besides what its name says, and as many optimizer steps. It is sampled
+Every student has 4 windows, the settings below besides what its name says, and as many optimizer steps. It is sampled
 with 4 to 16 steps on both grids: "edges" puts every window edge on the grid, "uniform" is the host's 1, 1 - 1/N, ..., whose
 steps cross edges unless 4 divides N. Columns: endpoint error as in few_step.py; jump = metrics.velocity_jump at the three inner
 edges, in the states that the student itself reaches there with 4 steps, 0.01 above each edge.
@@ -16,29 +16,32 @@ import argparse
 import json
 import logging
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import GUIDANCE, OURS, REFERENCE_STEPS, Evaluation, Recipe, host_sampler, train
+from few_step import SCALES, Evaluation, Recipe, train
 from torch import Tensor, nn
+from worlds import MixtureWorld
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.conventions import host_to_velocity, to_timestep
-from opensora_perflow.demo.mixture import NUM_CLASSES, NUM_TIMESTEPS, Mixture, MixtureNetwork
+from opensora_perflow.demo.mixture import NUM_TIMESTEPS
 from opensora_perflow.files import replacing
 from opensora_perflow.metrics import endpoint_error, velocity_jump
 from opensora_perflow.sampling import carry_to_windows
 
 STEPS = (4, 5, 6, 7, 8, 16)
 GRIDS = ("edges", "uniform")
-NUM_SAMPLES = 2048
+SCALE = SCALES["cpu"]["mixture"]
+WIDTH = 128
+DRAWS = dict(starts="student", edge_mass=0.5, per_solve=2)
 JUMP_DISTANCE = 0.01
 
 
 def settings(objective: Any = "perflow", **draws: Any) -> dict[str, Any]:
-    return {**OURS, "objective": objective, "draws": {**OURS["draws"], **draws}}
+    teacher = dict(steps_per_window=2, solver="midpoint")
+    return dict(windows=4, teacher=teacher, objective=objective, draws={**DRAWS, **draws})
 
 
 def continuity(weight: float, reach: float = 0.5) -> list[Any]:
@@ -56,36 +59,17 @@ RECIPES = {
 }
 
 
-@dataclass
-class KeepingEvaluation(Evaluation):
-    """few_step.train returns numbers; this keeps the student that it measured, and its scheduler."""
-
-    student: nn.Module | None = None
-    scheduler: Any = None
-
-    def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None) -> Tensor:
-        self.student, self.scheduler = network, scheduler
-        return super().sample(scheduler, network, noise)
-
-
-def evaluation_of(seed: int, num_samples: int = NUM_SAMPLES) -> KeepingEvaluation:
-    """few_step.py's noise, prompts and endpoints of a seed, without its second set of samples."""
-    noise = torch.randn(2, num_samples, 16, 1, 1, 1, generator=torch.Generator().manual_seed(1000 + seed))[0]
-    evaluation = KeepingEvaluation(noise, [f"class {i % NUM_CLASSES}" for i in range(num_samples)], noise, 0.0)
-    teacher = MixtureNetwork(Mixture.standard(), width=1).eval()
-    evaluation.endpoints = evaluation.sample(host_sampler(REFERENCE_STEPS), teacher)
-    return evaluation
-
-
 def sampler(grid: str, steps: int, windows: int = 4) -> Any:
-    config = dict(windows=windows, num_sampling_steps=steps, sampling_grid=grid, guidance=dict(mode="fixed", scale=GUIDANCE))
+    config = dict(
+        windows=windows, num_sampling_steps=steps, sampling_grid=grid, guidance=dict(mode="fixed", scale=MixtureWorld.guidance)
+    )
     return build_module(dict(type="perflow", **config), SCHEDULERS)
 
 
 @torch.no_grad()
 def edge_jumps(student: nn.Module, evaluation: Evaluation, windows: int = 4) -> float:
     """Root mean square of the student's velocity jumps at the inner edges."""
-    y = evaluation.text.encode(evaluation.prompts)["y"]
+    y = evaluation.world.text.encode(evaluation.prompts)["y"]
     noise = evaluation.noise
     edges = torch.linspace(1, 0, windows + 1, dtype=torch.float64)[:, None].expand(-1, len(noise))
 
@@ -99,14 +83,14 @@ def edge_jumps(student: nn.Module, evaluation: Evaluation, windows: int = 4) -> 
     return statistics.mean(jump**2 for jump in jumps) ** 0.5
 
 
-def measure(name: str, recipe: dict[str, Any], iterations: int, seed: int, evaluation: KeepingEvaluation) -> dict[str, Any]:
-    cost = train(Recipe(name, recipe, iterations, steps=()), Mixture.standard(), seed, evaluation)["curve"][-1]
-    student = evaluation.student.eval()
+def measure(name: str, recipe: dict[str, Any], iterations: int, seed: int, evaluation: Evaluation) -> dict[str, Any]:
+    result = train(Recipe(name, recipe, iterations, WIDTH, steps=()), evaluation.world, seed, evaluation, SCALE)
+    student, calls = result["student"], result["cost"]["teacher_calls"]
     errors = {
         grid: {steps: endpoint_error(evaluation.sample(sampler(grid, steps), student), evaluation.endpoints) for steps in STEPS}
         for grid in GRIDS
     }
-    return {"name": name, "seed": seed, "teacher_calls": cost[1], "jump": edge_jumps(student, evaluation), "errors": errors}
+    return {"name": name, "seed": seed, "teacher_calls": calls, "jump": edge_jumps(student, evaluation), "errors": errors}
 
 
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
@@ -142,7 +126,7 @@ def main() -> None:
     command = f"python benchmarks/smooth_windows.py --iterations {args.iterations}"
     rows: list[dict[str, Any]] = []
     for seed in args.seeds:
-        evaluation = evaluation_of(seed)
+        evaluation = Evaluation.of(MixtureWorld(), SCALE.num_samples, seed, floor=False)
         for name in args.recipes:
             rows.append(measure(name, RECIPES[name], args.iterations, seed, evaluation))
             print(json.dumps(rows[-1]), flush=True)

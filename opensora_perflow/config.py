@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -136,9 +137,9 @@ class TeacherConfig:
     from_pretrained: str | None = None
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
-    steps_per_window: int = 8
-    """ODE steps that the teacher takes in each window, >= 1."""
-    solver: str = "euler"
+    steps_per_window: int | None = None
+    """ODE steps that the teacher takes in each window, >= 1. None: so many that all windows together take 8 or a few more."""
+    solver: str = "midpoint"
     """euler (1 evaluation a step), heun or midpoint (2)."""
     allow_distilled: bool = False
     """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
@@ -149,7 +150,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and not isinstance(self.from_pretrained, (str, os.PathLike)):
             raise ValueError(f"teacher.from_pretrained must be a path, a repository id or None, got {self.from_pretrained!r}")
-        check_num_steps(self.steps_per_window, "teacher.steps_per_window")
+        if self.steps_per_window is not None:
+            check_num_steps(self.steps_per_window, "teacher.steps_per_window")
         check_choice("teacher.solver", self.solver, tuple(SOLVERS))
         if not isinstance(self.allow_distilled, bool):
             raise ValueError(f"teacher.allow_distilled must be True or False, got {self.allow_distilled!r}")
@@ -213,7 +215,7 @@ class GuidanceConfig:
 class DrawsConfig:
     """What the student is trained on: where windows start, and at which times inside them."""
 
-    starts: str = "diffused"
+    starts: str = "student"
     """diffused: data with noise. student: states that the student itself reaches from noise, one step a window, guided as
     it is sampled; no data is used, only its shape. mixed: `student_share` of the samples start there."""
     student_share: float = 0.5
@@ -222,11 +224,12 @@ class DrawsConfig:
     """Times inside a window. host: the time that sample_method drew; uniform: evenly over the untransformed window; beta."""
     beta: Any = (2.0, 1.0)
     """Parameters (a, b) > 0 of distribution="beta", from the window's clean edge to its noisy one: a > b leans to noise."""
-    edge_mass: float = 0.0
+    edge_mass: float = 0.75
     """Share of the times exactly at the window's noisy edge, 0..1."""
-    per_solve: int = 1
+    per_solve: int | None = None
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
-    loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform."""
+    loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform. None: 2,
+    or 1 where there can be one only (edge_mass=1, use_discrete_timesteps)."""
     seed: int | None = None
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
@@ -248,7 +251,8 @@ class DrawsConfig:
             raise ValueError(f"draws.beta must be two numbers > 0, got {beta!r}; write for example (2, 1)")
         object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
         check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
-        check_num_steps(self.per_solve, "draws.per_solve")
+        if self.per_solve is not None:
+            check_num_steps(self.per_solve, "draws.per_solve")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"draws.seed must be an integer, or None for the host's, got {self.seed!r}")
         check_number("draws.overlap", self.overlap, low=0, high=1)
@@ -257,10 +261,15 @@ class DrawsConfig:
         for steps in self.grids:
             check_num_steps(steps, "each of draws.grids")
         object.__setattr__(self, "grids", tuple(int(steps) for steps in self.grids))
-        if self.edge_mass == 1 and self.per_solve > 1:
+        if self.edge_mass == 1 and self.times_a_solve > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
             )
+
+    @property
+    def times_a_solve(self) -> int:
+        """per_solve, or what None stands for where any time may be drawn."""
+        return (1 if self.edge_mass == 1 else 2) if self.per_solve is None else int(self.per_solve)
 
 
 @dataclass(frozen=True)
@@ -474,7 +483,7 @@ class PeRFlowConfig:
             check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
         if self.use_discrete_timesteps and self.sample_method != "uniform":
             raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
-        if self.use_discrete_timesteps and (self.draws.distribution != "host" or self.draws.per_solve > 1):
+        if self.use_discrete_timesteps and (self.draws.distribution != "host" or (self.draws.per_solve or 1) > 1):
             raise ValueError(
                 'use_discrete_timesteps draws whole timesteps as the host does: it needs draws with distribution="host" and '
                 f"per_solve=1, got {self.draws.distribution!r} and {self.draws.per_solve}"
@@ -532,6 +541,12 @@ class PeRFlowConfig:
         for name, remedy in _ONLY_FALSE.items():
             if getattr(self, name) is not False:
                 raise ValueError(f"{name}={getattr(self, name)!r} is iddpm's, and perflow takes only False: {remedy}")
+
+    @property
+    def teacher_steps(self) -> int:
+        """The teacher's steps in each window."""
+        each = self.teacher.steps_per_window
+        return math.ceil(8 / self.windows.num_windows) if each is None else int(each)
 
     @property
     def sampling_steps(self) -> int:

@@ -495,15 +495,15 @@ class PeRFlow:
                 t = redraw_above(t, config.uniform_over_threshold, generator)
         placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap, generator=generator)
         if self._curriculum is None:
-            grid = linear_grid(placed.u_start, placed.u_end, config.teacher.steps_per_window)
+            grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)
         else:
-            grids = self._curriculum.solver_grids(config.teacher.steps_per_window).to(t.device)
+            grids = self._curriculum.solver_grids(config.teacher_steps).to(t.device)
             grid = grids[placed.window_idx].T
         solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None:
             positions = draw_positions(
-                draws.per_solve - (draws.distribution == "host"),
+                draws.times_a_solve - (draws.distribution == "host"),
                 len(data),
                 distribution="uniform" if draws.distribution == "host" else draws.distribution,
                 beta=draws.beta,
@@ -722,7 +722,7 @@ class PeRFlow:
     @torch.no_grad()
     def _held_out_error(self, path: Path, prediction: str, model: nn.Module, held: HeldOut) -> float:
         """See curriculum.held_out_error; the teacher's states are made once a stage."""
-        grids = self._curriculum.solver_grids(self.config.teacher.steps_per_window).to(held.start.device)
+        grids = self._curriculum.solver_grids(self.config.teacher_steps).to(held.start.device)
         grids = shift_time(grids[:, :, None].expand(-1, -1, len(held.start)), held.ratio)  # [K, S + 1, B]
         if held.states is None:
             states = [held.start]
