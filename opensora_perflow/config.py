@@ -224,6 +224,9 @@ class DrawsConfig:
     """Times inside a window. host: the time that sample_method drew; uniform: evenly over the untransformed window; beta."""
     beta: Any = (2.0, 1.0)
     """Parameters (a, b) > 0 of distribution="beta", from the window's clean edge to its noisy one: a > b leans to noise."""
+    windows: str = "even"
+    """How often each window is drawn. even: all alike, as narrow ones are planned where more is to be learned; time: by the
+    share that it has of the drawn times. The same for uniform windows; use_discrete_timesteps means time."""
     edge_mass: float = 0.75
     """Share of the times exactly at the window's noisy edge, 0..1."""
     per_solve: int | None = None
@@ -244,6 +247,7 @@ class DrawsConfig:
     def __post_init__(self) -> None:
         check_choice("draws.starts", self.starts, STARTS)
         check_number("draws.student_share", self.student_share, low=0, high=1)
+        check_choice("draws.windows", self.windows, ("even", "time"))
         check_choice("draws.distribution", self.distribution, ("host", *POSITION_DISTRIBUTIONS))
         beta = self.beta
         pair = isinstance(beta, Sequence) and not isinstance(beta, str) and len(beta) == 2

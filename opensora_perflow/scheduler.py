@@ -493,6 +493,8 @@ class PeRFlow:
             t = shift_time(u, draw_ratio)
             if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
                 t = redraw_above(t, config.uniform_over_threshold, generator)
+            if draws.windows == "even" and not self._windows.is_uniform and not config.use_discrete_timesteps:
+                t = shift_time(self._windows.spread(unshift_time(t, window_ratio)), window_ratio)
         placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap, generator=generator)
         if self._curriculum is None:
             grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)

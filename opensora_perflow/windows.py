@@ -77,8 +77,21 @@ class TimeWindows:
         )
 
     @property
+    def is_uniform(self) -> bool:
+        return self.edges == TimeWindows.uniform(self.num_windows).edges
+
+    @property
     def num_windows(self) -> int:
         return len(self.edges) - 1
+
+    def spread(self, u: Tensor) -> Tensor:
+        """Times [B] of uniform windows -> times of these: window k to window k, linearly. Uniform u fill every window alike."""
+        uniform = TimeWindows.uniform(self.num_windows)
+        window_idx = uniform.lookup(u)
+        from_start, from_end = uniform.bounds(window_idx)
+        to_start, to_end = self.bounds(window_idx)
+        # From the noisy edge, which belongs to the window and stays exact.
+        return to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)
 
     def grid_of(self, num_steps: int) -> tuple[float, ...] | None:
         """The plan's sampling grid for a number of steps, if it has one."""
