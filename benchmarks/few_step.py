@@ -86,8 +86,8 @@ VIDEO_PLANS = {
     4: [1.0, 0.890625, 0.78125, 0.484375, 0.0],
     8: [1.0, 0.953125, 0.90625, 0.84375, 0.796875, 0.71875, 0.515625, 0.265625, 0.0],
 }
-"""Windows that `opensora-perflow plan --windows K --student PILOT --student-windows 4` chose for the tiny video model, from a pilot
-of 4 uniform windows and 240 steps (seed 0)."""
+"""What `opensora-perflow plan --windows K --student PILOT --student-windows 4` chose for the tiny video model, from a pilot of
+4 uniform windows and 240 training steps (seed 0)."""
 
 
 def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
