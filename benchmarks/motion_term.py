@@ -31,7 +31,9 @@ class Student:
     def __init__(self, weight: float, settings: demo.DemoSettings, shared: dict[str, Tensor]) -> None:
         objective = [dict(type="perflow"), dict(type="perflow_motion", weight=weight)] if weight else "perflow"
         guidance = dict(mode="fixed", scale=settings.guidance_scale)
-        config = dict(type="perflow", guidance=guidance, teacher=dict(steps_per_window=4), draws=dict(edge_mass=0.5))
+        # Diffused starts: those that a student reaches would be another solution for each of them.
+        draws, teacher = dict(starts="diffused", edge_mass=0.5, per_solve=1), dict(steps_per_window=4, solver="euler")
+        config = dict(type="perflow", guidance=guidance, teacher=teacher, draws=draws)
         self.scheduler = build_module(dict(config, objective=objective), SCHEDULERS)
         self.network = demo._network(None).train()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]

@@ -138,7 +138,7 @@ class TeacherConfig:
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
     steps_per_window: int | None = None
-    """ODE steps that the teacher takes in each window, >= 1. None: so many that all windows together take 8 or a few more."""
+    """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows, rounded up."""
     solver: str = "midpoint"
     """euler (1 evaluation a step), heun or midpoint (2)."""
     allow_distilled: bool = False
@@ -265,15 +265,10 @@ class DrawsConfig:
         for steps in self.grids:
             check_num_steps(steps, "each of draws.grids")
         object.__setattr__(self, "grids", tuple(int(steps) for steps in self.grids))
-        if self.edge_mass == 1 and self.times_a_solve > 1:
+        if self.edge_mass == 1 and (self.per_solve or 1) > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
             )
-
-    @property
-    def times_a_solve(self) -> int:
-        """per_solve, or what None stands for where any time may be drawn."""
-        return (1 if self.edge_mass == 1 else 2) if self.per_solve is None else int(self.per_solve)
 
 
 @dataclass(frozen=True)
@@ -378,7 +373,7 @@ class PeRFlowConfig:
     """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
     or a list of one a window, noisiest first. No effect in mode fixed."""
     use_discrete_timesteps: bool = False
-    """Round drawn times and the sampling grid to whole timesteps."""
+    """Round drawn times, window edges and the sampling grid to whole timesteps."""
     use_timestep_transform: bool = False
     """Warp time by resolution and length."""
     sample_method: str = "uniform"
@@ -464,6 +459,8 @@ class PeRFlowConfig:
         if self.num_sampling_steps is not None:
             check_num_steps(self.num_sampling_steps, "num_sampling_steps")
         check_num_steps(self.num_timesteps, "num_timesteps")
+        if self.use_discrete_timesteps:
+            set_(self, "windows", self.windows.rounded(int(self.num_timesteps)))
         set_(self, "cfg_scale", as_scales("cfg_scale", self.cfg_scale, self.windows.num_windows))
         if self.teacher.takes_scale and not self.guidance.folded:
             raise ValueError(
@@ -490,7 +487,7 @@ class PeRFlowConfig:
         if self.use_discrete_timesteps and (self.draws.distribution != "host" or (self.draws.per_solve or 1) > 1):
             raise ValueError(
                 'use_discrete_timesteps draws whole timesteps as the host does: it needs draws with distribution="host" and '
-                f"per_solve=1, got {self.draws.distribution!r} and {self.draws.per_solve}"
+                f"per_solve=1 or None, got {self.draws.distribution!r} and {self.draws.per_solve}"
             )
         if self.drop_condition is not None:
             known = ("null", "cond", "text", "keep")
@@ -545,6 +542,13 @@ class PeRFlowConfig:
         for name, remedy in _ONLY_FALSE.items():
             if getattr(self, name) is not False:
                 raise ValueError(f"{name}={getattr(self, name)!r} is iddpm's, and perflow takes only False: {remedy}")
+
+    @property
+    def times_a_solve(self) -> int:
+        """Times that one solution of the teacher feeds."""
+        if self.draws.per_solve is not None:
+            return int(self.draws.per_solve)
+        return 1 if self.draws.edge_mass == 1 or self.use_discrete_timesteps else 2
 
     @property
     def teacher_steps(self) -> int:

@@ -145,9 +145,10 @@ class PeRFlow:
 
         Args:
             model: The student, in the booster's wrapper or bare.
-            x_start: Clean latents, [B, C, T, H, W]; never written to.
+            x_start: Clean latents, [B, C, T, H, W]; never written to. Student starts take their shape, and the frames that
+                `mask` keeps.
             model_args: y [B, 1, L, D], mask [B, L], and sizes [B]; also as `model_kwargs`.
-            noise: Noise of the window starts, like x_start; drawn in float32 if None (see randomness.py).
+            noise: Noise of the window starts, or of the way to them, like x_start; drawn in float32 if None (see randomness.py).
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
@@ -505,7 +506,7 @@ class PeRFlow:
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None:
             positions = draw_positions(
-                draws.times_a_solve - (draws.distribution == "host"),
+                config.times_a_solve - (draws.distribution == "host"),
                 len(data),
                 distribution="uniform" if draws.distribution == "host" else draws.distribution,
                 beta=draws.beta,
@@ -558,7 +559,10 @@ class PeRFlow:
     @property
     def _partitions(self) -> list[TimeWindows]:
         """The windows, and the uniform grids that the student is trained for as well."""
-        return [self._windows, *map(TimeWindows.uniform, self.config.draws.grids)]
+        grids = map(TimeWindows.uniform, self.config.draws.grids)
+        if self.config.use_discrete_timesteps:
+            grids = (windows.rounded(self.num_timesteps) for windows in grids)
+        return [self._windows, *grids]
 
     def _bounds(self, ratio: Tensor | None, drawn: tuple[Tensor, Tensor] | None = None) -> Bounds:
         """t [B] -> (t_start, t_end) of the windows that times lie in, warped by `ratio` [B]; `drawn` ones hold their ends."""

@@ -93,6 +93,14 @@ class TimeWindows:
         # From the noisy edge, which belongs to the window and stays exact.
         return to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)
 
+    def rounded(self, num_levels: int) -> TimeWindows:
+        """The same windows with their edges at whole multiples of 1 / num_levels, where a sampler in whole timesteps steps.
+
+        Raises:
+            ValueError: two edges fall together.
+        """
+        return TimeWindows(tuple(round(edge * num_levels) / num_levels for edge in self.edges), self.grids)
+
     def grid_of(self, num_steps: int) -> tuple[float, ...] | None:
         """The plan's sampling grid for a number of steps, if it has one."""
         return next((grid for grid in self.grids if len(grid) == num_steps + 1), None)

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from opensora_perflow.demo.model import TinySTDiT
 from opensora_perflow.demo.text import TinyTextEncoder
 
+PLAIN = dict(teacher=dict(steps_per_window=8, solver="euler"), draws=dict(starts="diffused", edge_mass=0.0, per_solve=1))
+"""The recipe of the PeRFlow paper (arXiv:2405.07510): Euler steps, diffused starts, one time a solution. A test whose exact
+answer is that recipe's names it; all others run on the scheduler's defaults."""
+
 PROMPTS = ["a red circle moving right", "a blue square"]
 
 

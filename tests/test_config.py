@@ -143,7 +143,39 @@ def test_draws_are_checked():
     refused("draws.edge_mass must be a number >= 0 and <= 1, got nan", draws=dict(edge_mass=float("nan")))
     refused("draws.per_solve must be an integer >= 1", draws=dict(per_solve=0))
     refused("draws.edge_mass=1 leaves one time in a window, got per_solve=2", draws=dict(edge_mass=1, per_solve=2))
-    refused("whole timesteps.*got 'beta' and 1", draws=dict(distribution="beta"), use_discrete_timesteps=True)
+    refused("whole timesteps.*got 'beta' and None", draws=dict(distribution="beta"), use_discrete_timesteps=True)
+
+    refused("whole timesteps.*got 'host' and 2", draws=dict(per_solve=2), use_discrete_timesteps=True)
+
+
+def test_the_defaults_are_the_recipe_that_won():
+    config = PeRFlow().config
+    assert (config.windows.num_windows, config.teacher_steps, config.teacher.solver) == (4, 2, "midpoint")
+    assert (config.draws.starts, config.draws.edge_mass, config.times_a_solve) == ("student", 0.75, 2)
+
+
+@pytest.mark.parametrize(
+    "windows, steps", [(1, 8), (2, 4), (3, 3), (4, 2), (8, 1), (16, 1), ([1, 0.6, 0], 4), ([1, 0.9, 0.5, 0.2, 0], 2)]
+)
+def test_the_teachers_steps_follow_the_number_of_windows(windows, steps):
+    assert PeRFlow(windows=windows).config.teacher_steps == steps
+    assert PeRFlow(windows=windows, teacher=dict(steps_per_window=5)).config.teacher_steps == 5
+
+
+def test_one_time_a_solve_where_there_can_be_one_only():
+    for settings, times in (
+        (dict(draws=dict(edge_mass=0.0)), 2),
+        (dict(draws=dict(edge_mass=1)), 1),
+        (dict(use_discrete_timesteps=True), 1),
+        (dict(use_discrete_timesteps=True, draws=dict(per_solve=1)), 1),
+        (dict(draws=dict(per_solve=3)), 3),
+    ):
+        assert PeRFlow(**settings).config.times_a_solve == times
+
+
+def test_discrete_timesteps_round_the_windows():
+    assert PeRFlow(windows=3, use_discrete_timesteps=True).config.windows.edges == (1.0, 0.667, 0.333, 0.0)
+    refused("window edges must descend strictly", windows=[1, 0.5001, 0.5, 0], use_discrete_timesteps=True)
 
 
 def test_objectives_are_checked():

@@ -7,6 +7,7 @@ import pytest
 from mmengine import Config
 
 from opensora_perflow import SCHEDULERS, build_module
+from opensora_perflow.config import PeRFlowConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "opensora"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py"))
@@ -16,6 +17,10 @@ CONFIGS = sorted(path for path in FOLDER.glob("*.py"))
 def load():
     # The tiny configs import opensora_perflow.hosts.tiny, which needs Open-Sora: loaded here without their imports.
     return lambda path: Config.fromfile(path, import_custom_modules=False)
+
+
+def scheduler_keys(load, name):
+    return {key: value for key, value in load(FOLDER / f"perflow_{name}.py").scheduler.items() if key != "type"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -38,6 +43,20 @@ def test_stages_are_what_they_say(load):
     assert (three.windows.num_windows, three.guidance.scale, three.teacher.allow_distilled) == (2, 1.0, True)
     assert "720p" in load(FOLDER / "perflow_stage2.py").bucket_config
     assert "144p" not in load(FOLDER / "perflow_stage2.py").bucket_config
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage1_v1_3", "stage2_v1_3", "data_free", "curriculum"])
+def test_what_configs_write_out_are_the_defaults(name, load):
+    written, default = (PeRFlowConfig(**c).draws for c in (scheduler_keys(load, name), {}))
+    assert (written.starts, written.edge_mass) == (default.starts, default.edge_mass)
+    config = PeRFlowConfig(**scheduler_keys(load, name))
+    assert config.times_a_solve == PeRFlowConfig().times_a_solve
+    assert (config.teacher.steps_per_window, config.teacher.solver) == (None, PeRFlowConfig().teacher.solver)
+
+
+@pytest.mark.parametrize("version", ["", "_v1_3"])
+def test_stage_1_reaches_its_starts_with_the_scale_that_it_is_sampled_with(version, load):
+    assert scheduler_keys(load, f"stage1{version}")["cfg_scale"] == scheduler_keys(load, f"inference{version}")["cfg_scale"]
 
 
 def test_the_data_free_config_is_data_free(load):

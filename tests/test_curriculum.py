@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from networks import CountCalls, Epsilon, Reference13, batch, sizes, tiny_network
+from networks import PLAIN, CountCalls, Epsilon, Reference13, batch, sizes, tiny_network
 from problems import Gaussian
 
 from opensora_perflow import PeRFlow
@@ -154,7 +154,7 @@ def watched(scheduler):
 
 def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(caplog):
     network = tiny_network()
-    scheduler = PeRFlow(windows=4, curriculum=STAGES, teacher=dict(steps_per_window=2))
+    scheduler = PeRFlow(windows=4, curriculum=STAGES, teacher=dict(steps_per_window=2), draws=PLAIN["draws"])
     seen = watched(scheduler)
     with caplog.at_level(logging.INFO, logger="opensora_perflow"):
         for _ in range(6):

@@ -126,7 +126,7 @@ T = torch.tensor([900.0, 100.0])  # windows 0 and 3 of 4
 def test_sync_learns_the_unguided_flow_and_that_of_the_null_text():
     network = Linear().train()
     x, encoded, texts, nulls = inputs(network)
-    scheduler = PeRFlow(teacher=dict(steps_per_window=3))
+    scheduler = PeRFlow(teacher=dict(steps_per_window=3, solver="euler"))
     assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, texts, 3)
     network.y_embedder.uncond_prob = 1.0
     assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls, 3)
@@ -135,14 +135,14 @@ def test_sync_learns_the_unguided_flow_and_that_of_the_null_text():
 def test_fixed_learns_the_guided_flow():
     network = Linear().train()
     x, encoded, texts, nulls = inputs(network)
-    scheduler = PeRFlow(guidance=dict(mode="fixed", scale=7.0), teacher=dict(steps_per_window=3))
+    scheduler = PeRFlow(guidance=dict(mode="fixed", scale=7.0), teacher=dict(steps_per_window=3, solver="euler"))
     assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls + 7 * (texts - nulls), 3)
 
 
 def test_fixed_guides_each_window_with_its_own_scale():
     network = Linear().train()
     x, encoded, texts, nulls = inputs(network)
-    scheduler = PeRFlow(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), teacher=dict(steps_per_window=3))
+    scheduler = PeRFlow(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), teacher=dict(steps_per_window=3, solver="euler"))
     scale = torch.tensor([[9.0], [3.0]])
     assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls + scale * (texts - nulls), 3)
 
@@ -151,7 +151,7 @@ def test_range_guides_each_sample_with_a_drawn_scale_and_tells_the_student():
     network = Linear().train()
     prompts = PROMPTS * 8
     x, encoded, texts, nulls = inputs(network, prompts)
-    scheduler = PeRFlow(guidance=dict(mode="range", scale=(1.0, 9.0)), teacher=dict(steps_per_window=3))
+    scheduler = PeRFlow(guidance=dict(mode="range", scale=(1.0, 9.0)), teacher=dict(steps_per_window=3, solver="euler"))
     pair = trained_pair(scheduler, network, x, encoded, torch.linspace(50, 950, 16))
     told = network.told[-1].detach()
     assert told.min() >= 1 and told.max() <= 9 and told.std() > 1
@@ -177,7 +177,7 @@ def test_a_student_that_answers_its_scale_has_no_loss():
 def test_a_teacher_that_takes_the_scale_is_told_it(guidance):
     network = Linear().train()  # told a scale, it is what it is when guided with it
     x, encoded, texts, nulls = inputs(network)
-    scheduler = PeRFlow(guidance=guidance, teacher=dict(steps_per_window=3, takes_scale=True))
+    scheduler = PeRFlow(guidance=guidance, teacher=dict(steps_per_window=3, solver="euler", takes_scale=True))
     pair = trained_pair(scheduler, network, x, encoded, T)
     told = scheduler._teacher.told[-1].detach()
     assert told.shape == (2,)  # one branch
@@ -196,7 +196,7 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(tmp_path):
     away = mean_text(negative["y"], negative["mask"])  # of its own length, not the prompt's
     for mode, scale in ("fixed", 4.0), ("fixed", [4.0, 1.0, 1.0, 4.0]), ("range", (4.0, 4.0001)):
         guidance = dict(mode=mode, scale=scale, negative=str(tmp_path / "ugly.safetensors"))
-        scheduler = PeRFlow(guidance=json.loads(json.dumps(guidance)), teacher=dict(steps_per_window=2))
+        scheduler = PeRFlow(guidance=json.loads(json.dumps(guidance)), teacher=dict(steps_per_window=2, solver="euler"))
         pair = trained_pair(scheduler, network, x, encoded, T)
         b = away + 4 * (texts - away)
         for i in range(2):

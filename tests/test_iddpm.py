@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import PROMPTS, Epsilon, batch, sizes, text_encoder, tiny_network
+from networks import PLAIN, PROMPTS, Epsilon, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts import host_path
@@ -55,7 +55,9 @@ def test_the_calls_of_1_2_and_1_3():
 
 
 def test_windows_start_on_the_diffusion_path_and_end_where_ddim_does():
-    network, scheduler = epsilon_network(), PeRFlow(path="ddpm", windows=[1, 0.6, 0.2, 0], teacher=dict(steps_per_window=3))
+    network = epsilon_network()
+    teacher = dict(PLAIN["teacher"], steps_per_window=3)
+    scheduler = PeRFlow(path="ddpm", windows=[1, 0.6, 0.2, 0], teacher=teacher, draws=PLAIN["draws"])
     seen = recorded(scheduler)
     x, args = batch(network)
     args["y"] = torch.zeros_like(args["y"])
@@ -78,7 +80,8 @@ def test_the_loss_is_in_units_of_the_networks_output():
     """The teacher's epsilon shifted by a constant c is c^2 away in every window, noise matching's own figure."""
     network = epsilon_network()
     x, args = batch(network)
-    scheduler = PeRFlow(path="ddpm", windows=1000, teacher=dict(steps_per_window=1), variance_weight=0)
+    settings = dict(path="ddpm", windows=1000, variance_weight=0)
+    scheduler = PeRFlow(**settings, teacher=dict(PLAIN["teacher"], steps_per_window=1), draws=PLAIN["draws"])
     args["y"] = torch.zeros_like(args["y"])
     scheduler.training_losses(network, x, INDEX, args)
     bias = 0.3
@@ -140,6 +143,21 @@ def test_fixed_guidance_folds_in_the_guided_channels_only():
     assert torch.equal(ends[None], ends["auto"])  # no host installed: all channels
     torch.testing.assert_close(ends[3][:, :3], ends[None][:, :3])
     assert not torch.allclose(ends[3][:, 3], ends[None][:, 3])
+
+
+def test_a_student_start_is_what_its_own_sampler_reaches():
+    network, scheduler = epsilon_network(), PeRFlow(path="ddpm", cfg_scale=2.0)
+    seen = recorded(scheduler)
+    x, args = batch(network)
+    noise = torch.randn_like(x)
+    scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([999, 100]))
+    pair = seen["pair"]
+    assert pair.t_start.tolist() == [1.0, 0.25]
+    torch.testing.assert_close(pair.x_start[0], noise[0])  # the solver divides by alpha and multiplies again
+    network.seen.clear()
+    sampled(scheduler, network, z=noise)
+    # The fourth step of the sampler starts at the last window's edge. Same arithmetic, in float32.
+    torch.testing.assert_close(pair.x_start[1], network.seen[3]["x"][1], rtol=1e-5, atol=1e-5)
 
 
 # --- sampling ---

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine import Config
-from networks import batch, sizes, text_encoder, tiny_network
+from networks import PLAIN, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
@@ -180,23 +180,25 @@ def train(folder, steps, network=None, torch_seed=0, **settings):
     return drawn, main()[0]
 
 
-def test_twenty_steps_are_ten_and_ten_resumed(tmp_path):
-    """Windows, times and noise (in the window starts: the data are the same), exactly."""
-    whole, _ = train(tmp_path, 20, script=dict(seed=42))
-    first, _ = train(tmp_path, 10, script=dict(seed=42))
-    second, scheduler = train(tmp_path, 10, script=dict(seed=42, load=str(tmp_path / "step10")))
-    assert len(whole) == 20 and all(map(torch.equal, whole, first + second))
-    assert not torch.equal(whole[0], whole[10])
+@pytest.mark.parametrize("settings, times", [(dict(draws=PLAIN["draws"]), 1), ({}, 2)], ids=["plain", "defaults"])
+def test_twenty_steps_are_ten_and_ten_resumed(settings, times, tmp_path):
+    """Windows, times and noise (in the window starts: data and weights are the same), exactly."""
+    whole, _ = train(tmp_path, 20, script=dict(seed=42), **settings)
+    first, _ = train(tmp_path, 10, script=dict(seed=42), **settings)
+    second, scheduler = train(tmp_path, 10, script=dict(seed=42, load=str(tmp_path / "step10")), **settings)
+    assert len(whole) == 20 * times and all(map(torch.equal, whole, first + second))
+    assert not torch.equal(whole[0], whole[10 * times])
     state = find_state(tmp_path / "step20")[0]
     assert (state.steps, state.draws["seed"], state.windows) == (20, 42, scheduler.config.windows.edges)
     assert state.teacher == fingerprint(tiny_network(seed=5)) and "weights from" in state.teacher_source
 
 
-def test_a_run_without_a_seed_of_its_own_goes_on_with_the_first_ones(tmp_path):
-    whole, _ = train(tmp_path, 4, torch_seed=8)
-    train(tmp_path, 2, torch_seed=8)
-    second, _ = train(tmp_path, 2, torch_seed=9, script=dict(load=str(tmp_path / "step2")))
-    assert all(map(torch.equal, whole[2:], second))
+@pytest.mark.parametrize("settings, times", [(dict(draws=PLAIN["draws"]), 1), ({}, 2)], ids=["plain", "defaults"])
+def test_a_run_without_a_seed_of_its_own_goes_on_with_the_first_ones(settings, times, tmp_path):
+    whole, _ = train(tmp_path, 4, torch_seed=8, **settings)
+    train(tmp_path, 2, torch_seed=8, **settings)
+    second, _ = train(tmp_path, 2, torch_seed=9, script=dict(load=str(tmp_path / "step2")), **settings)
+    assert len(second) == 2 * times and all(map(torch.equal, whole[2 * times :], second))
 
 
 def test_start_from_scratch_counts_from_zero(tmp_path):

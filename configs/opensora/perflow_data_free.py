@@ -1,5 +1,6 @@
-# Distillation without data, for Open-Sora 1.2: windows start where the student itself arrives from noise, so captions and
-# sizes are all that is learned from. captions.csv needs a column `text`; the VAE is given blank videos.
+# Distillation without data, for Open-Sora 1.2: as stage 2, whose windows start where the student itself arrives from noise,
+# so that of a video only its caption and size are used. Here there are no videos: captions.csv needs a column `text`, and the
+# VAE is given blank ones.
 #   torchrun --nproc_per_node 8 scripts/train.py configs/opensora/perflow_data_free.py --data-path captions.csv
 
 _base_ = ["_base_/runtime.py", "_base_/v1_2.py", "_base_/stage2.py"]
@@ -8,10 +9,7 @@ custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.capti
 
 scheduler = dict(
     teacher=dict(from_pretrained="hpcai-tech/OpenSora-STDiT-v3"),
-    draws=dict(
-        starts="student",  # up to 3 evaluations of the student before each solution of the teacher (windows=4)
-        edge_mass=0.5,  # share of the times at the window's noisy edge, 0..1
-    ),
+    draws=dict(starts="student"),  # as in stage 2; diffused or mixed starts would learn the blank videos
 )
 dataset = dict(
     _delete_=True,

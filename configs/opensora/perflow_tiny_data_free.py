@@ -8,5 +8,5 @@ custom_imports = dict(
     imports=["opensora_perflow", "opensora_perflow.hosts.tiny", "opensora_perflow.hosts.captions"], allow_failed_imports=False
 )
 
-scheduler = dict(teacher=dict(steps_per_window=1, solver="heun"), draws=dict(starts="student", edge_mass=0.5, per_solve=2))
+scheduler = dict(teacher=dict(steps_per_window=1), draws=dict(starts="student"))
 dataset = dict(_delete_=True, type="perflow_captions", num_frames=18, image_size=(192, 192))

@@ -3,4 +3,4 @@
 
 _base_ = ["_base_/tiny_train.py", "_base_/stage1.py"]
 
-scheduler = dict(teacher=dict(steps_per_window=2))
+scheduler = dict(teacher=dict(steps_per_window=1))

@@ -19,9 +19,9 @@ def perflow_continuity(
 
     t_s is the noisy edge of the drawn window and belongs to it; t_s + s lies above, in the window before, on the line that
     the student takes from the edge, continued. A drawn time that is uniform in the window spreads s evenly over
-    reach (t_s - t_e); one at the edge gives s = 0 and no loss. v has no gradient: the end of the upper window turns towards
-    the lower one, whose value at the edge a sampler starts from, and not the other way. A window that starts at t = 1 has
-    no edge: s is cut there, and the loss is 0.
+    reach (t_s - t_e); one at the edge gives s = 0 and no loss, which leaves 1 - `draws.edge_mass` of the term's weight. v has
+    no gradient: the end of the upper window turns towards the lower one, whose value at the edge a sampler starts from, and
+    not the other way. A window that starts at t = 1 has no edge: s is cut there, and the loss is 0.
 
     Args: as `objectives.perflow`;
         reach: Greatest s, as a share of the drawn window's length, > 0.

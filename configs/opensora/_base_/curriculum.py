@@ -19,10 +19,9 @@ scheduler = dict(
     ),
     teacher=dict(
         from_pretrained=None,  # the original model, or None = the student's weights at the first step
-        steps_per_window=4,  # ODE steps in each of the first stage's windows, >= 1
-        solver="euler",
+        steps_per_window=None,  # ODE steps in each of the first stage's windows, >= 1; None = 8 over their number
+        solver="midpoint",
     ),
-    draws=dict(edge_mass=0.5),  # share of the times at the window's noisy edge, 0..1
     guidance=dict(mode="fixed", scale=7.0),  # the scale that the original teacher would be sampled with, >= 0
     objective="perflow",
     use_timestep_transform=True,
