@@ -148,7 +148,7 @@ class PeRFlow:
             x_start: Clean latents, [B, C, T, H, W]; never written to. Student starts take their shape, and the frames that
                 `mask` keeps.
             model_args: y [B, 1, L, D], mask [B, L], and sizes [B]; also as `model_kwargs`.
-            noise: Noise of the window starts, or of the way to them, like x_start; None: drawn in float32 (randomness.py).
+            noise: Noise of the window starts (or that the student starts from), like x_start; drawn in float32 if None.
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
