@@ -3,7 +3,7 @@
     python benchmarks/curriculum.py [--iterations 1000] [--seeds 0 1 2] [--out FOLDER]
 
 All students end with one window (K = 1, InstaFlow) and use few_step.py's draws: half of the times at the edge, two times a
-solution, student starts. The original teacher takes 8 guided midpoint steps from noise to data everywhere: one in each of 8
+solution, student starts. The original teacher takes 8 guided Heun steps from noise to data everywhere: one in each of 8
 windows, eight in one. "previous": every stage's student teaches the next one, unguided, with one Euler step a window. Columns:
 endpoint error as in few_step.py with 1, 2 and 4 uniform steps; teacher calls = evaluations of teachers, per sample of a batch,
 held-out measurements included. The json has the lines of every stage's end.
@@ -33,15 +33,15 @@ from opensora_perflow.files import replacing
 from opensora_perflow.metrics import endpoint_error
 
 STEPS = (1, 2, 4)
-DIRECT = dict(windows=1, teacher=dict(steps_per_window=8, solver="midpoint"), draws=DRAWS)
-DIRECT_CALLS = 2 * 2 * 8  # per step of the optimizer: midpoint, guidance
+DIRECT = dict(windows=1, teacher=dict(steps_per_window=8, solver="heun"), draws=DRAWS)
+DIRECT_CALLS = 2 * 2 * 8  # per step of the optimizer: Heun, guidance
 
 
 def staged(teacher: str, iterations: int) -> dict[str, Any]:
     advance = dict(every=25, patience=2, min_improvement=0.05, min_steps=iterations // 10, max_steps=iterations // 5)
     return dict(
         windows=8,
-        teacher=dict(steps_per_window=1, solver="midpoint"),
+        teacher=dict(steps_per_window=1, solver="heun"),
         draws=DRAWS,
         curriculum=dict(windows=[8, 4, 2, 1], teacher=teacher, advance=advance),
     )

@@ -40,7 +40,7 @@ JUMP_DISTANCE = 0.01
 
 
 def settings(objective: Any = "perflow", **draws: Any) -> dict[str, Any]:
-    teacher = dict(steps_per_window=2, solver="midpoint")
+    teacher = dict(steps_per_window=2, solver="heun")
     return dict(windows=4, teacher=teacher, objective=objective, draws={**DRAWS, **draws})
 
 
