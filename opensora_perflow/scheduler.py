@@ -152,7 +152,8 @@ class PeRFlow:
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. On the linear path in [0, num_timesteps] and taken as already transformed, as
-                upstream does; on the ddpm path indices 0..num_timesteps - 1.
+                upstream does; on the ddpm path indices 0..num_timesteps - 1. By name it is the only time that is trained; as
+                1.0's and 1.1's third argument it is their train.py's draw, and `draws` adds to it as to one of ours.
             mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
                 sampled, without the reference embedders' biases.
             x_gt: Clean latents where x_start was degraded (v1.3). The target comes from the teacher, so they are used only
@@ -168,7 +169,8 @@ class PeRFlow:
         Raises:
             ValueError: see teacher.load_teacher, hosts.run_config.check_teacher_source, hosts.stdit; a non-finite teacher.
         """
-        if isinstance(model_args, Tensor):
+        drawn_by_host = isinstance(model_args, Tensor)  # as train.py of 1.0 and 1.1 does; else a given t is a question for it
+        if drawn_by_host:
             t, model_args, noise = model_args, noise, None
         x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref = shared(
             x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref
@@ -182,7 +184,7 @@ class PeRFlow:
         data = x_start.detach().float()
 
         teacher, generator = self._teacher, self._randomness.next_generator(data.device)
-        windows = self._draw_windows(path, data, model_args, t, generator)
+        windows = self._draw_windows(path, data, model_args, t, generator, drawn_by_host)
         t_start, t_end = windows.t_start, windows.t_end
         if noise_disable_threshold is not None and x_gt is not None:
             clean = t_start * self.num_timesteps > noise_disable_threshold
@@ -475,8 +477,9 @@ class PeRFlow:
         model_args: Mapping[str, Any],
         timestep: Tensor | None,
         generator: torch.Generator,
+        drawn_by_host: bool = False,
     ) -> DrawnWindows:
-        """Windows by a drawn or given time per sample, and the times inside them; a given time is the only one."""
+        """Windows by a drawn or given time per sample, and the times inside them; one that is asked for is the only one."""
         config, draws = self.config, self.config.draws
         draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
         if timestep is not None:
@@ -504,7 +507,7 @@ class PeRFlow:
             grid = grids[placed.window_idx].T
         solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
-        if timestep is None:
+        if timestep is None or drawn_by_host:
             positions = draw_positions(
                 config.times_a_solve - (draws.distribution == "host"),
                 len(data),

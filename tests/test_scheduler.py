@@ -377,6 +377,16 @@ def test_a_given_time_is_the_only_one(per_solve):
     assert [t.tolist() for _, t in seen] == [[0.8, 0.3]]
 
 
+def test_the_time_that_an_old_train_script_drew_is_one_of_several():
+    network = tiny_network()
+    scheduler = PeRFlow(draws=dict(per_solve=3, edge_mass=0.5))
+    seen, (x, args) = recorded(scheduler), batch(network)
+    scheduler.training_losses(network, x, torch.tensor([800, 300]), args)
+    (pair, edge), _, (_, drawn) = seen
+    assert torch.equal(edge, pair.t_start) and edge.tolist() == [1.0, 0.5]
+    assert drawn.tolist() == [0.8, 0.3]
+
+
 def test_edge_times_are_the_warped_edges_themselves():
     network = tiny_network()
     scheduler = PeRFlow(draws=dict(edge_mass=1.0), use_timestep_transform=True, transform="v1.2")
