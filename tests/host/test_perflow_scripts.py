@@ -125,8 +125,9 @@ def test_image_and_video_conditioning(host_root: Path, host_tag: str, clips: Cli
 def test_distillation_without_data(host_root: Path, clips: Clips, tmp_path: Path) -> None:
     table = tmp_path / "captions.csv"
     table.write_text("\n".join(["text", *clips.captions]) + "\n")  # no videos, and no column for them
-    names = ("perflow", "perflow_direction", "perflow_phased", "perflow_consistency", "perflow_huber", "perflow_continuity")
-    objective = [dict(type=name, weight=0.2) for name in names]  # all of them in one run: each takes the host's batch
+    # All of them in one run: each takes the host's batch.
+    names = ("direction", "phased", "consistency", "huber", "continuity", "motion")
+    objective = ["perflow", *(dict(type=f"perflow_{name}", weight=0.2) for name in names)]
     config = child_config(tmp_path / "free.py", "perflow_tiny_data_free.py", epochs=2, scheduler=dict(objective=objective))
     options = ["--data-path", table, "--outputs", tmp_path / "outputs"]
     printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
