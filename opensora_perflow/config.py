@@ -232,7 +232,7 @@ class DrawsConfig:
     per_solve: int | None = None
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform. None: 2,
-    or 1 where there can be one only (edge_mass=1, use_discrete_timesteps)."""
+    or 1 where there can be one only (edge_mass=1, use_discrete_timesteps) and under Open-Sora 1.0 and 1.1."""
     seed: int | None = None
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""

@@ -508,8 +508,10 @@ class PeRFlow:
         solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None or drawn_by_host:
+            # 1.0 and 1.1 checkpoint gradients re-entrantly, which ZeRO's hooks bear for one evaluation a step.
+            count = 1 if drawn_by_host and draws.per_solve is None else config.times_a_solve
             positions = draw_positions(
-                config.times_a_solve - (draws.distribution == "host"),
+                count - (draws.distribution == "host"),
                 len(data),
                 distribution="uniform" if draws.distribution == "host" else draws.distribution,
                 beta=draws.beta,

@@ -385,6 +385,10 @@ def test_the_time_that_an_old_train_script_drew_is_one_of_several():
     (pair, edge), _, (_, drawn) = seen
     assert torch.equal(edge, pair.t_start) and edge.tolist() == [1.0, 0.5]
     assert drawn.tolist() == [0.8, 0.3]
+    scheduler = PeRFlow(draws=dict(edge_mass=1e-9))
+    seen = recorded(scheduler)
+    scheduler.training_losses(network, x, torch.tensor([800, 300]), args)
+    assert [t.tolist() for _, t in seen] == [[0.8, 0.3]]  # one, if not asked for more
 
 
 def test_edge_times_are_the_warped_edges_themselves():
