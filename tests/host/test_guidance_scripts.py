@@ -48,9 +48,8 @@ def trained(host_root: Path, host_tag: str, clips: Clips, tmp_path_factory: pyte
 
 def test_the_checkpoint_has_what_it_had_and_the_scale_was_learnt(trained: Path) -> None:
     first, last = (read_state_dict(checkpoints(trained)[i]) for i in (0, -1))
-    assert first.keys() == last.keys() and {name for name in last if "scale" in name} == {
-        name for name in last if name.endswith("scale_shift_table")
-    }
+    # Nothing of ours: the host's own scale_shift_table (STDiT2 has a scale_shift_table_temporal too) are the only scales.
+    assert first.keys() == last.keys() and all("scale_shift_table" in name for name in last if "scale" in name)
     change = (last["t_embedder.mlp.0.weight"] - first["t_embedder.mlp.0.weight"]).float()
     assert (change @ direction(change.shape[1]).float()).abs().max() > 0  # no timestep moves the weights that way
 
