@@ -2,7 +2,7 @@
 
     python benchmarks/curriculum.py [--iterations 1000] [--seeds 0 1 2] [--out FOLDER]
 
-All students end with one window (K = 1, InstaFlow) and use few_step.py's draws: half of the times at the edge, two times a
+All students end with one window (K = 1, InstaFlow) and use smooth_windows.py's draws: half of the times at the edge, two a
 solution, student starts. The original teacher takes 8 guided Heun steps from noise to data everywhere: one in each of 8
 windows, eight in one. "previous": every stage's student teaches the next one, unguided, with one Euler step a window. Columns:
 endpoint error as in few_step.py with 1, 2 and 4 uniform steps; teacher calls = evaluations of teachers, per sample of a batch,
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from few_step import Evaluation, Recipe, train
-from smooth_windows import DRAWS, SCALE, WIDTH, sampler
+from smooth_windows import DRAWS, SCALE, WIDTH, cell, sampler
 from torch.nn.modules.module import register_module_forward_pre_hook
 from worlds import MixtureWorld
 
@@ -99,10 +99,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
     ]  # fmt: skip
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        cells = []
-        for steps in STEPS:
-            values = [row["errors"][steps] for row in mine]
-            cells.append(f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""))
+        cells = [cell([row["errors"][steps] for row in mine]) for steps in STEPS]
         means = [f"{statistics.mean(row[key] for row in mine):.0f}" for key in ("optimizer_steps", "teacher_calls")]
         lines.append(f"| {name} | {len(mine)} | " + " | ".join(means + cells) + " |")
     return "\n".join(lines) + "\n"

@@ -93,13 +93,14 @@ def measure(name: str, recipe: dict[str, Any], iterations: int, seed: int, evalu
     return {"name": name, "seed": seed, "teacher_calls": calls, "jump": edge_jumps(student, evaluation), "errors": errors}
 
 
+def cell(values: list[float]) -> str:
+    """Mean and standard deviation over the seeds."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
-    """Mean and standard deviation over the seeds, one line per student and grid."""
-
-    def cell(values: list[float]) -> str:
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.4f}{spread}"
-
+    """One line per student and grid."""
     lines = [
         f"`{command}`", "",
         "| student | seeds | jump | grid | " + " | ".join(f"N = {steps}" for steps in STEPS) + " |",
