@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distil import distil
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 from worlds import MixtureWorld, VideoWorld, World
 
 from opensora_perflow import SCHEDULERS, build_module
@@ -53,6 +53,8 @@ class Recipe:
     width: int | None = None
     """Of the mixture's students."""
     steps: tuple[int, ...] = (4, 8, 16)
+    lr_factor: float = 1.0
+    """What the world's peak learning rate is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,15 @@ class Scale:
     """Training steps of the reference recipe."""
     batch_size: int
     lr: float
+    """Peak learning rate: warm-up over 50 steps or a tenth of them, then half a cosine to 0."""
     num_samples: int
     """Samples that are compared."""
 
 
 SCALES = {
-    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1e-3, 32)},
-    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 1e-3, 128)},
-    "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 2e-3, 1024)},
+    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 2e-4, 32)},
+    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 2e-4, 128)},
+    "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
 }
 
 REFERENCE = dict(
@@ -183,33 +186,25 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     config = dict(type="perflow", guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
     scheduler = build_module(config, SCHEDULERS)
     calls = Calls(scheduler._teacher_of(student))
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=scale.lr)
-    warmup = min(50, recipe.iterations // 10 + 1)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / recipe.iterations))
-    )
-    seconds, curve = 0.0, []
-    with tqdm(
-        total=recipe.iterations, desc=f"seed {seed}, {recipe.name.strip()}", unit="step", leave=False, mininterval=1
-    ) as bar:
-        for step in range(recipe.iterations):
-            began = time.perf_counter()
-            data, model_args = world.batch(scale.batch_size, generator)
-            loss = scheduler.training_losses(student, data, model_args)["loss"].mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            rate.step()
+
+    def loss() -> Tensor:
+        data, model_args = world.batch(scale.batch_size, generator)
+        return scheduler.training_losses(student, data, model_args)["loss"].mean()
+
+    curve: list[list[float]] = []
+    every = max(1, recipe.iterations // CURVE_POINTS)
+    seconds, began = 0.0, time.perf_counter()
+    rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
+    for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
+        if bar.n % every == 0:
             seconds += time.perf_counter() - began
-            bar.update()
-            if (step + 1) % max(1, recipe.iterations // CURVE_POINTS) == 0:
-                student.eval()
-                error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
-                student.train()
-                curve.append([step + 1, calls.samples / scale.batch_size, seconds, error])
-                bar.set_postfix(error=f"{error:.4f}")
+            student.eval()
+            error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
+            student.train()
+            curve.append([bar.n, calls.samples / scale.batch_size, seconds, error])
+            bar.set_postfix(error=f"{error:.4f}")
+            began = time.perf_counter()
+    seconds += time.perf_counter() - began
     student.eval()
     rows = []
     for steps in recipe.steps:

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from distil import distil
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
@@ -29,12 +28,7 @@ from opensora_perflow.files import replacing
 from opensora_perflow.metrics import endpoint_error, energy_distance
 
 SCALES = (1.0, 2.0, 4.0)
-RECIPE = dict(
-    windows=4,
-    teacher=dict(steps_per_window=2, solver="heun"),
-    draws=dict(edge_mass=0.5, starts="student", per_solve=2),
-)
-BATCH_SIZE, WIDTH, PEAK_LR, WARMUP, REFERENCE_STEPS = 256, 128, 2e-3, 50, 512
+BATCH_SIZE, WIDTH, LR, REFERENCE_STEPS = 256, 128, 2e-3, 512
 
 
 def build(**settings: Any) -> Any:
@@ -44,19 +38,14 @@ def build(**settings: Any) -> Any:
 def train(mixture: Mixture, seed: int, iterations: int, name: str, guidance: dict[str, Any]) -> nn.Module:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    student, text, scheduler = MixtureNetwork(mixture, WIDTH).train(), ClassText(), build(guidance=guidance, **RECIPE)
-    optimizer = torch.optim.Adam(student.parameters(), lr=PEAK_LR)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * i / iterations))
-    )
-    for _ in tqdm(range(iterations), desc=f"seed {seed}, {name}", unit="step"):
+    student, text, scheduler = MixtureNetwork(mixture, WIDTH), ClassText(), build(windows=4, guidance=guidance)
+
+    def loss() -> Tensor:
         class_idx = torch.randint(NUM_CLASSES, (BATCH_SIZE,), generator=generator)
-        loss = scheduler.training_losses(student, mixture.draw(class_idx, generator), text.of(class_idx))["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
+        return scheduler.training_losses(student, mixture.draw(class_idx, generator), text.of(class_idx))["loss"].mean()
+
+    for _ in distil(student, loss, iterations=iterations, lr=LR, desc=f"seed {seed}, {name}"):
+        pass
     return student.eval()
 
 

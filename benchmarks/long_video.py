@@ -7,7 +7,7 @@ puts into the noise and freezes by their edit ratio (`condition_frame_edit`), an
 follows scripts/inference.py of Open-Sora (v1.2.0's loop, v1.3's hand-over in latents); only the scheduler differs by row:
 
     rflow           the host's sampler: PeRFlow with one window and CFG (benchmarks/sampler_parity.py)
-    ours            a student, distilled with frame masks through PeRFlow.training_losses(mask=...), guidance folded in
+    ours            a student of the defaults, distilled with frame masks (PeRFlow.training_losses), guidance folded in
     ours, edit      the same with the host's condition_frame_edit, joined as upstream
     ours, joined    the same with scheduler=dict(..., long_video=dict(edit=..., frames=...)): see opensora_perflow/long_video.py
     ours, 5 steps   as many evaluations as joined, without it
@@ -34,7 +34,6 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import statistics
 import sys
 import time
@@ -45,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from distil import distil
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -82,8 +82,6 @@ class World(ABC):
 
     num_frames: int
     guidance: float
-    recipe: dict[str, Any]
-    """The student's scheduler settings besides guidance."""
     batch_size: int
     lr: float
 
@@ -111,11 +109,6 @@ class World(ABC):
 
 class SceneWorld(World):
     num_frames, guidance, batch_size, lr = 6, 2.0, 256, 2e-3
-    recipe = dict(
-        windows=4,
-        teacher=dict(steps_per_window=2, solver="heun"),
-        draws=dict(edge_mass=0.5, starts="student", per_solve=2),
-    )
 
     def __init__(self) -> None:
         self.scenes, self.text = Scenes.standard(), ClassText()
@@ -139,8 +132,7 @@ class SceneWorld(World):
 class VideoWorld(World):
     """Shapes that bounce between walls; a clip is any piece of such a video."""
 
-    num_frames, guidance, batch_size, lr = 5, 2.0, 12, 8e-4
-    recipe = dict(windows=4, teacher=dict(steps_per_window=3), draws=dict(edge_mass=0.5))
+    num_frames, guidance, batch_size, lr = 5, 2.0, 12, 2e-4
 
     def __init__(self, out: Path, steps: list[int], seed: int) -> None:
         self.codec, self.text = TinyVAE(), TinyTextEncoder()
@@ -236,30 +228,21 @@ def head_masks(count: int, num_frames: int, generator: torch.Generator, share: f
     return torch.arange(num_frames) >= torch.where(masked, length, 0)
 
 
-def distil(world: World, scheduler: Any, iterations: int, seed: int, kept: Path | None) -> nn.Module:
+def train_student(world: World, scheduler: Any, iterations: int, seed: int, kept: Path | None) -> nn.Module:
     """A student trained with frame masks; the calls are those of Open-Sora's train.py with mask_ratios."""
     torch.manual_seed(seed)
     student, generator = world.student().train(), torch.Generator().manual_seed(seed + 2)
     if kept is not None and kept.is_file():
         student.load_state_dict(load_file(kept))
         return student.eval()
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=world.lr, weight_decay=0.0)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * i / iterations))
-    )
-    losses: list[float] = []
-    for _ in (bar := tqdm(range(iterations), desc="distilling", unit="step")):
+
+    def loss() -> Tensor:
         data, model_args = world.batch(generator)
         mask = head_masks(len(data), world.num_frames, generator)
-        loss = scheduler.training_losses(student, data, {**model_args, "x_mask": mask}, mask=mask)["loss"].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        rate.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-30:]):.4f}")
+        return scheduler.training_losses(student, data, {**model_args, "x_mask": mask}, mask=mask)["loss"].mean()
+
+    for _ in distil(student, loss, iterations=iterations, lr=world.lr, desc=f"seed {seed}, distilling"):
+        pass
     if kept is not None:
         save_weights(student, kept)
         student.load_state_dict(load_file(kept))  # float16, as a later run will find it
@@ -278,7 +261,7 @@ class Row:
 
 
 def rows(world: World, joint: dict[str, Any]) -> list[Row]:
-    folded = dict(**world.recipe, guidance=dict(mode="fixed", scale=world.guidance))
+    folded = dict(windows=4, guidance=dict(mode="fixed", scale=world.guidance))  # the rest are the defaults
 
     def host(steps: int) -> Row:
         return Row(
@@ -339,7 +322,7 @@ def run_seed(
     chosen = rows(world, dict(edit=args.edit, frames=args.frames))
     began = time.perf_counter()
     scheduler = build_module(dict(type="perflow", **chosen[2].settings), SCHEDULERS)
-    networks = {"teacher": world.teacher, "student": distil(world, scheduler, iterations, seed, kept)}
+    networks = {"teacher": world.teacher, "student": train_student(world, scheduler, iterations, seed, kept)}
     seconds = time.perf_counter() - began
     prompts = world.prompts(count)
     fresh = world.num_frames - SHARED

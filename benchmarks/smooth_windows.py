@@ -2,7 +2,7 @@
 
     python benchmarks/smooth_windows.py [--iterations 1000] [--seeds 0 1 2] [--recipes NAME ...] [--out FOLDER]
 
-Every student has 4 windows, the settings below besides what its name says, and as many optimizer steps. It is sampled
+Every student has 4 windows, the scheduler's defaults besides what its name says, and as many optimizer steps. It is sampled
 with 4 to 16 steps on both grids: "edges" puts every window edge on the grid, "uniform" is the host's 1, 1 - 1/N, ..., whose
 steps cross edges unless 4 divides N. Columns: endpoint error as in few_step.py; jump = metrics.velocity_jump at the three inner
 edges, in the states that the student itself reaches there with 4 steps, 0.01 above each edge.
@@ -35,13 +35,11 @@ STEPS = (4, 5, 6, 7, 8, 16)
 GRIDS = ("edges", "uniform")
 SCALE = SCALES["cpu"]["mixture"]
 WIDTH = 128
-DRAWS = dict(starts="student", edge_mass=0.5, per_solve=2)
 JUMP_DISTANCE = 0.01
 
 
 def settings(objective: Any = "perflow", **draws: Any) -> dict[str, Any]:
-    teacher = dict(steps_per_window=2, solver="heun")
-    return dict(windows=4, teacher=teacher, objective=objective, draws={**DRAWS, **draws})
+    return dict(windows=4, objective=objective, draws=draws)
 
 
 def continuity(weight: float, reach: float = 0.5) -> list[Any]:

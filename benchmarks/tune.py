@@ -23,6 +23,11 @@ def candidates(world: World, iterations: int) -> list[Recipe]:
     return [
         change("ours"),
         Recipe("reference recipe", REFERENCE, iterations, steps=(4, 8)),
+        *(
+            Recipe(f"{name}, {factor:.2g} of the learning rate", settings, iterations, steps=(4, 8), lr_factor=factor)
+            for name, settings in (("ours", OURS), ("reference", REFERENCE))
+            for factor in (1 / 9, 1 / 3, 3.0)
+        ),
         *(change(f"edge_mass={mass}", draws=dict(edge_mass=mass)) for mass in (0.0, 0.25, 0.5, 0.9)),
         change("edge_mass=1, per_solve=1", draws=dict(edge_mass=1.0, per_solve=1)),
         change("beta (5, 1), no edge mass", draws=dict(distribution="beta", beta=(5, 1), edge_mass=0.0)),
@@ -39,6 +44,7 @@ def candidates(world: World, iterations: int) -> list[Recipe]:
         change("phased", objective="perflow_phased"),
         change("perflow + phased", objective=["perflow", "perflow_phased"]),
         change("pseudo-Huber", objective="perflow_huber"),
+        change("+ motion, weight 1", objective=["perflow", dict(type="perflow_motion", weight=1.0)]),
         change("consistency, student target", objective="perflow_consistency"),
         change("consistency, solution target", objective=dict(type="perflow_consistency", target="solution")),
     ]

@@ -49,7 +49,7 @@ class World(ABC):
 
     @abstractmethod
     def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
-        """This world's own column of the table."""
+        """This world's own column of the table, and what else it can say."""
 
     own_column: str
     """Key of `describe`."""
@@ -116,4 +116,5 @@ class VideoWorld(World):
         return {key: torch.full((count,), float(value), device=self.device) for key, value in values.items()}
 
     def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
-        return {"motion": temporal_difference_energy(x) / temporal_difference_energy(endpoints)}
+        energy, error = temporal_difference_energy(endpoints), temporal_difference_energy(x - endpoints)
+        return {"motion": temporal_difference_energy(x) / energy, "motion_error": error / energy}
