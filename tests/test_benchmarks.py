@@ -1,0 +1,35 @@
+"""The benchmarks' scripts still fit the package: each can be imported, and the comparison runs with very little work."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_imports(script, name):
+    script(name)
+
+
+def test_a_comparison_of_two_recipes(script, tmp_path):
+    few_step, worlds = script("few_step"), script("worlds")
+    world, scale = worlds.MixtureWorld(), few_step.Scale(iterations=2, batch_size=8, lr=1e-3, num_samples=16)
+    chosen = [few_step.Recipe("reference recipe", few_step.REFERENCE, 2, 16), few_step.Recipe("ours", few_step.OURS, 3, 16)]
+    results = [few_step.run_seed(world, seed, chosen, scale) for seed in (0, 1)]
+    rows = {(row["sampler"], row["steps"]): row for row in few_step.summarise(results)}
+    # A solution takes 8 Euler steps or 2 midpoint steps of 2 evaluations, guided: 16 or 8 evaluations a sample and step.
+    assert rows["reference recipe", 4]["teacher_calls"] == 2 * 16
+    assert rows["ours", 16]["teacher_calls"] == 3 * 8
+    assert rows["host's rflow", 30]["endpoint_error"] < rows["host's rflow", 4]["endpoint_error"]
+    text = few_step.write(world, results, tmp_path, "a command")
+    assert "| ours, 4 steps | 4 |" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"mixture.json", "mixture.md", "mixture.png"}
