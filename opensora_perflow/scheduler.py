@@ -310,6 +310,14 @@ class PeRFlow:
         told = config.guidance.mode == "range"
         if (guidance_scale is not None and not synced and not told) or (neg_prompts is not None and not synced):
             self._warn_once("guidance is folded into the weights: guidance_scale and negative prompts have no effect")
+        if mask_index is not None and len(mask_index) > 0 and image_cfg_scale is not None and not synced:
+            folded = config.guidance.image_scale
+            if image_cfg_scale != folded:
+                self._warn_once(
+                    "guidance by reference frames is folded into the weights, with "
+                    + ("the scale of the text" if folded is None else f"scale {folded:g}")
+                    + f": image_cfg_scale={image_cfg_scale:g} has no effect"
+                )
         text_scales = self._step_scales(guidance_scale)
         image_scales = text_scales if image_cfg_scale is None or not synced else [image_cfg_scale] * len(text_scales)
 

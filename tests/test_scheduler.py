@@ -587,6 +587,15 @@ def test_folded_guidance_says_that_it_ignores_a_scale(caplog):
     ]
 
 
+@pytest.mark.parametrize("asked, warns", [(5.0, True), (2.0, False), (None, False)])
+def test_folded_guidance_says_that_it_ignores_the_image_scale(caplog, asked, warns):
+    scheduler = PeRFlow(guidance=dict(FIXED, image_scale=2.0))
+    with caplog.at_level(logging.WARNING):
+        sampled(scheduler, Reference13().eval(), mask_index=[0], z_cond=torch.randn(2, 4, 5, 4, 4), image_cfg_scale=asked)
+    message = "guidance by reference frames is folded into the weights, with scale 2: image_cfg_scale=5 has no effect"
+    assert [r.message for r in caplog.records if "no effect" in r.message] == [message] * warns
+
+
 def test_reference_frames_need_their_latents():
     with pytest.raises(ValueError, match=r"mask_index \[0\] names reference frames, but z_cond is None"):
         sampled(PeRFlow(), Reference13().eval(), mask_index=[0])
