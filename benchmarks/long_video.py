@@ -401,18 +401,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("scenes", "video"), default=["scenes", "video"])
     parser.add_argument("--loops", type=int, default=8, help="clips of a long video (default 8)")
-    parser.add_argument("--edit", type=float, default=0.05, help="flow time of the rows edit and joined (default 0.05)")
+    parser.add_argument("--edit", type=float, default=0.75, help="flow time of the rows edit and joined (default 0.75)")
     parser.add_argument("--frames", type=int, default=2, help="frames that joined fades over (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of part scenes (default 0 1 2)")
     parser.add_argument("--samples", type=int, default=512, help="long videos of part scenes (default 512)")
     parser.add_argument("--iterations", type=int, default=2000, help="training steps of part scenes (default 2000)")
     parser.add_argument("--video-seed", type=int, default=0, help="of part video (default 0)")
-    parser.add_argument("--video-samples", type=int, default=36, help="long videos of part video (default 36: every caption)")
+    parser.add_argument("--video-samples", type=int, default=144, help="long videos of part video (default 144)")
     parser.add_argument(
-        "--teacher-steps", type=int, nargs="+", default=[300, 450],
-        help="steps of each cosine cycle in which the teacher learns masks (default 300 450)",
+        "--teacher-steps", type=int, nargs="+", default=[300, 900, 1500],
+        help="steps of each cosine cycle in which the teacher learns masks (default 300 900 1500)",
     )  # fmt: skip
-    parser.add_argument("--video-iterations", type=int, default=300, help="training steps of its student (default 300)")
+    parser.add_argument("--video-iterations", type=int, default=1500, help="training steps of its student (default 1500)")
     parser.add_argument("--out", type=Path, default=Path("outputs/long_video"), help="folder (default outputs/long_video)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
