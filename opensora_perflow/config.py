@@ -300,8 +300,9 @@ class LongVideoConfig:
 
     edit: float = 0.05
     """Reference frames of edit ratio 0 are made anew from this flow time on while the others are generated, 0..1; 0 keeps them.
-    Between two grid points it costs an evaluation a clip. No effect with mask_index (v1.3), where the network makes them
-    anew anyway."""
+    Between two grid points it costs an evaluation a clip; 0.75 is one of 4 uniform windows. Small values change little; 0.75
+    softened the seams of one model and broke another's (benchmarks/README.md). No effect with mask_index (v1.3), where the
+    network makes them anew anyway."""
     frames: int = 2
     """Latent frames beside reference frames over which the difference is faded out, >= 0; see long_video.py."""
 
