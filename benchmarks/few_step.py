@@ -1,7 +1,7 @@
-"""Few-step students against their teacher, in one process: endpoint error, distribution and cost, with several seeds.
+"""Few-step students against their teacher, in one run: endpoint error, distribution and cost, with several seeds.
 
     python benchmarks/few_step.py [--world mixture video stdit3] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...]
-                                  [--open-sora ROOT] [--out FOLDER]
+                                  [--jobs N] [--open-sora ROOT] [--out FOLDER]
 
 Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
 `sample` samples; the host's rflow sampler is PeRFlow with one window and CFG (benchmarks/sampler_parity.py).
@@ -20,9 +20,11 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,8 @@ class Scale:
 
 
 SCALES = {
-    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 3e-4, 32)},
-    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 3e-4, 128)},
+    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1.5e-4, 32)},
+    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 1.5e-4, 128)},
     "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
 }
 
@@ -360,12 +362,30 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the world stdit3")
     parser.add_argument("--recipes", nargs="+", help="only the recipes whose names contain one of these")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, one core each (default 1)")
     return parser
 
 
-def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
+def set_up_process() -> None:
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
     logging.getLogger("opensora_perflow").setLevel(logging.WARNING)
+
+
+def run_seeds(
+    world: World, seeds: Sequence[int], chosen: Sequence[Recipe], scale: Scale, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The results of `run_seed` as they come, with `jobs` seeds at the same time."""
+    if jobs == 1:
+        yield from (run_seed(world, seed, chosen, scale) for seed in seeds)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=set_up_process) as pool:
+        for done in as_completed(pool.submit(run_seed, world, seed, chosen, scale) for seed in seeds):
+            yield done.result()
+
+
+def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
+    set_up_process()
     for name in args.world:
         world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora)
         scale = SCALES[args.size]["mixture" if name == "mixture" else "video"]
@@ -377,9 +397,10 @@ def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
         command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
         command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
         command += "" if not args.recipes else " --recipes " + " ".join(f'"{part}"' for part in args.recipes)
-        results = []
-        for seed in args.seeds:
-            results.append(run_seed(world, seed, chosen, scale))
+        results: list[dict[str, Any]] = []
+        for result in run_seeds(world, args.seeds, chosen, scale, args.jobs):
+            results.append(result)
+            results.sort(key=lambda result: args.seeds.index(result["seed"]))
             # Written after every seed: a run that is stopped leaves the seeds that it finished.
             text = write(world, results, args.out, command)
         print(text)

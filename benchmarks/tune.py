@@ -1,6 +1,7 @@
 """The search that the scheduler's defaults come from: one change at a time, everything else alike, on the worlds of worlds.py.
 
-    python benchmarks/tune.py [--world mixture video] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...] [--out FOLDER]
+    python benchmarks/tune.py [--world mixture video] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...]
+                              [--jobs N] [--out FOLDER]
 
 Same columns and files as few_step.py. The mixture gets half of its iterations, the video all of its few.
 """
