@@ -89,7 +89,7 @@ OURS = dict(windows=4)
 
 VIDEO_PLAN = [1.0, 0.953125, 0.90625, 0.859375, 0.796875, 0.734375, 0.53125, 0.265625, 0.0]
 """What `opensora-perflow plan --windows 8 --student perflow_demo/student.safetensors --student-windows 4` chooses for the tiny
-video model after `opensora-perflow demo --lr 2e-4` (seed 0, 240 steps)."""
+video model after `opensora-perflow demo` (seed 0)."""
 
 
 def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         description=(
             "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network "
             "evaluations, through the same scheduler object that Open-Sora uses. Writes side_by_side.mp4, frames.png, "
-            "training.png, results.json and student.safetensors. About 5 minutes on 2 CPU cores."
+            "training.png, results.json and student.safetensors. About 6 minutes on 2 CPU cores."
         ),
         epilog="example: opensora-perflow demo --out my_demo --iterations 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,

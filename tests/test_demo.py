@@ -105,5 +105,5 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["demo", "--help"])
     text = capsys.readouterr().out
-    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "5 minutes", "default 240"):
+    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "6 minutes", "default 240"):
         assert expected in text

@@ -65,7 +65,7 @@ class DemoSettings:
     """Training steps, >= 1."""
     batch_size: int = 16
     """Clips per training step, >= 1."""
-    lr: float = 1e-4
+    lr: float = 2e-4
     """Peak learning rate, > 0."""
     num_clips: int = 64
     """Clips to write where no videos are given, >= 1."""
