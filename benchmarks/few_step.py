@@ -396,6 +396,7 @@ def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
             if not args.recipes or any(part in recipe.name for part in args.recipes)
         ]
         command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
+        command += f" --open-sora {args.open_sora.resolve().name}" if name == "stdit3" else ""
         command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
         command += "" if not args.recipes else " --recipes " + " ".join(f'"{part}"' for part in args.recipes)
         results: list[dict[str, Any]] = []
