@@ -3,7 +3,7 @@
     python benchmarks/tune.py [--world mixture video] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...]
                               [--jobs N] [--out FOLDER]
 
-Same columns and files as few_step.py. The mixture gets half of its iterations, the video all of its few.
+Same columns and files as few_step.py, with half of its iterations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worlds import World
 
 
 def candidates(world: World, iterations: int) -> list[Recipe]:
-    iterations = iterations // 2 if world.name == "mixture" else iterations
+    iterations //= 2
 
     def change(name: str, **settings: Any) -> Recipe:
         return Recipe(name, changed(OURS, **settings), iterations, steps=(4, 8))
