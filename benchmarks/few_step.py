@@ -135,13 +135,15 @@ class Evaluation:
     floor: float = field(init=False, default=math.nan)
 
     @classmethod
-    def of(cls, world: World, num_samples: int, seed: int, floor: bool = True) -> Evaluation:
+    def of(
+        cls, world: World, num_samples: int, seed: int, floor: bool = True, reference_steps: int = REFERENCE_STEPS
+    ) -> Evaluation:
         generator = torch.Generator().manual_seed(1000 + seed)
         noise, other = torch.randn(2, num_samples, *world.latent_shape, generator=generator).to(world.device)
         # Seeds take turns, so that few samples each see all prompts together.
         prompts = [world.prompts[(seed * num_samples + i) % len(world.prompts)] for i in range(num_samples)]
         evaluation = cls(world, noise, prompts)
-        evaluation.endpoints = evaluation.sample(host_sampler(world, REFERENCE_STEPS), world.teacher, progress=True)
+        evaluation.endpoints = evaluation.sample(host_sampler(world, reference_steps), world.teacher, progress=True)
         if not floor:
             return evaluation
         # 64 steps are the same distribution to well below the floor's own noise, and 8 times cheaper.

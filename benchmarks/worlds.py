@@ -63,7 +63,7 @@ class MixtureWorld(World):
         self.device = torch.device(device)
         self.mixture = Mixture.standard()
         self.prompts = [f"class {k}" for k in range(NUM_CLASSES)]
-        self.text = ClassText()
+        self.text = ClassText(device)
         self.teacher = MixtureNetwork(self.mixture, width=1).eval().to(device)  # untrained, the MLP adds nothing at any width
 
     def student(self, width: int | None) -> nn.Module:
@@ -72,7 +72,7 @@ class MixtureWorld(World):
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         class_idx = torch.randint(NUM_CLASSES, (size,), generator=generator)
         data = self.mixture.draw(class_idx, generator)
-        return data.to(self.device), {key: value.to(self.device) for key, value in self.text.of(class_idx).items()}
+        return data.to(self.device), self.text.of(class_idx)
 
     def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
         same = self.mixture.nearest_mode(x.cpu()) == self.mixture.nearest_mode(endpoints.cpu())
@@ -88,7 +88,7 @@ class VideoWorld(World):
         self.name = "video" if open_sora is None else "stdit3"
         self.device, self._open_sora = torch.device(device), open_sora
         self.teacher = build_network(open_sora).eval().to(device)
-        self.text = TinyTextEncoder()
+        self.text = TinyTextEncoder(device=device)
         self.text.y_embedder = self.teacher.y_embedder
         self.prompts = sorted({content.caption for content in contents()})
         rng, vae = np.random.default_rng(0), TinyVAE().eval()
@@ -107,8 +107,8 @@ class VideoWorld(World):
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.randint(len(self._latents), (size,), generator=generator)
-        model_args = {**{key: value[index] for key, value in self._encoded.items()}, **self.sizes(size)}
-        return self._latents[index].to(self.device), {key: value.to(self.device) for key, value in model_args.items()}
+        text = {key: value[index.to(self.device)] for key, value in self._encoded.items()}
+        return self._latents[index].to(self.device), {**text, **self.sizes(size)}
 
     def sizes(self, count: int) -> dict[str, Tensor]:
         values = {"num_frames": self._num_frames, "height": self._height, "width": self._width, "fps": FPS}

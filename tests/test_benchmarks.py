@@ -20,9 +20,26 @@ def test_imports(script, name):
     script(name)
 
 
-def test_a_comparison_of_two_recipes(script, tmp_path):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_worlds_keep_everything_on_their_device(script, device):
+    """What `--size gpu` needs."""
     few_step, worlds = script("few_step"), script("worlds")
-    world, scale = worlds.MixtureWorld(), few_step.Scale(iterations=2, batch_size=8, lr=1e-3, num_samples=16)
+    scale = few_step.Scale(iterations=2, batch_size=2, lr=1e-4, num_samples=2)
+    for world in (worlds.MixtureWorld(device), worlds.VideoWorld(device, num_clips=4)):
+        evaluation = few_step.Evaluation.of(world, 2, seed=0, floor=False, reference_steps=2)
+        assert evaluation.endpoints.device.type == device
+        for settings in (few_step.OURS, few_step.REFERENCE):
+            recipe = few_step.Recipe("a student", settings, 2, steps=(4,))
+            assert few_step.train(recipe, world, 0, evaluation, scale)["rows"][0]["endpoint_error"] > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_comparison_of_two_recipes(script, tmp_path, device):
+    few_step, worlds = script("few_step"), script("worlds")
+    world, scale = worlds.MixtureWorld(device), few_step.Scale(iterations=2, batch_size=8, lr=1e-3, num_samples=16)
     chosen = [few_step.Recipe("reference recipe", few_step.REFERENCE, 2, 16), few_step.Recipe("ours", few_step.OURS, 3, 16)]
     results = [few_step.run_seed(world, seed, chosen, scale) for seed in (0, 1)]
     rows = {(row["sampler"], row["steps"]): row for row in few_step.summarise(results)}

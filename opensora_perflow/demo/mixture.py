@@ -49,9 +49,13 @@ class Mixture:
 
 
 class ClassText:
-    """Text encoder for the prompts "class 0" to "class 3": one-hot embeddings [B, 1, 1, 5]; the last place is the null text."""
+    """Text encoder for the prompts "class 0" to "class 3": one-hot embeddings [B, 1, 1, 5] on `device`; the last place is the
+    null text."""
 
     output_dim, model_max_length = NUM_CLASSES + 1, 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Raises ValueError for a prompt that names no class."""
@@ -63,8 +67,8 @@ class ClassText:
 
     def of(self, class_idx: Tensor) -> dict[str, Tensor]:
         """As `encode`, from class indices [B]."""
-        y = nn.functional.one_hot(class_idx, NUM_CLASSES + 1).float()
-        return {"y": y[:, None, None], "mask": torch.ones(len(y), 1, dtype=torch.int64)}
+        y = nn.functional.one_hot(class_idx.to(self.device), NUM_CLASSES + 1).float()
+        return {"y": y[:, None, None], "mask": torch.ones(len(y), 1, dtype=torch.int64, device=self.device)}
 
     def null(self, n: int) -> Tensor:
         return self.of(torch.full((n,), NUM_CLASSES))["y"]
