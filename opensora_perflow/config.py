@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any
 
 from opensora_perflow.curriculum import AdvanceRule, Curriculum
+from opensora_perflow.held_out import WatchConfig
 from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
 from opensora_perflow.sampling import JOINS
@@ -343,6 +344,9 @@ class PeRFlowConfig:
     """Training only: merge `windows` stage by stage. None: one stage. Sample with windows=the last stage's."""
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
+    watch: WatchConfig | None = field(default_factory=WatchConfig)
+    """Training only: dict(every=200, tolerance=0.25): log every so many steps how far one step a window ends from the teacher
+    on the run's first batch, and warn where that gets worse (see held_out.py). None: off."""
     allow_change: bool = False
     """Go on with --load although windows, path, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""
@@ -437,6 +441,10 @@ class PeRFlowConfig:
             set_(self, "curriculum", from_mapping(CurriculumConfig, self.curriculum, "curriculum"))
         if self.curriculum is not None:
             self._check_curriculum()
+        if isinstance(self.watch, Mapping):
+            set_(self, "watch", from_mapping(WatchConfig, self.watch, "watch"))
+        elif not isinstance(self.watch, WatchConfig | None):
+            raise ValueError(f"watch must be a dict or None, got {self.watch!r}; write for example dict(every=200)")
         if isinstance(self.long_video, Mapping):
             set_(self, "long_video", from_mapping(LongVideoConfig, self.long_video, "long_video"))
         elif not isinstance(self.long_video, LongVideoConfig | None):

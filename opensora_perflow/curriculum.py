@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_perflow.objectives import WindowPair, perflow
 from opensora_perflow.schedule import check_num_steps, sampling_grid
-from opensora_perflow.solvers import Velocity
 from opensora_perflow.windows import TimeWindows
 
 TEACHERS = ("original", "previous")
@@ -190,22 +188,3 @@ class Curriculum:
                 "resume with the curriculum.windows that the run began with"
             )
         self.progress = Progress(**{**state, "best": math.inf if state["best"] is None else state["best"]})
-
-
-def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weights: Tensor | None = None) -> float:
-    """How far one step of the student across each window ends from the teacher, per unit of time: a velocity's error.
-
-    Args:
-        student: The student's field, called once a window; callers wrap in no_grad.
-        states: The teacher's states at the edges of a stage, [K + 1, B, ...], on its way down from noise.
-        times: The edges, [K + 1, B], float64.
-        frame_weights: [B, T], see `objectives.mean_over_frames`.
-
-    Returns:
-        Root mean square over samples, windows and elements.
-    """
-    losses = [
-        perflow(student, WindowPair(x_start, x_end, t_start, t_end), t_start, frame_weights).mean()
-        for x_start, x_end, t_start, t_end in zip(states, states[1:], times, times[1:])
-    ]
-    return torch.stack(losses).mean().sqrt().item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from opensora_perflow.config import PeRFlowConfig, as_scales, from_mapping, path_of_keys
 from opensora_perflow.conventions import shift_time, unshift_time
-from opensora_perflow.curriculum import Curriculum, held_out_error
+from opensora_perflow.curriculum import Curriculum
 from opensora_perflow.guidance import draw_scales, image_scale_ramp, oscillating_scale, scale_of_window
+from opensora_perflow.held_out import HeldOutBatch, Watch
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
@@ -72,26 +73,6 @@ class DrawnWindows:
         return self.solver_times[-1]
 
 
-@dataclass
-class HeldOut:
-    """A batch that a curriculum's stages are measured on."""
-
-    student_condition: stdit.Condition
-    teacher_condition: stdit.Condition
-    start: Tensor
-    """State at t = 1, [B, C, T, H, W]."""
-    mask: Tensor | None
-    frame_weights: Tensor | None
-    ratio: Tensor | None
-    """[B], the warp of the windows' edges."""
-    scale: float | Tensor
-    """Guidance of the teacher, of all or [B]."""
-    told: Tensor | None
-    """[B], the scale that the student is told, in mode range."""
-    states: Tensor | None = None
-    """The teacher's, at the edges of the present stage, [K + 1, B, C, T, H, W]."""
-
-
 @SCHEDULERS.register_module("perflow")
 class PeRFlow:
     """PeRFlow for Open-Sora: `training_losses` distils a frozen teacher window by window, `sample` takes a few Euler steps.
@@ -112,10 +93,13 @@ class PeRFlow:
         self._path: Path | None = None if known is None else self._build_path(known)
         self.num_timesteps = int(self.config.diffusion_steps if known == "ddpm" else self.config.num_timesteps)
         self._objective = combine(self.config.objective)
-        if previous is None or self._training_settings(previous) != self._training_settings(self.config):
+        retaught = previous is None or self._training_settings(previous) != self._training_settings(self.config)
+        if retaught:
             self._teacher: nn.Module | None = None
             self._curriculum: Curriculum | None = self.config.stages()
-            self._held_out: list[HeldOut] = []
+        if retaught or (previous.watch, previous.windows) != (self.config.watch, self.config.windows):
+            self._held_out: list[HeldOutBatch] = []
+            self._watch = None if self.config.watch is None else Watch(self.config.watch)
         if not hasattr(self, "_randomness"):
             self._randomness: TrainingRandomness | None = None
             self._stage, self._teacher_source, self._fingerprint = 1, None, None
@@ -238,12 +222,13 @@ class PeRFlow:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
         if config.frames_of_weight_one is not None:
             loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
-        if self._curriculum is not None and torch.is_grad_enabled():  # not where losses are only evaluated
-            if len(self._held_out) < self._curriculum.rule.batches:
+        if torch.is_grad_enabled():  # not where losses are only evaluated
+            if len(self._held_out) < self._held_out_batches:
                 start = _hold(_fixed_noise(noise, seed=len(self._held_out)), still, mask)
-                held = HeldOut(student_condition, teacher_condition, start, mask, frame_weights, windows.ratio, scale, told)
-                self._held_out.append(held)
-            self._follow_curriculum(path, prediction, model)
+                conditions = (student_condition, teacher_condition)
+                held = self._hold_out(path, prediction, model, start, conditions, mask, scale, told)
+                self._held_out.append(replace(held, frame_weights=frame_weights, ratio=windows.ratio))
+            self._measure_held_out(model)
         return {"loss": loss}
 
     def sample(
@@ -511,8 +496,7 @@ class PeRFlow:
         if self._curriculum is None:
             grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)
         else:
-            grids = self._curriculum.solver_grids(config.teacher_steps).to(t.device)
-            grid = grids[placed.window_idx].T
+            grid = self._solver_grids().to(t.device)[placed.window_idx].T
         solver_times = shift_time(grid, window_ratio)
         drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
         if timestep is None or drawn_by_host:
@@ -568,6 +552,13 @@ class PeRFlow:
 
         velocity = hold_frames(path.student(output, prediction, self._bounds(windows.ratio)), frame_mask)
         return carry_to_windows(velocity, noise, windows.route, windows.window_idx)
+
+    def _solver_grids(self) -> Tensor:
+        """The teacher's steps in each window, [K, S + 1], float64, untransformed."""
+        if self._curriculum is not None:
+            return self._curriculum.solver_grids(self.config.teacher_steps)
+        edges = torch.tensor(self._windows.edges, dtype=torch.float64)
+        return linear_grid(edges[:-1], edges[1:], self.config.teacher_steps).T
 
     @property
     def _partitions(self) -> list[TimeWindows]:
@@ -709,13 +700,53 @@ class PeRFlow:
             self._negative = read_negative(self.config.guidance.negative)
         return self._negative
 
-    def _follow_curriculum(self, path: Path, prediction: str, model: nn.Module) -> None:
-        """After a training step: measure where it is time to, and begin the next stage where this one has ended."""
-        curriculum = self._curriculum
-        if curriculum.wants_measurement():
-            errors = [self._held_out_error(path, prediction, model, held) for held in self._held_out]
-            error = mean_over_ranks(sum(errors) / len(errors), self._held_out[0].start.device)
-            if curriculum.observe(error):
+    @property
+    def _held_out_batches(self) -> int:
+        """Of the run's first batches so many are measured on."""
+        return int(self._watch is not None) if self._curriculum is None else self._curriculum.rule.batches
+
+    def _hold_out(
+        self,
+        path: Path,
+        prediction: str,
+        model: nn.Module,
+        start: Tensor,
+        conditions: tuple[stdit.Condition, stdit.Condition],
+        frame_mask: Tensor | None,
+        scale: float | Tensor,
+        told: Tensor | None,
+    ) -> HeldOutBatch:
+        """A batch to measure on, with the conditions of student and teacher. Both networks are those of the time of asking."""
+
+        def field(network: nn.Module, condition: stdit.Condition, bounds: Bounds) -> Velocity:
+            output = stdit.prediction_field(
+                network, unwrap(network), condition, to_timestep=path.to_timestep, frame_mask=frame_mask, told=told
+            )
+            return path.student(output, prediction, bounds)
+
+        return HeldOutBatch(
+            start,
+            solve=lambda x, times: self._solve_teacher(path, self._teacher, conditions[1], x, times, frame_mask, scale),
+            student=lambda bounds: field(model, conditions[0], bounds),
+            untrained=lambda bounds: field(self._teacher, conditions[1], bounds),
+        )
+
+    def _measure_held_out(self, model: nn.Module) -> None:
+        """After a training step: measure where it is time to, say so, and begin the next stage where one has ended."""
+        watch, curriculum, steps = self._watch, self._curriculum, self._randomness.steps - 1  # the optimizer's step is to come
+        watched = watch is not None and watch.wants_measurement(steps)
+        staged = curriculum is not None and curriculum.wants_measurement()
+        if watched or staged:
+            grids = self._solver_grids()
+            pairs = [held.errors(grids) for held in self._held_out]
+            error, untrained = (
+                mean_over_ranks(sum(values) / len(values), self._held_out[0].start.device) for values in zip(*pairs)
+            )
+            if watched:
+                level, text = watch.observe(steps, error, untrained)
+                if self._randomness.rank == 0:  # the others would say the same
+                    logger.log(level, text)
+            if staged and curriculum.observe(error):
                 logger.info(
                     "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
                     curriculum.current.num_windows,
@@ -728,39 +759,18 @@ class PeRFlow:
                 if curriculum.teacher_is_student:
                     self._teach_by(model)
                 for held in self._held_out:
-                    held.states = None
+                    held.forget()
+                if watch is not None:
+                    watch.restart()
                 return
-        curriculum.progress.step += 1
+        if curriculum is not None:
+            curriculum.progress.step += 1
 
     def _teach_by(self, model: nn.Module) -> None:
         """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""
         settle(model)
         self._teacher = copy_frozen(unwrap(model))
         self._teacher_source = f"the student, as it came to stage {self._curriculum.progress.stage + 1} of the curriculum"
-
-    @torch.no_grad()
-    def _held_out_error(self, path: Path, prediction: str, model: nn.Module, held: HeldOut) -> float:
-        """See curriculum.held_out_error; the teacher's states are made once a stage."""
-        grids = self._curriculum.solver_grids(self.config.teacher_steps).to(held.start.device)
-        grids = shift_time(grids[:, :, None].expand(-1, -1, len(held.start)), held.ratio)  # [K, S + 1, B]
-        if held.states is None:
-            states = [held.start]
-            for times in grids:
-                solution = self._solve_teacher(
-                    path, self._teacher, held.teacher_condition, states[-1], times, held.mask, held.scale
-                )
-                states.append(solution[-1])
-            held.states = torch.stack(states)
-        edges = torch.cat([grids[:, 0], grids[-1:, -1]])
-
-        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
-            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
-            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
-
-        output = stdit.prediction_field(
-            model, unwrap(model), held.student_condition, to_timestep=path.to_timestep, frame_mask=held.mask, told=held.told
-        )
-        return held_out_error(path.student(output, prediction, bounds), held.states, edges, held.frame_weights)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

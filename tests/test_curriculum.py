@@ -6,12 +6,10 @@ import math
 
 import pytest
 import torch
-from networks import PLAIN, CountCalls, Epsilon, Reference13, batch, sizes, tiny_network
-from problems import Gaussian
+from networks import PLAIN, CountCalls, Epsilon, batch, sizes, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.conventions import shift_time
-from opensora_perflow.curriculum import AdvanceRule, Curriculum, held_out_error, merge_windows
+from opensora_perflow.curriculum import AdvanceRule, Curriculum, merge_windows
 from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.timestep_transform import shift_ratio
 from opensora_perflow.solvers import euler_step
@@ -116,20 +114,6 @@ def test_the_teachers_steps_lie_on_the_finer_windows(teacher):
     assert curriculum.teacher_is_student == (teacher == "previous")
 
 
-def test_the_held_out_error_is_the_velocitys_distance_from_the_teachers_windows():
-    field, times = Gaussian(), torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=F64)[:, None].expand(-1, 50)
-    x = torch.randn(50, 3, dtype=F64)
-    states = torch.stack([field.exact(x, times[0], t) for t in times])
-
-    def student(x, t):
-        end = torch.where(t == 1.0, 0.6, torch.where(t == 0.6, 0.1, 0.0))
-        return (field.exact(x, t, end) - x) / (end - t)[:, None]
-
-    assert held_out_error(student, states, times) < 1e-6  # objectives return float32
-    wrong = held_out_error(lambda x, t: student(x, t) + 0.3 * (t == 0.6)[:, None], states, times)
-    assert wrong == pytest.approx(0.3 / 3**0.5, rel=1e-5)  # one window of three is off by 0.3
-
-
 # --- through the scheduler ---
 
 QUICK = dict(every=1, patience=1, min_improvement=0.5, min_steps=1, max_steps=1)
@@ -200,29 +184,6 @@ def test_measuring_changes_neither_the_draws_nor_the_loss():
         results.append(torch.stack([step(scheduler, network).detach() for _ in range(3)]))
     # The same steps of the teacher, written as one grid over all windows or as one grid a window: float32.
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
-
-
-def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_moves():
-    network = Reference13().eval()
-    with torch.no_grad():
-        network.gain.zero_()  # neither x nor t matters: every window is straight
-    scheduler = PeRFlow(windows=4, curriculum=dict(windows=[4, 2]), use_timestep_transform=True, transform="v1.2")
-    x, args = batch(network, 2)
-    args.update(num_frames=torch.tensor([17.0, 102.0]))
-    mask = torch.tensor([[True] * 5, [False] + [True] * 4])
-    scheduler.training_losses(network, x, args, mask=mask)
-    best = scheduler.curriculum.progress.best
-    assert best < 1e-5  # float32 states divided by windows of about 1/4
-    held = scheduler._held_out[0]
-    ratio = shift_ratio(args, "v1.2")
-    edges = shift_time(torch.linspace(1, 0, 5, dtype=F64)[:, None].expand(-1, 2), ratio)
-    velocity = held.states.diff(dim=0) / edges.diff(dim=0)[:, :, None, None, None, None].float()
-    torch.testing.assert_close(velocity[:, 0], velocity[:1, 0].expand(4, -1, -1, -1, -1), atol=1e-5, rtol=0)
-    assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
-    original = network.forward
-    network.forward = lambda *a, **k: original(*a, **k) + 0.25
-    path, prediction = scheduler._path_of(network)
-    assert scheduler._held_out_error(path, prediction, network, held) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_several_batches_are_kept_and_measured_together():

@@ -85,11 +85,15 @@ def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
 
 
 def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path: Path) -> None:
-    config = child_config(tmp_path / "two.py", "perflow_tiny_stage1.py", mask_ratios={"image_head": 0.5, "random": 0.4})
+    masks = {"image_head": 0.5, "random": 0.4}
+    config = child_config(tmp_path / "two.py", "perflow_tiny_stage1.py", mask_ratios=masks, scheduler=dict(watch=dict(every=3)))
     options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
     printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=tmp_path)
     assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step8"]
     assert np.isfinite(losses(printed)).all()
+    measured = re.findall(r"after (\d) training steps: held-out velocity error ([\d.]+), untrained ([\d.]+)", printed)
+    assert [steps for steps, _, _ in measured] == ["3", "6"]  # said by one process
+    assert measured[0][1] != measured[1][1] and measured[0][2] == measured[1][2]
 
 
 @pytest.mark.parametrize("teacher", ["original", "previous"])

@@ -1,0 +1,200 @@
+"""The run's own measure of the student: its value, when it is taken, and what is said of it."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from networks import CountCalls, Reference13, batch, tiny_network
+from problems import Gaussian
+
+from opensora_perflow import PeRFlow
+from opensora_perflow.conventions import shift_time
+from opensora_perflow.held_out import HeldOutBatch, Watch, WatchConfig, held_out_error
+from opensora_perflow.hosts.timestep_transform import shift_ratio
+from opensora_perflow.schedule import linear_grid
+from opensora_perflow.solvers import solve
+
+F64 = torch.float64
+
+
+def test_the_held_out_error_is_the_velocitys_distance_from_the_teachers_windows():
+    field, times = Gaussian(), torch.tensor([1.0, 0.6, 0.1, 0.0], dtype=F64)[:, None].expand(-1, 50)
+    x = torch.randn(50, 3, dtype=F64)
+    states = torch.stack([field.exact(x, times[0], t) for t in times])
+
+    def student(x, t):
+        end = torch.where(t == 1.0, 0.6, torch.where(t == 0.6, 0.1, 0.0))
+        return (field.exact(x, t, end) - x) / (end - t)[:, None]
+
+    assert held_out_error(student, states, times) < 1e-6  # objectives return float32
+    wrong = held_out_error(lambda x, t: student(x, t) + 0.3 * (t == 0.6)[:, None], states, times)
+    assert wrong == pytest.approx(0.3 / 3**0.5, rel=1e-5)  # one window of three is off by 0.3
+
+
+def test_errors_of_a_batch_are_those_of_one_step_in_each_window():
+    """An untrained student takes the teacher's own Euler step; one that jumps as the teacher does errs by nothing."""
+    field, x = Gaussian(), torch.randn(64, 3, dtype=F64)
+    edges = torch.tensor([1.0, 0.7, 0.2, 0.0], dtype=F64)
+
+    def jumping(bounds):
+        def velocity(x, t):
+            start, end = bounds(t)
+            return (field.exact(x, start, end) - x) / (end - start)[:, None]
+
+        return velocity
+
+    def exact(x, times):
+        return torch.stack([field.exact(x, times[0], t) for t in times])
+
+    held = HeldOutBatch(x, solve=exact, student=jumping, untrained=lambda bounds: field)
+    error, untrained = held.errors(linear_grid(edges[:-1], edges[1:], 4).T)
+    states = exact(x, edges[:, None].expand(-1, 64))
+    each = [
+        ((field(states[k], edges[k].expand(64)) - (states[k + 1] - states[k]) / (edges[k + 1] - edges[k])) ** 2).mean()
+        for k in range(3)
+    ]
+    assert error < 1e-6  # objectives return float32
+    assert untrained == pytest.approx(torch.stack(each).mean().sqrt().item(), rel=1e-5)
+
+
+def test_the_path_is_solved_once_until_it_is_forgotten():
+    solved = []
+
+    def count(x, times):
+        solved.append(times)
+        return solve(lambda x, t: x, x, times).expand(len(times), *x.shape)
+
+    field = lambda bounds: lambda x, t: x  # noqa: E731
+    held = HeldOutBatch(torch.randn(2, 3), solve=count, student=field, untrained=field)
+    grids = torch.tensor([[1.0, 0.5], [0.5, 0.0]], dtype=F64)
+    held.errors(grids), held.errors(grids)
+    assert len(solved) == 2
+    held.forget()
+    held.errors(grids)
+    assert len(solved) == 4
+
+
+@pytest.mark.parametrize(
+    "errors, expected",
+    [
+        ([0.5, 0.4, 0.45], ["info", "info", "info"]),  # a rise within the tolerance
+        ([0.5, 0.4, 0.55, 0.6], ["info", "info", "rises", "rises"]),
+        ([1.0, 0.9], ["worse", "info"]),  # as bad as an untrained student
+        ([0.5, math.nan, math.inf, 0.5], ["info", "worse", "worse", "info"]),
+    ],
+)
+def test_what_is_said_of_a_measurement(errors, expected):
+    watch = Watch(WatchConfig(every=10, tolerance=0.25))
+    words = {
+        "worse": "no nearer to the teacher than that of a network which was not trained",
+        "rises": "best so far 0.4. It rises",
+    }
+    for i, (error, kind) in enumerate(zip(errors, expected, strict=True)):
+        level, text = watch.observe(10 * (i + 1), error, untrained=1.0)
+        assert level == (logging.INFO if kind == "info" else logging.WARNING)
+        assert text.startswith(f"PeRFlow after {10 * (i + 1)} training steps: held-out velocity error {error:.4g}, untrained 1")
+        assert words.get(kind, "") in text
+
+
+# --- through the scheduler ---
+
+
+def step(scheduler, network):
+    x, args = batch(network)
+    return scheduler.training_losses(network, x, args)["loss"]
+
+
+def test_a_run_measures_itself_after_so_many_steps(caplog):
+    network = tiny_network()
+    scheduler = PeRFlow(windows=4, watch=dict(every=2), guidance=dict(mode="fixed", scale=3.0))
+    with caplog.at_level(logging.INFO, logger="opensora_perflow"):
+        for _ in range(6):
+            step(scheduler, network)
+        with torch.no_grad():
+            step(scheduler, network)  # an evaluation is no step
+    lines = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
+    assert [line.split()[2] for line in lines] == ["2", "4"]
+    # Nothing was trained: the student is its teacher's copy, to the last bit.
+    error, untrained = scheduler._held_out[0].errors(scheduler._solver_grids())
+    assert error == untrained > 0
+    assert all("was not trained at all" in line for line in lines)
+
+
+def test_what_a_measurement_costs():
+    """K windows of S guided midpoint steps and one untrained step each, once; then one evaluation of the student a window."""
+    network = tiny_network()
+    costs = {}
+    for name, watch in (("off", None), ("on", dict(every=2))):
+        scheduler = PeRFlow(windows=4, watch=watch, guidance=dict(mode="fixed", scale=3.0))
+        step(scheduler, network)
+        teacher, student = CountCalls(scheduler._teacher), CountCalls(network)
+        for _ in range(4):
+            step(scheduler, network)
+        costs[name] = teacher.samples, student.calls
+    assert costs["on"][0] - costs["off"][0] == 2 * (4 * 2 * 2 * 2 + 4)  # two samples; two steps, two stages, two branches
+    assert costs["on"][1] - costs["off"][1] == 2 * 4  # measured after 2 and 4 steps
+
+
+def test_watching_changes_neither_the_draws_nor_the_loss():
+    results = []
+    for watch in (None, dict(every=1)):
+        network = tiny_network()
+        torch.manual_seed(3)
+        scheduler = PeRFlow(windows=4, watch=watch)
+        results.append(torch.stack([step(scheduler, network).detach() for _ in range(3)]))
+    assert torch.equal(*results)
+
+
+def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_moves():
+    network = Reference13().eval()
+    with torch.no_grad():
+        network.gain.zero_()  # neither x nor t matters: every window is straight
+    scheduler = PeRFlow(windows=4, curriculum=dict(windows=[4, 2]), use_timestep_transform=True, transform="v1.2")
+    x, args = batch(network, 2)
+    args.update(num_frames=torch.tensor([17.0, 102.0]))
+    mask = torch.tensor([[True] * 5, [False] + [True] * 4])
+    scheduler.training_losses(network, x, args, mask=mask)
+    best = scheduler.curriculum.progress.best
+    assert best < 1e-5  # float32 states divided by windows of about 1/4
+    held = scheduler._held_out[0]
+    ratio = shift_ratio(args, "v1.2")
+    edges = shift_time(torch.linspace(1, 0, 5, dtype=F64)[:, None].expand(-1, 2), ratio)
+    velocity = held.states.diff(dim=0) / edges.diff(dim=0)[:, :, None, None, None, None].float()
+    torch.testing.assert_close(velocity[:, 0], velocity[:1, 0].expand(4, -1, -1, -1, -1), atol=1e-5, rtol=0)
+    assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
+    original = network.forward
+    network.forward = lambda *a, **k: original(*a, **k) + 0.25
+    error, untrained = held.errors(scheduler._solver_grids())
+    assert error == pytest.approx(0.25, rel=1e-4) and untrained < 1e-5
+
+
+def test_a_repeated_init_keeps_what_is_measured_unless_windows_change():
+    scheduler, network = PeRFlow(windows=4), tiny_network()
+    step(scheduler, network)
+    held, teacher = scheduler._held_out, scheduler._teacher
+    scheduler.__init__(windows=4, num_sampling_steps=8)
+    assert scheduler._held_out is held
+    scheduler.__init__(windows=2)
+    assert not scheduler._held_out and scheduler._teacher is teacher
+
+
+@pytest.mark.parametrize(
+    "watch, message",
+    [
+        (200, r"watch must be a dict or None, got 200; write for example dict\(every=200\)"),
+        (dict(every=0), "watch.every must be an integer >= 1, got 0"),
+        (dict(tolerance=-1), "watch.tolerance must be a share >= 0, got -1"),
+        (dict(evry=3), "did you mean every"),
+    ],
+)
+def test_its_settings_are_checked(watch, message):
+    with pytest.raises(ValueError, match=message):
+        PeRFlow(watch=watch)
+
+
+def test_its_settings_survive_json():
+    config = dict(watch=dict(every=50, tolerance=0.5))
+    assert PeRFlow(**json.loads(json.dumps(config))).config.watch == WatchConfig(50, 0.5)
+    assert PeRFlow(watch=None).config.watch is None and PeRFlow().config.watch == WatchConfig()
