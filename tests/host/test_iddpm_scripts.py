@@ -24,8 +24,9 @@ from _harness import (
 from opensora_perflow.checkpoints import read_state_dict
 
 pytestmark = pytest.mark.host
-TRAINING = {"type": "perflow", "timestep_respacing": "", "teacher": {"steps_per_window": 2}}
-"""The scheduler of the shipped training configs, dict(type="iddpm", timestep_respacing=""), as perflow; with a fast teacher."""
+TRAINING = {"type": "perflow", "timestep_respacing": "", "teacher": {"steps_per_window": 2}, "watch": {"every": 1}}
+"""The scheduler of the shipped training configs, dict(type="iddpm", timestep_respacing=""), as perflow: with a fast
+teacher, and measured after every step."""
 
 
 def network(tag: str, **settings: object) -> dict[str, object]:
@@ -38,6 +39,11 @@ def network(tag: str, **settings: object) -> dict[str, object]:
 
 def losses(output: str) -> list[float]:
     return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", output)]
+
+
+def measured(output: str) -> list[str]:
+    """The training steps after which the run measured its student."""
+    return re.findall(r"after (\d+) training steps: held-out velocity error \d", output)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def test_an_epsilon_student_trains(trained: tuple[Path, str]) -> None:
     assert [folder.name.split("-")[1] for folder in checkpoints(outputs)] == [f"global_step{n}" for n in (2, 4, 6, 8)]
     found = losses(printed)
     assert len(found) >= 8 and np.isfinite(found).all()
+    assert measured(printed) == [str(n) for n in range(1, 8)]
     assert "PeRFlow teacher: a copy of the student's weights at this run's first step" in printed
     first, last = (read_state_dict(checkpoints(outputs)[i]) for i in (0, -1))
     assert first.keys() == last.keys() and not any("teacher" in key for key in last)
@@ -67,7 +74,7 @@ def test_frame_masks_in_two_processes(host_root: Path, host_tag: str, clips: Cli
     )
     printed = run_script(host_root, "train.py", config, nproc=2, cwd=tmp_path)
     assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch0-global_step2"]
-    assert np.isfinite(losses(printed)).all()
+    assert np.isfinite(losses(printed)).all() and measured(printed) == ["1"]
 
 
 def sample(
