@@ -67,7 +67,7 @@ class VideoWorld:
     """The demo's tiny STDiT3, guidance 3."""
 
     scale, lr, batch_size = 3.0, 2e-4, 8
-    samples, pilot_samples, substeps, candidates = 32, 24, 1, 32
+    samples, pilot_samples, substeps, candidates = 128, 64, 1, 32
 
     def student(self) -> nn.Module:
         return load_teacher()
