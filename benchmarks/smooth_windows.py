@@ -51,8 +51,10 @@ RECIPES = {
     "edge mass": settings(),
     "overlap .6": settings(overlap=0.6),
     "overlap .75": settings(overlap=0.75),
+    "overlap .9": settings(overlap=0.9),
     "continuity": settings(continuity(1.0)),
     "overlap .75 + continuity": settings(continuity(0.3), overlap=0.75),
+    "grid 5 + overlap .75": settings(grids=(5,), overlap=0.75),
     "grids 5 6 7 + overlap .6": settings(grids=(5, 6, 7), overlap=0.6),
 }
 
