@@ -1,8 +1,9 @@
 """How far the student is from its teacher, on batches that the run keeps from its beginning: is training still helping?
 
 A training loss cannot tell: its times, states and batches are drawn anew, and its states move with the student. Here the
-teacher's path from fixed noise is solved once, and the student takes one step across each window from the teacher's own states.
-The same step of a network that was not trained at all is what it has to beat.
+teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since that is what samples
+show: errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all
+are what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import shift_time
-from opensora_perflow.objectives import WindowPair, perflow
+from opensora_perflow.objectives import WindowPair, mean_over_frames, perflow
 from opensora_perflow.paths import Bounds
+from opensora_perflow.sampling import carry_to_windows
 from opensora_perflow.schedule import check_num_steps
 from opensora_perflow.solvers import Velocity
 
@@ -47,33 +49,55 @@ class HeldOutBatch:
     ratio: Tensor | None = None
     states: Tensor | None = None
     """The teacher's at the window edges, [K + 1, B, ...]; None before they are needed."""
+    untrained_end: float | None = None
+    """The untrained network's `end_errors`; None before it is needed."""
 
     @torch.no_grad()
-    def errors(self, grids: Tensor) -> tuple[float, float]:
-        """`held_out_error` of the student and of an untrained one.
+    def velocity_error(self, grids: Tensor) -> float:
+        """`held_out_error` of the student.
 
         Args:
             grids: The teacher's steps in each window, [K, S + 1], float64, untransformed. The path is solved along them at the
                 first call only; `forget` it where they, or the teacher, change.
         """
+        edges = self._solve(grids)
+        return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
+
+    @torch.no_grad()
+    def end_errors(self, grids: Tensor) -> tuple[float, float]:
+        """How far from the teacher's end one step a window leads, the student's and an untrained network's: root mean square
+        over samples and elements. `grids` as above."""
+        edges = self._solve(grids)
+        if self.untrained_end is None:
+            self.untrained_end = self._end_error(self.untrained, edges)
+        return self._end_error(self.student, edges), self.untrained_end
+
+    def forget(self) -> None:
+        """The windows or the teacher have changed."""
+        self.states = self.untrained_end = None
+
+    def _solve(self, grids: Tensor) -> Tensor:
+        """The edges of each sample, [K + 1, B]; `states` hold the teacher's states there."""
         times = shift_time(grids.to(self.start.device)[:, :, None].expand(-1, -1, len(self.start)), self.ratio)  # [K, S + 1, B]
-        edges = torch.cat([times[:, 0], times[-1:, -1]])
-
-        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
-            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
-            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
-
         if self.states is None:
             states = [self.start]
             for window_times in times:
                 states.append(self.solve(states[-1], window_times)[-1])
             self.states = torch.stack(states)
-            self._untrained = held_out_error(self.untrained(bounds), self.states, edges, self.frame_weights)
-        return held_out_error(self.student(bounds), self.states, edges, self.frame_weights), self._untrained
+        return torch.cat([times[:, 0], times[-1:, -1]])
 
-    def forget(self) -> None:
-        """The windows or the teacher have changed."""
-        self.states = None
+    @staticmethod
+    def _bounds(edges: Tensor) -> Bounds:
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
+            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
+
+        return bounds
+
+    def _end_error(self, field_within: FieldWithin, edges: Tensor) -> float:
+        last = torch.full((len(self.start),), len(edges) - 1)
+        x = carry_to_windows(field_within(self._bounds(edges)), self.start, edges, last)
+        return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).mean().sqrt().item()
 
 
 def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weights: Tensor | None = None) -> float:
@@ -124,17 +148,17 @@ class Watch:
         return steps > 0 and steps % self.rule.every == 0
 
     def observe(self, steps: int, error: float, untrained: float) -> tuple[int, str]:
-        """Take note of a measurement, see `HeldOutBatch.errors`; NaN and infinity are worse than any number.
+        """Take note of a measurement, see `HeldOutBatch.end_errors`; NaN and infinity are worse than any number.
 
         Returns:
             Level (logging.INFO or logging.WARNING) and text of what the run's log should say.
         """
-        text = f"PeRFlow after {steps} training steps: held-out velocity error {error:.4g}, untrained {untrained:.4g}"
+        text = f"PeRFlow after {steps} training steps: held-out error {error:.4g}, of an untrained network {untrained:.4g}"
         best, self.best = self.best, min(self.best, error) if math.isfinite(error) else self.best
         if error >= untrained or not math.isfinite(error):
             return logging.WARNING, (
-                f"{text}. One step a window of the student ends no nearer to the teacher than that of a network which was not "
-                "trained at all: lower the learning rate, or check grad_clip and the warm-up; samples will be poor"
+                f"{text}. The student ends no nearer to its teacher than a network that was not trained at all: lower the "
+                "learning rate, or check grad_clip and the warm-up; samples will be poor"
             )
         if error > (1 + self.rule.tolerance) * best:
             return logging.WARNING, (

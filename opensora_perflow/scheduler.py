@@ -722,7 +722,7 @@ class PeRFlow:
             output = stdit.prediction_field(
                 network, unwrap(network), condition, to_timestep=path.to_timestep, frame_mask=frame_mask, told=told
             )
-            return path.student(output, prediction, bounds)
+            return hold_frames(path.student(output, prediction, bounds), frame_mask)
 
         return HeldOutBatch(
             start,
@@ -736,17 +736,15 @@ class PeRFlow:
         watch, curriculum, steps = self._watch, self._curriculum, self._randomness.steps - 1  # the optimizer's step is to come
         watched = watch is not None and watch.wants_measurement(steps)
         staged = curriculum is not None and curriculum.wants_measurement()
-        if watched or staged:
-            grids = self._solver_grids()
-            pairs = [held.errors(grids) for held in self._held_out]
-            error, untrained = (
-                mean_over_ranks(sum(values) / len(values), self._held_out[0].start.device) for values in zip(*pairs)
-            )
-            if watched:
-                level, text = watch.observe(steps, error, untrained)
-                if self._randomness.rank == 0:  # the others would say the same
-                    logger.log(level, text)
-            if staged and curriculum.observe(error):
+        grids = self._solver_grids() if watched or staged else None
+        if watched:
+            errors = (held.end_errors(grids) for held in self._held_out)
+            level, text = watch.observe(steps, *(self._mean_held_out(values) for values in zip(*errors)))
+            if self._randomness.rank == 0:  # the others would say the same
+                logger.log(level, text)
+        if staged:
+            error = self._mean_held_out([held.velocity_error(grids) for held in self._held_out])
+            if curriculum.observe(error):
                 logger.info(
                     "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
                     curriculum.current.num_windows,
@@ -765,6 +763,10 @@ class PeRFlow:
                 return
         if curriculum is not None:
             curriculum.progress.step += 1
+
+    def _mean_held_out(self, errors: Sequence[float]) -> float:
+        """Over the batches and over all processes, each of which has to call it."""
+        return mean_over_ranks(sum(errors) / len(errors), self._held_out[0].start.device)
 
     def _teach_by(self, model: nn.Module) -> None:
         """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""

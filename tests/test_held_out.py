@@ -14,7 +14,7 @@ from opensora_perflow.conventions import shift_time
 from opensora_perflow.held_out import HeldOutBatch, Watch, WatchConfig, held_out_error
 from opensora_perflow.hosts.timestep_transform import shift_ratio
 from opensora_perflow.schedule import linear_grid
-from opensora_perflow.solvers import solve
+from opensora_perflow.solvers import euler_step
 
 F64 = torch.float64
 
@@ -33,47 +33,83 @@ def test_the_held_out_error_is_the_velocitys_distance_from_the_teachers_windows(
     assert wrong == pytest.approx(0.3 / 3**0.5, rel=1e-5)  # one window of three is off by 0.3
 
 
-def test_errors_of_a_batch_are_those_of_one_step_in_each_window():
-    """An untrained student takes the teacher's own Euler step; one that jumps as the teacher does errs by nothing."""
-    field, x = Gaussian(), torch.randn(64, 3, dtype=F64)
-    edges = torch.tensor([1.0, 0.7, 0.2, 0.0], dtype=F64)
+EDGES = torch.tensor([1.0, 0.7, 0.2, 0.0], dtype=F64)
+GRIDS = linear_grid(EDGES[:-1], EDGES[1:], 4).T
 
-    def jumping(bounds):
-        def velocity(x, t):
-            start, end = bounds(t)
-            return (field.exact(x, start, end) - x) / (end - start)[:, None]
 
-        return velocity
+def gaussian_batch(student=None):
+    """Held-out noise of the closed-form Gaussian; an untrained network is the field itself."""
+    field = Gaussian()
 
     def exact(x, times):
         return torch.stack([field.exact(x, times[0], t) for t in times])
 
-    held = HeldOutBatch(x, solve=exact, student=jumping, untrained=lambda bounds: field)
-    error, untrained = held.errors(linear_grid(edges[:-1], edges[1:], 4).T)
-    states = exact(x, edges[:, None].expand(-1, 64))
-    each = [
-        ((field(states[k], edges[k].expand(64)) - (states[k + 1] - states[k]) / (edges[k + 1] - edges[k])) ** 2).mean()
-        for k in range(3)
+    def untrained(bounds):
+        return field
+
+    return field, HeldOutBatch(torch.randn(64, 3, dtype=F64), solve=exact, student=student or untrained, untrained=untrained)
+
+
+def jumping(shift=0.0):
+    """A student that lands where the teacher does, and `shift` beside it for each unit of time."""
+    field = Gaussian()
+
+    def student(bounds):
+        def velocity(x, t):
+            start, end = bounds(t)
+            return (field.exact(x, start, end) - x) / (end - start)[:, None] - shift
+
+        return velocity
+
+    return student
+
+
+def test_the_end_is_that_of_one_step_in_each_window():
+    field, held = gaussian_batch(jumping())
+    error, untrained = held.end_errors(GRIDS)
+    x = held.start
+    for start, end in zip(EDGES, EDGES[1:]):
+        x = euler_step(field, x, start.expand(64), end.expand(64))
+    exact = field.exact(held.start, EDGES[:1].expand(64), EDGES[-1:].expand(64))
+    assert error < 1e-6  # the mean is taken in float32
+    assert untrained == pytest.approx((x - exact).square().mean().sqrt().item(), rel=1e-5)
+    assert held.velocity_error(GRIDS) < 1e-6  # objectives return float32
+
+
+def test_errors_of_windows_add_up_at_the_end():
+    """Alike in every window, .2 a unit of time moves the last window's end by .2 of its length, and earlier ones as far as the
+    teacher's flow carries them: by sqrt(var(0) / var(t)), the closed form's own factor."""
+    field, held = gaussian_batch(jumping(shift=0.2))
+    lengths = EDGES[:-1] - EDGES[1:]
+    moved = [
+        field.exact(torch.ones(1, 3, dtype=F64), end[None], EDGES[-1:])
+        - field.exact(torch.zeros(1, 3, dtype=F64), end[None], EDGES[-1:])
+        for end in EDGES[1:]
     ]
-    assert error < 1e-6  # objectives return float32
-    assert untrained == pytest.approx(torch.stack(each).mean().sqrt().item(), rel=1e-5)
+    expected = sum(0.2 * length * factor[0, 0] for length, factor in zip(lengths, moved)).item()
+    assert held.end_errors(GRIDS)[0] == pytest.approx(expected, rel=1e-5)
+    assert held.velocity_error(GRIDS) == pytest.approx(0.2, rel=1e-5)
+
+
+def test_frames_without_weight_do_not_count():
+    field = lambda bounds: lambda x, t: torch.zeros_like(x)  # noqa: E731
+    start = torch.randn(2, 4, 3, 2, 2)
+    weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    teacher = torch.stack([start, start + torch.tensor([1.0, 2.0, 4.0])[:, None, None]])
+    held = HeldOutBatch(start, solve=lambda x, times: teacher, student=field, untrained=field, frame_weights=weights)
+    grids = torch.tensor([[1.0, 0.0]], dtype=F64)
+    assert held.end_errors(grids)[0] == pytest.approx(((1 + 4) / 2 / 2 + 1 / 2) ** 0.5)
 
 
 def test_the_path_is_solved_once_until_it_is_forgotten():
-    solved = []
-
-    def count(x, times):
-        solved.append(times)
-        return solve(lambda x, t: x, x, times).expand(len(times), *x.shape)
-
-    field = lambda bounds: lambda x, t: x  # noqa: E731
-    held = HeldOutBatch(torch.randn(2, 3), solve=count, student=field, untrained=field)
-    grids = torch.tensor([[1.0, 0.5], [0.5, 0.0]], dtype=F64)
-    held.errors(grids), held.errors(grids)
-    assert len(solved) == 2
+    field, held = gaussian_batch()
+    solved, solve = [], held.solve
+    held.solve = lambda x, times: solved.append(times) or solve(x, times)
+    held.end_errors(GRIDS), held.end_errors(GRIDS), held.velocity_error(GRIDS)
+    assert len(solved) == 3  # once a window
     held.forget()
-    held.errors(grids)
-    assert len(solved) == 4
+    held.velocity_error(GRIDS)
+    assert len(solved) == 6
 
 
 @pytest.mark.parametrize(
@@ -88,13 +124,15 @@ def test_the_path_is_solved_once_until_it_is_forgotten():
 def test_what_is_said_of_a_measurement(errors, expected):
     watch = Watch(WatchConfig(every=10, tolerance=0.25))
     words = {
-        "worse": "no nearer to the teacher than that of a network which was not trained",
+        "worse": "no nearer to its teacher than a network that was not trained",
         "rises": "best so far 0.4. It rises",
     }
     for i, (error, kind) in enumerate(zip(errors, expected, strict=True)):
         level, text = watch.observe(10 * (i + 1), error, untrained=1.0)
         assert level == (logging.INFO if kind == "info" else logging.WARNING)
-        assert text.startswith(f"PeRFlow after {10 * (i + 1)} training steps: held-out velocity error {error:.4g}, untrained 1")
+        assert text.startswith(
+            f"PeRFlow after {10 * (i + 1)} training steps: held-out error {error:.4g}, of an untrained network 1"
+        )
         assert words.get(kind, "") in text
 
 
@@ -117,7 +155,7 @@ def test_a_run_measures_itself_after_so_many_steps(caplog):
     lines = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
     assert [line.split()[2] for line in lines] == ["2", "4"]
     # Nothing was trained: the student is its teacher's copy, to the last bit.
-    error, untrained = scheduler._held_out[0].errors(scheduler._solver_grids())
+    error, untrained = scheduler._held_out[0].end_errors(scheduler._solver_grids())
     assert error == untrained > 0
     assert all("was not trained at all" in line for line in lines)
 
@@ -166,7 +204,9 @@ def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_move
     assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
     original = network.forward
     network.forward = lambda *a, **k: original(*a, **k) + 0.25
-    error, untrained = held.errors(scheduler._solver_grids())
+    assert held.velocity_error(scheduler._solver_grids()) == pytest.approx(0.25, rel=1e-4)
+    # The whole way from t = 1 to 0; of the sample that has a frozen frame the four others count.
+    error, untrained = held.end_errors(scheduler._solver_grids())
     assert error == pytest.approx(0.25, rel=1e-4) and untrained < 1e-5
 
 

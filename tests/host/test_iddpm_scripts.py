@@ -43,7 +43,7 @@ def losses(output: str) -> list[float]:
 
 def measured(output: str) -> list[str]:
     """The training steps after which the run measured its student."""
-    return re.findall(r"after (\d+) training steps: held-out velocity error \d", output)
+    return re.findall(r"after (\d+) training steps: held-out error \d", output)
 
 
 @pytest.fixture(scope="module")
