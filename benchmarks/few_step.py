@@ -365,7 +365,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the world stdit3")
-    parser.add_argument("--recipes", nargs="+", help="only the recipes whose names contain one of these")
+    parser.add_argument("--recipes", nargs="+", help="only the recipes of these names, or whose names contain these")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, one core each (default 1)")
     return parser
 
@@ -388,16 +388,22 @@ def run_seeds(
             yield done.result()
 
 
+def select(known: Sequence[Recipe], asked: Sequence[str] | None) -> list[Recipe]:
+    """The recipes of these names, or whose names contain one that is nobody's name; all of them where none is asked for."""
+    names = {recipe.name for recipe in known}
+    return [
+        recipe
+        for recipe in known
+        if not asked or any(part == recipe.name or (part in recipe.name and part not in names) for part in asked)
+    ]
+
+
 def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
     set_up_process()
     for name in args.world:
         world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora)
         scale = SCALES[args.size]["mixture" if name == "mixture" else "video"]
-        chosen = [
-            recipe
-            for recipe in recipes_of(world, scale.iterations)
-            if not args.recipes or any(part in recipe.name for part in args.recipes)
-        ]
+        chosen = select(recipes_of(world, scale.iterations), args.recipes)
         command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
         command += f" --open-sora {args.open_sora.resolve().name}" if name == "stdit3" else ""
         command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"

@@ -50,3 +50,10 @@ def test_a_comparison_of_two_recipes(script, tmp_path, device):
     text = few_step.write(world, results, tmp_path, "a command")
     assert "| ours, 4 steps | 4 |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"mixture.json", "mixture.md", "mixture.png"}
+
+
+def test_recipes_are_named_whole_or_in_part(script):
+    few_step = script("few_step")
+    known = [few_step.Recipe(name, {}, 1) for name in ("ours", "ours, longer", "theirs, longer")]
+    for asked, found in ((None, [0, 1, 2]), (["ours"], [0]), (["longer"], [1, 2]), (["ours", "theirs"], [0, 2])):
+        assert few_step.select(known, asked) == [known[i] for i in found]
