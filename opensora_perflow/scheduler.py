@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opensora_perflow.config import PeRFlowConfig, as_scales, from_mapping, path_of_keys
 from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.curriculum import Curriculum
+from opensora_perflow.drawing import DrawnWindows, draw_windows
 from opensora_perflow.guidance import draw_scales, image_scale_ramp, oscillating_scale, scale_of_window
 from opensora_perflow.held_out import HeldOutBatch, Watch
 from opensora_perflow.hosts import stdit
@@ -27,50 +28,17 @@ from opensora_perflow.hosts.timestep_transform import installed_formula, is_imag
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.long_video import fade_change
 from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
-from opensora_perflow.overlap import place_windows
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.randomness import TrainingRandomness
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
-from opensora_perflow.schedule import (
-    WeightedTimes,
-    draw_positions,
-    draw_times,
-    linear_grid,
-    mix_in_edge,
-    redraw_above,
-    sampling_grid,
-)
+from opensora_perflow.schedule import linear_grid, sampling_grid
 from opensora_perflow.solvers import Velocity, hold_frames
 from opensora_perflow.state import StudentState, check_resumed, find_state, sampling_mismatch, write_state
 from opensora_perflow.teacher import check_finite, copy_frozen, fingerprint, load_teacher
 from opensora_perflow.windows import TimeWindows
 
 logger = logging.getLogger("opensora_perflow")
-
-
-@dataclass(frozen=True)
-class DrawnWindows:
-    """A window for each sample of a batch, and the times at which the student is trained in it. All times float64."""
-
-    window_idx: Tensor
-    """[B], 0 is the noisiest."""
-    ratio: Tensor | None
-    """[B], the warp of the windows' edges; None where there is none."""
-    route: Tensor
-    """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is the window's noisy edge."""
-    solver_times: Tensor
-    """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
-    drawn: WeightedTimes
-    """[n, B]."""
-
-    @property
-    def t_start(self) -> Tensor:
-        return self.solver_times[0]
-
-    @property
-    def t_end(self) -> Tensor:
-        return self.solver_times[-1]
 
 
 @SCHEDULERS.register_module("perflow")
@@ -472,49 +440,25 @@ class PeRFlow:
         generator: torch.Generator,
         drawn_by_host: bool = False,
     ) -> DrawnWindows:
-        """Windows by a drawn or given time per sample, and the times inside them; one that is asked for is the only one."""
-        config, draws = self.config, self.config.draws
-        draw_ratio, window_ratio = self._ratios(model_args, sampling=False), self._window_ratio(model_args)
-        if timestep is not None:
-            t = path.from_timestep(timestep)
-        else:
-            u = draw_times(
-                len(data),
-                distribution=config.sample_method,
-                loc=config.loc,
-                scale=config.scale,
-                num_levels=self.num_timesteps if config.use_discrete_timesteps else None,
-                device=data.device,
-                generator=generator,
-            )
-            t = shift_time(u, draw_ratio)
-            if config.uniform_over_threshold is not None and draw_ratio is not None and not is_image(model_args):
-                t = redraw_above(t, config.uniform_over_threshold, generator)
-            if draws.windows == "even" and not self._windows.is_uniform and not config.use_discrete_timesteps:
-                t = shift_time(self._windows.spread(unshift_time(t, window_ratio)), window_ratio)
-        placed = place_windows(self._partitions, unshift_time(t, window_ratio), overlap=draws.overlap, generator=generator)
-        if self._curriculum is None:
-            grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)
-        else:
-            grid = self._solver_grids().to(t.device)[placed.window_idx].T
-        solver_times = shift_time(grid, window_ratio)
-        drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
-        if timestep is None or drawn_by_host:
+        """Windows by a drawn or given timestep per sample; one that is asked for is the only time that is trained."""
+        given, draw_ratio = None if timestep is None else path.from_timestep(timestep), self._ratios(model_args, sampling=False)
+        redraws = self.config.uniform_over_threshold is not None and draw_ratio is not None
+        return draw_windows(
+            self.config,
+            self._partitions,
+            len(data),
+            num_timesteps=self.num_timesteps,
+            solver_grids=None if self._curriculum is None else self._solver_grids(),
+            draw_ratio=draw_ratio,
+            window_ratio=self._window_ratio(model_args),
+            images=redraws and is_image(model_args),
+            given=given,
+            given_only=given is not None and not drawn_by_host,
             # 1.0 and 1.1 checkpoint gradients re-entrantly, which ZeRO's hooks bear for one evaluation a step.
-            count = 1 if drawn_by_host and draws.per_solve is None else config.times_a_solve
-            positions = draw_positions(
-                count - (draws.distribution == "host"),
-                len(data),
-                distribution="uniform" if draws.distribution == "host" else draws.distribution,
-                beta=draws.beta,
-                device=t.device,
-                generator=generator,
-            )
-            times = shift_time(placed.times(positions), window_ratio)
-            times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
-            drawn = mix_in_edge(times, solver_times[0], draws.edge_mass, generator)
-        route = shift_time(placed.route, window_ratio)
-        return DrawnWindows(placed.window_idx, window_ratio, route, solver_times, drawn)
+            single=drawn_by_host and self.config.draws.per_solve is None,
+            device=data.device,
+            generator=generator,
+        )
 
     @torch.no_grad()
     def _roll_out(
