@@ -363,6 +363,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
         default="cpu",
         help="cpu: minutes a recipe; full: longer; gpu: on CUDA, larger",
     )
+    parser.add_argument("--full", action="store_const", const="full", dest="size", help="the same as --size full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the world stdit3")
     parser.add_argument("--recipes", nargs="+", help="only the recipes of these names, or whose names contain these")

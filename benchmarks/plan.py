@@ -222,7 +222,7 @@ def main() -> None:
         return
     if args.substeps:
         for num_windows in args.windows:
-            for method, each in (("heun", 2), ("heun", 1), ("euler", 8), ("euler", 4)):
+            for method, each in (("midpoint", 2), ("midpoint", 1), ("heun", 2), ("euler", 8), ("euler", 4)):
                 substeps(world, num_windows, method, each)
         return
     results = []
