@@ -345,8 +345,8 @@ class PeRFlowConfig:
     objective: Any = "perflow"
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     watch: WatchConfig | None = field(default_factory=WatchConfig)
-    """Training only: dict(every=200, tolerance=0.25): log every so many steps how far one step a window ends from the teacher
-    on the run's first batch, and warn where that gets worse (see held_out.py). None: off."""
+    """Training only: dict(every=200, tolerance=0.25): log every so many steps how far the student's few steps end from the
+    teacher on the run's first batch, and warn where that gets worse (see held_out.py). None: off."""
     allow_change: bool = False
     """Go on with --load although windows, path, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""

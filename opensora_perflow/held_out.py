@@ -119,13 +119,18 @@ def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weigh
     return torch.stack(losses).mean().sqrt().item()
 
 
+TIE = 0.02
+"""Share by which an error may exceed an untrained network's without a word: the first steps of a warm-up change nothing yet."""
+
+
 @dataclass(frozen=True)
 class WatchConfig:
     """When a run measures itself, and what it warns of."""
 
     every: int = 200
-    """Training steps between two measurements, >= 1. One costs an evaluation of the student for each window; the first also
-    the teacher's path through all windows."""
+    """Training steps between two measurements, >= 1; the first ones come after an eighth, a quarter and a half of that, as a
+    learning rate that is too high shows early. One costs an evaluation of the student for each window; the first also the
+    teacher's path through all windows."""
     tolerance: float = 0.25
     """Share by which the error may rise above its least before a warning, >= 0."""
 
@@ -145,7 +150,8 @@ class Watch:
 
     def wants_measurement(self, steps: int) -> bool:
         """After so many training steps of the run? A rule of steps alone, so that all ranks measure together."""
-        return steps > 0 and steps % self.rule.every == 0
+        every = self.rule.every
+        return steps > 0 and (steps % every == 0 or steps in (every // 8, every // 4, every // 2))
 
     def observe(self, steps: int, error: float, untrained: float) -> tuple[int, str]:
         """Take note of a measurement, see `HeldOutBatch.end_errors`; NaN and infinity are worse than any number.
@@ -155,9 +161,9 @@ class Watch:
         """
         text = f"PeRFlow after {steps} training steps: held-out error {error:.4g}, of an untrained network {untrained:.4g}"
         best, self.best = self.best, min(self.best, error) if math.isfinite(error) else self.best
-        if error >= untrained or not math.isfinite(error):
+        if error > (1 + TIE) * untrained or not math.isfinite(error):
             return logging.WARNING, (
-                f"{text}. The student ends no nearer to its teacher than a network that was not trained at all: lower the "
+                f"{text}. The student ends further from its teacher than a network that was not trained at all: lower the "
                 "learning rate, or check grad_clip and the warm-up; samples will be poor"
             )
         if error > (1 + self.rule.tolerance) * best:
