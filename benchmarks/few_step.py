@@ -281,13 +281,18 @@ def reaches(results: list[dict[str, Any]], first: str, second: str) -> dict[str,
 def markdown(world: World, results: list[dict[str, Any]], command: str) -> str:
     """The table, as benchmarks/README.md shows it."""
     floors = [result["floor"] for result in results]
-    spread = statistics.stdev(floors) if len(floors) > 1 else 0.0
+    several = len(floors) > 1
+
+    def cell(mean: float, spread: float, digits: int) -> str:
+        return f"{mean:.{digits}f} ± {spread:.{digits}f}" if several else f"{mean:.{digits}f}"
+
+    floor = cell(1000 * statistics.mean(floors), 1000 * statistics.stdev(floors) if several else 0.0, 2)
     own = world.own_column.replace("_", " ")
     lines = [
         f"`{command}`",
         "",
-        f"Mean and standard deviation of {len(floors)} seed(s). Energy distance in 1/1000; two independent sets of the "
-        f"teacher's samples are {1000 * statistics.mean(floors):.2f} ± {1000 * spread:.2f} apart.",
+        (f"Mean and standard deviation of {len(floors)} seeds." if several else f"Seed {results[0]['seed']} alone.")
+        + f" Energy distance in 1/1000; two independent sets of the teacher's samples are {floor} apart.",
         "",
         f"| sampler | NFE | endpoint error | energy distance | {own} | teacher calls | optimizer steps | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -298,8 +303,8 @@ def markdown(world: World, results: list[dict[str, Any]], command: str) -> str:
             cost = f"| {row['teacher_calls']:.0f} | {row['optimizer_steps']:.0f} | {row['train_seconds']:.0f} |"
         lines.append(
             f"| {row['sampler'].strip()}, {row['steps']} steps | {row['nfe']} "
-            f"| {row['endpoint_error']:.4f} ± {row['endpoint_error_std']:.4f} "
-            f"| {1000 * row['energy_distance']:.2f} ± {1000 * row['energy_distance_std']:.2f} "
+            f"| {cell(row['endpoint_error'], row['endpoint_error_std'], 4)} "
+            f"| {cell(1000 * row['energy_distance'], 1000 * row['energy_distance_std'], 2)} "
             f"| {row[world.own_column]:.1%} {cost}"
         )
     names = list(results[0]["curves"])

@@ -48,7 +48,8 @@ def test_a_comparison_of_two_recipes(script, tmp_path, device):
     assert rows["ours", 16]["teacher_calls"] == 3 * 8
     assert rows["host's rflow", 30]["endpoint_error"] < rows["host's rflow", 4]["endpoint_error"]
     text = few_step.write(world, results, tmp_path, "a command")
-    assert "| ours, 4 steps | 4 |" in text
+    assert "| ours, 4 steps | 4 |" in text and text.count("±") == 1 + 2 * 10  # the floor, and two columns of ten rows
+    assert "±" not in few_step.markdown(world, results[:1], "a command")  # one seed has no spread
     assert {path.name for path in tmp_path.iterdir()} == {"mixture.json", "mixture.md", "mixture.png"}
 
 
