@@ -91,7 +91,7 @@ def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path:
     printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=tmp_path)
     assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step8"]
     assert np.isfinite(losses(printed)).all()
-    measured = re.findall(r"after (\d) training steps: held-out error ([\d.]+), of an untrained network ([\d.]+)", printed)
+    measured = re.findall(r"after (\d) training steps: held-out error (\d+\.\d+), of an untrained network (\d+\.\d+)", printed)
     assert [steps for steps, _, _ in measured] == ["1", "3", "6"]  # said by one process
     assert measured[1][1] != measured[2][1] and measured[1][2] == measured[2][2]
 
