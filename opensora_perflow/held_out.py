@@ -128,9 +128,9 @@ class WatchConfig:
     """When a run measures itself, and what it warns of."""
 
     every: int = 200
-    """Training steps between two measurements, >= 1; the first ones come after an eighth, a quarter and a half of that, as a
-    learning rate that is too high shows early. One costs an evaluation of the student for each window; the first also the
-    teacher's path through all windows."""
+    """Training steps between two measurements, >= 1; the first ones come after a quarter and a half of that, as a learning rate
+    that is too high shows early (not earlier: a good one may lose a little at first). One costs an evaluation of the student
+    for each window; the first also the teacher's path through all windows."""
     tolerance: float = 0.25
     """Share by which the error may rise above its least before a warning, >= 0."""
 
@@ -151,7 +151,7 @@ class Watch:
     def wants_measurement(self, steps: int) -> bool:
         """After so many training steps of the run? A rule of steps alone, so that all ranks measure together."""
         every = self.rule.every
-        return steps > 0 and (steps % every == 0 or steps in (every // 8, every // 4, every // 2))
+        return steps > 0 and (steps % every == 0 or steps in (every // 4, every // 2))
 
     def observe(self, steps: int, error: float, untrained: float) -> tuple[int, str]:
         """Take note of a measurement, see `HeldOutBatch.end_errors`; NaN and infinity are worse than any number.

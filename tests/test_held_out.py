@@ -138,8 +138,8 @@ def test_what_is_said_of_a_measurement(errors, expected):
 
 def test_the_first_measurements_come_early():
     watch = Watch(WatchConfig(every=200))
-    assert [steps for steps in range(801) if watch.wants_measurement(steps)] == [25, 50, 100, 200, 400, 600, 800]
-    watch = Watch(WatchConfig(every=3))  # an eighth and a quarter of it are no steps
+    assert [steps for steps in range(801) if watch.wants_measurement(steps)] == [50, 100, 200, 400, 600, 800]
+    watch = Watch(WatchConfig(every=3))  # a quarter of it is no step
     assert [steps for steps in range(10) if watch.wants_measurement(steps)] == [1, 3, 6, 9]
 
 
