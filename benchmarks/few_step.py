@@ -21,7 +21,9 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -379,6 +381,9 @@ def arguments(description: str) -> argparse.ArgumentParser:
 def set_up_process() -> None:
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
     logging.getLogger("opensora_perflow").setLevel(logging.WARNING)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # a pool that was killed does not end its workers
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_seeds(

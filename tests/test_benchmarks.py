@@ -1,6 +1,9 @@
 """The benchmarks' scripts still fit the package: each can be imported, and the comparison runs with very little work."""
 
 import importlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,24 @@ def test_recipes_are_named_whole_or_in_part(script):
     known = [few_step.Recipe(name, {}, 1) for name in ("ours", "ours, longer", "theirs, longer")]
     for asked, found in ((None, [0, 1, 2]), (["ours"], [0]), (["longer"], [1, 2]), (["ours", "theirs"], [0, 2])):
         assert few_step.select(known, asked) == [known[i] for i in found]
+
+
+POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from few_step import set_up_process
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_up_process) as pool:
+        pool.submit(print, "works", flush=True).result()
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_workers_end_with_the_process_that_was_killed(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "pool.py")], env={**os.environ, "PYTHONPATH": str(FOLDER)}, stdout=subprocess.PIPE
+    ) as pool:
+        assert pool.stdout.readline() == b"works\n"
+        pool.kill()
+        pool.communicate(timeout=60)  # raises while anyone, such as the worker, still holds the other end of the pipe
