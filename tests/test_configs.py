@@ -45,6 +45,13 @@ def test_stages_are_what_they_say(load):
     assert "144p" not in load(FOLDER / "perflow_stage2.py").bucket_config
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_checkpoint_folders_can_be_given(path, load):
+    """1.3's STDiT3-XL/2 with force_huggingface takes --ckpt-path for a repository; a repository's name loads without it too
+    (v1.3 opensora/models/stdit/stdit3.py:613)."""
+    assert "force_huggingface" not in load(path).model
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage1_v1_3", "stage2_v1_3", "data_free", "curriculum"])
 def test_what_configs_write_out_are_the_defaults(name, load):
     written, default = (PeRFlowConfig(**c).draws for c in (scheduler_keys(load, name), {}))

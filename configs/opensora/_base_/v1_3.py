@@ -8,7 +8,6 @@ model = dict(
     enable_layernorm_kernel=True,  # needs apex; else start with --layernorm-kernel False
     kernel_size=(8, 8, -1),  # attention window: height, width, all frames
     use_spatial_rope=True,
-    force_huggingface=True,
 )
 vae = dict(
     type="OpenSoraVAE_V1_3",
