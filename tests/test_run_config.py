@@ -50,6 +50,17 @@ def test_checkpoints_of_a_perflow_run_are_recognised(run_folder, tmp_path_factor
     assert not is_distilled("hpcai-tech/OpenSora-STDiT-v3")
 
 
+def test_a_later_stage_that_starts_from_no_student_says_so(run_folder, caplog):
+    expected = TeacherConfig(allow_distilled=True)
+    main(lambda: check_teacher_source(TeacherConfig()), load=None)
+    check_teacher_source(TeacherConfig(from_pretrained=str(run_folder / "epoch0-global_step8"), allow_distilled=True))
+    assert not caplog.records
+    main(lambda: check_teacher_source(expected), load=None)
+    check_teacher_source(expected)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "the weights 'teacher' are one" in first and "this run's first weights are one" in second
+
+
 def test_a_distilled_teacher_must_be_meant(run_folder):
     weights = str(run_folder / "epoch0-global_step8")
     with pytest.raises(ValueError, match="allow_distilled=True"):

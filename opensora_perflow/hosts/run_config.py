@@ -8,6 +8,7 @@ that is where this looks.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from opensora_perflow.config import TeacherConfig
 from opensora_perflow.state import find_state
+
+logger = logging.getLogger("opensora_perflow")
 
 
 def main_variables() -> Mapping[str, Any]:
@@ -65,7 +68,7 @@ def is_distilled(checkpoint: str | Path) -> bool:
 
 
 def check_teacher_source(teacher: TeacherConfig) -> str:
-    """Where the teacher's weights will come from, in words for the log.
+    """Where the teacher's weights will come from, in words for the log. Warns where a student is expected and none is known.
 
     Raises:
         ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
@@ -80,7 +83,14 @@ def check_teacher_source(teacher: TeacherConfig) -> str:
             f'its teacher; say where the teacher is: scheduler = dict(type="perflow", {suggestion}, ...)'
         )
     weights = pretrained if source is None else source
-    if weights is not None and is_distilled(weights) and not teacher.allow_distilled:
+    distilled = weights is not None and is_distilled(weights)
+    if teacher.allow_distilled and not distilled:
+        logger.warning(
+            "teacher.allow_distilled expects a PeRFlow student, but nothing says that %s one: no perflow.json lies beside "
+            "them. A later stage starts from the checkpoint of the one before: --ckpt-path, or teacher.from_pretrained",
+            "this run's first weights are" if weights is None else f"the weights {str(weights)!r} are",
+        )
+    if distilled and not teacher.allow_distilled:
         raise ValueError(
             f"the teacher's weights {str(weights)!r} were written by a PeRFlow run: they are a student's; name the original "
             "model in teacher=dict(from_pretrained=...), or accept the student as teacher of a later stage with "
