@@ -30,7 +30,7 @@ FRESH = 1000
 
 _HOST_ARGUMENTS = (
     "  opensora-perflow {command} --script ../Open-Sora/scripts/inference.py {options} -- \\\n"
-    "      configs/opensora-v1-2/inference/sample.py --ckpt-path CKPT --prompt-path prompts.txt --batch-size 2\n"
+    "      {config} --ckpt-path {weights} --prompt-path prompts.txt --batch-size 2\n"
     "A script's own command line follows `--`; it runs up to its first sample, so everything is loaded as it loads it.\n"
 )
 
@@ -51,7 +51,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "examples:\n"
             "  opensora-perflow plan --steps 4 8 --out plan.json                 the demo's tiny video model\n"
             "  opensora-perflow plan --windows 8 --student pilot.safetensors --student-windows 4\n"
-            + _HOST_ARGUMENTS.format(command="plan", options="--steps 8")
+            + _HOST_ARGUMENTS.format(
+                command="plan", options="--steps 8", config="configs/opensora-v1-2/inference/sample.py", weights="CKPT"
+            )
             + 'then: scheduler = dict(type="perflow", windows="plan.json", num_sampling_steps=8, ...)'
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,7 +78,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         epilog=(
             "examples:\n"
             "  opensora-perflow curve --student perflow_demo/student.safetensors --student-windows 4 --out curve\n"
-            + _HOST_ARGUMENTS.format(command="curve", options="--teacher TEACHER_CKPT")
+            + _HOST_ARGUMENTS.format(
+                command="curve",
+                options="--teacher TEACHER",
+                config="../opensora_perflow/configs/opensora/perflow_inference_stage2.py",
+                weights="STUDENT",
+            )
+            + "Without --teacher the script's network is measured against its own fine path.\n"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -76,8 +76,8 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     that it was distilled from, and else a teacher too, sampled as the config says.
 
     Raises:
-        ValueError: a scheduler other than rflow and perflow, or a perflow of the ddpm path; see run.prepare, first_call and
-            teacher.load_teacher.
+        ValueError: a scheduler other than rflow and perflow, a perflow of the ddpm path, a teacher for an rflow, or scales that
+            differ from window to window; see run.prepare, first_call and teacher.load_teacher.
     """
     prepare(script)
     call = first_call(script, arguments)
@@ -85,26 +85,54 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     kind = config.pop("type", None)
     if kind not in ("rflow", "perflow"):
         raise ValueError(f"plans are made for rectified flows: scheduler type rflow or perflow, got {kind!r}")
+    if kind == "rflow" and teacher is not None:
+        raise ValueError(
+            "the script's config has scheduler type rflow, which is a teacher itself, and --teacher names another; give the "
+            "config that the student is sampled with, such as configs/opensora/perflow_inference_stage2.py, or leave "
+            "out --teacher"
+        )
     if kind == "rflow":
         config = {**config, "windows": 1, "path": "linear"}
     scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
     settings, ratio = scheduler.config, scheduler._window_ratio(call.additional_args)
     if settings.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
-    fixed = settings.guidance.mode == "fixed"
-    own_scale = 1.0 if fixed else settings.cfg_scale
-    own = _host_probes(call, call.model, own_scale, settings, ratio)
-    branches = 1 if own_scale == 1.0 else 2
+    scale = _one_scale("cfg_scale", scheduler._step_scales(None))
+    own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[settings.guidance.mode]
+    own = _host_probes(call, call.model, own_guidance, settings, ratio)
     if teacher is None:
-        return Subject(kind, own, branches=(branches, branches))
-    scale = settings.guidance.scale if fixed else own_scale
+        return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
+    if settings.guidance.mode == "fixed":
+        scale = _one_scale("guidance.scale", settings.guidance.scale)
+    guidance = Guided(told=scale) if settings.teacher.takes_scale else Guided(scale)
     frozen = load_teacher(unwrap(call.model), teacher)
-    by_teacher = _host_probes(call, frozen, scale, settings, ratio)
-    return Subject(kind, by_teacher, own, settings.windows, (1 if scale == 1.0 else 2, branches))
+    by_teacher = _host_probes(call, frozen, guidance, settings, ratio)
+    return Subject(kind, by_teacher, own, settings.windows, (guidance.branches, own_guidance.branches))
 
 
-def _host_probes(call: InferenceCall, network: nn.Module, scale: float, settings, ratio) -> Callable[[int, int], Probe]:
+@dataclass(frozen=True)
+class Guided:
+    """Guidance of a network: by a scale from outside (1 = none), or by one that it is told."""
+
+    scale: float = 1.0
+    told: float | None = None
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+
+def _one_scale(name: str, scales: float | Sequence[float]) -> float:
+    """The scale that is the same in every window."""
+    distinct = list(dict.fromkeys(scales if isinstance(scales, Sequence) else [scales]))
+    if len(distinct) > 1:
+        raise ValueError(f"plan and curve measure at one guidance scale in all windows, got {name} {distinct}; set one number")
+    return distinct[0]
+
+
+def _host_probes(call: InferenceCall, network: nn.Module, guidance: Guided, settings, ratio) -> Callable[[int, int], Probe]:
     """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own."""
+    told = None if guidance.told is None else torch.full((len(call.prompts),), guidance.told, dtype=torch.float64)
     condition = stdit.sampling_condition(
         unwrap(network),
         call.text_encoder,
@@ -112,15 +140,16 @@ def _host_probes(call: InferenceCall, network: nn.Module, scale: float, settings
         negative_prompts=call.neg_prompts,
         additional_args=call.additional_args,
         reference=None,
-        needs_null=scale != 1.0,
+        needs_null=guidance.branches > 1,
     )
     velocity = stdit.velocity_field(
         network,
         unwrap(network),
         condition,
         num_timesteps=int(settings.num_timesteps),
-        text_scale=scale,
-        flaw_fix=settings.use_flaw_fix and scale != 1.0,
+        text_scale=guidance.scale,
+        flaw_fix=settings.use_flaw_fix and guidance.branches > 1,
+        told=told,
     )
 
     def probe(count: int, seed: int) -> Probe:

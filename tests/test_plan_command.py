@@ -38,6 +38,7 @@ def main():
     config = dict(type=kind, cfg_scale=3.0, use_timestep_transform=True)
     if kind == "perflow":
         config.update(windows=2, guidance=dict(mode="fixed", scale=3.0))
+    config.update(eval(sys.argv[3]) if len(sys.argv) > 3 else {})
     if kind == "none":
         return
     scheduler = SCHEDULERS.build(config)
@@ -193,6 +194,40 @@ def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
     assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
     rows = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3]
+
+
+def test_a_hosts_student_is_told_its_scale(checkout):
+    """mode range: one evaluation a step, of a network that is told. Told 1 it is the unguided network, to the last bit."""
+    from opensora_perflow.demo.model import WEIGHTS
+
+    found = {}
+    for name, changes in {
+        "told": dict(cfg_scale=1.0, guidance=dict(mode="range", scale=(1.0, 4.0))),
+        "unguided": dict(guidance=dict(mode="fixed", scale=1.0)),
+        "told 4": dict(cfg_scale=4.0, guidance=dict(mode="range", scale=(1.0, 4.0))),
+    }.items():
+        options = ["--teacher", str(WEIGHTS), "--max-steps", "1", "--out", name]
+        result = start(checkout, "curve", *options, host=["perflow", "None", repr(changes)])
+        assert result.returncode == 0, result.stderr
+        found[name] = json.loads((checkout.parent / name / "curve.json").read_text())["rows"][0]
+    assert found["told"] == found["unguided"] and found["told"]["nfe"] == found["told 4"]["nfe"] == 1
+    assert found["told 4"]["error"] > found["told"]["error"] > 0  # it was not trained to be told anything
+
+
+@pytest.mark.parametrize(
+    "host, message",
+    [
+        (["perflow", "None", "dict(guidance=dict(mode='sync'), cfg_scale=[3, 2])"], "one guidance scale in all windows"),
+        (["perflow", "None", "dict(guidance=dict(mode='fixed', scale=[3, 2]))"], "got guidance.scale [3, 2]"),
+        (["perflow", "None", "dict(cfg_scale=9.0, guidance=dict(mode='range', scale=(1, 4)))"], "scales from 1 to 4"),
+        (["rflow", "None"], "has scheduler type rflow, which is a teacher itself"),
+    ],
+)
+def test_students_that_cannot_be_compared_with_a_teacher(checkout, host, message):
+    from opensora_perflow.demo.model import WEIGHTS
+
+    result = start(checkout, "curve", "--teacher", str(WEIGHTS), host=host)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
