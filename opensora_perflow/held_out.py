@@ -34,7 +34,7 @@ class HeldOutBatch:
 
     Args:
         start: States at t = 1, [B, ...].
-        solve: (x [B, ...], times [S + 1, B]) -> the teacher's states at those times, [S + 1, B, ...].
+        solve: (x [B, ...], times [S + 1, B], k) -> the teacher's states at those times in window k, [S + 1, B, ...].
         student: The student's field on this batch.
         untrained: The field that a student has which is still its teacher's copy.
         frame_weights: [B, T], see `objectives.mean_over_frames`.
@@ -42,7 +42,7 @@ class HeldOutBatch:
     """
 
     start: Tensor
-    solve: Callable[[Tensor, Tensor], Tensor]
+    solve: Callable[[Tensor, Tensor, int], Tensor]
     student: FieldWithin
     untrained: FieldWithin
     frame_weights: Tensor | None = None
@@ -81,8 +81,8 @@ class HeldOutBatch:
         times = shift_time(grids.to(self.start.device)[:, :, None].expand(-1, -1, len(self.start)), self.ratio)  # [K, S + 1, B]
         if self.states is None:
             states = [self.start]
-            for window_times in times:
-                states.append(self.solve(states[-1], window_times)[-1])
+            for k, window_times in enumerate(times):
+                states.append(self.solve(states[-1], window_times, k)[-1])
             self.states = torch.stack(states)
         return torch.cat([times[:, 0], times[-1:, -1]])
 

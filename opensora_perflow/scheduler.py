@@ -194,7 +194,7 @@ class PeRFlow:
             if len(self._held_out) < self._held_out_batches:
                 start = _hold(_fixed_noise(noise, seed=len(self._held_out)), still, mask)
                 conditions = (student_condition, teacher_condition)
-                held = self._hold_out(path, prediction, model, start, conditions, mask, scale, told)
+                held = self._hold_out(path, prediction, model, start, conditions, mask, told)
                 self._held_out.append(replace(held, frame_weights=frame_weights, ratio=windows.ratio))
             self._measure_held_out(model)
         return {"loss": loss}
@@ -613,7 +613,7 @@ class PeRFlow:
         check_finite(solution[-1], times[0], times[-1], self._teacher_source)
         return solution
 
-    def _teacher_scale(self, window_idx: Tensor, generator: torch.Generator) -> float | Tensor:
+    def _teacher_scale(self, window_idx: Tensor, generator: torch.Generator | None = None) -> float | Tensor:
         """What guides the teacher in a training step: one scale, or one a sample [B]."""
         guidance = self.config.guidance
         if guidance.mode == "sync":
@@ -657,10 +657,14 @@ class PeRFlow:
         start: Tensor,
         conditions: tuple[stdit.Condition, stdit.Condition],
         frame_mask: Tensor | None,
-        scale: float | Tensor,
         told: Tensor | None,
     ) -> HeldOutBatch:
-        """A batch to measure on, with the conditions of student and teacher. Both networks are those of the time of asking."""
+        """A batch to measure on, with the conditions of student and teacher. Both networks are those of the time of asking.
+        `told` are scales that hold in all windows; else each window has its own."""
+
+        def solve(x: Tensor, times: Tensor, k: int) -> Tensor:
+            scale = self._teacher_scale(torch.full((len(x),), k, device=x.device)) if told is None else told
+            return self._solve_teacher(path, self._teacher, conditions[1], x, times, frame_mask, scale)
 
         def field(network: nn.Module, condition: stdit.Condition, bounds: Bounds) -> Velocity:
             output = stdit.prediction_field(
@@ -670,7 +674,7 @@ class PeRFlow:
 
         return HeldOutBatch(
             start,
-            solve=lambda x, times: self._solve_teacher(path, self._teacher, conditions[1], x, times, frame_mask, scale),
+            solve=solve,
             student=lambda bounds: field(model, conditions[0], bounds),
             untrained=lambda bounds: field(self._teacher, conditions[1], bounds),
         )

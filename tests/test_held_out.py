@@ -41,7 +41,7 @@ def gaussian_batch(student=None):
     """Held-out noise of the closed-form Gaussian; an untrained network is the field itself."""
     field = Gaussian()
 
-    def exact(x, times):
+    def exact(x, times, k):
         return torch.stack([field.exact(x, times[0], t) for t in times])
 
     def untrained(bounds):
@@ -96,7 +96,7 @@ def test_frames_without_weight_do_not_count():
     start = torch.randn(2, 4, 3, 2, 2)
     weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     teacher = torch.stack([start, start + torch.tensor([1.0, 2.0, 4.0])[:, None, None]])
-    held = HeldOutBatch(start, solve=lambda x, times: teacher, student=field, untrained=field, frame_weights=weights)
+    held = HeldOutBatch(start, solve=lambda x, times, k: teacher, student=field, untrained=field, frame_weights=weights)
     grids = torch.tensor([[1.0, 0.0]], dtype=F64)
     assert held.end_errors(grids)[0] == pytest.approx(((1 + 4) / 2 / 2 + 1 / 2) ** 0.5)
 
@@ -104,9 +104,9 @@ def test_frames_without_weight_do_not_count():
 def test_the_path_is_solved_once_until_it_is_forgotten():
     field, held = gaussian_batch()
     solved, solve = [], held.solve
-    held.solve = lambda x, times: solved.append(times) or solve(x, times)
+    held.solve = lambda x, times, k: solved.append(k) or solve(x, times, k)
     held.end_errors(GRIDS), held.end_errors(GRIDS), held.velocity_error(GRIDS)
-    assert len(solved) == 3  # once a window
+    assert solved == [0, 1, 2]  # once a window
     held.forget()
     held.velocity_error(GRIDS)
     assert len(solved) == 6
@@ -164,6 +164,17 @@ def test_a_run_measures_itself_after_so_many_steps(caplog):
     # Nothing was trained: the student is its teacher's copy, to the last bit.
     error, untrained = scheduler._held_out[0].end_errors(scheduler._solver_grids())
     assert error == untrained > 0
+
+
+def test_each_window_of_the_held_out_path_has_its_own_scale(monkeypatch):
+    """Not those of the windows that the run's first step drew for the same samples."""
+    network, asked = tiny_network(), []
+    scheduler = PeRFlow(windows=4, guidance=dict(mode="fixed", scale=[5.0, 3.0, 2.0, 1.0]))
+    step(scheduler, network)
+    solve = scheduler._solve_teacher
+    monkeypatch.setattr(scheduler, "_solve_teacher", lambda *inputs: asked.append(inputs[-1].tolist()) or solve(*inputs))
+    scheduler._held_out[0].end_errors(scheduler._solver_grids())
+    assert asked == [[5.0, 5.0], [3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]
 
 
 def test_what_a_measurement_costs():
