@@ -40,7 +40,8 @@ class AdvanceRule:
     max_steps: int = 2000
     """Training steps that a stage has at most (up to the next measurement), >= min_steps."""
     batches: int = 1
-    """The run's first batches, >= 1, whose conditions and shapes are kept to measure with."""
+    """The run's first batches, >= 1, whose conditions and shapes are kept to measure with; nothing is measured before they are
+    all there. A run that is resumed keeps new ones."""
 
     def __post_init__(self) -> None:
         for name in ("every", "patience", "min_steps", "max_steps", "batches"):
@@ -162,6 +163,10 @@ class Curriculum:
             progress.stale += 1
         done = progress.stale >= rule.patience and progress.step >= rule.min_steps
         return not self.is_last and (done or progress.step >= rule.max_steps)
+
+    def forget_errors(self) -> None:
+        """Errors from here on are measured on other batches, and do not compare with those before."""
+        self.progress.best, self.progress.stale = math.inf, 0
 
     def advance(self) -> None:
         """Begin the next stage."""

@@ -393,6 +393,7 @@ class PeRFlow:
             state, where = found
             if self._curriculum is not None and state.curriculum is not None and loaded[1]:
                 self._curriculum.restore(state.curriculum)
+                self._curriculum.forget_errors()  # the batches that they were measured on are not kept
                 if self._curriculum.teacher_is_student:
                     self._teach_by(model)  # the checkpoint does not hold the student that taught until now
             check_resumed(state, self.state(), where, self.config.allow_change)
@@ -682,8 +683,9 @@ class PeRFlow:
     def _measure_held_out(self, model: nn.Module) -> None:
         """After a training step: measure where it is time to, say so, and begin the next stage where one has ended."""
         watch, curriculum, steps = self._watch, self._curriculum, self._randomness.steps - 1  # the optimizer's step is to come
-        watched = watch is not None and watch.wants_measurement(steps)
-        staged = curriculum is not None and curriculum.wants_measurement()
+        complete = len(self._held_out) == self._held_out_batches  # else the errors of fewer batches would set the mark
+        watched = complete and watch is not None and watch.wants_measurement(steps)
+        staged = complete and curriculum is not None and curriculum.wants_measurement()
         grids = self._solver_grids() if watched or staged else None
         if watched:
             errors = (held.end_errors(grids) for held in self._held_out)
