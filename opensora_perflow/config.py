@@ -335,8 +335,8 @@ class PeRFlowConfig:
     auto: velocity on the linear path, ddim_eps on the ddpm path. Sample with what was trained."""
     variance_weight: float = 1.0
     """ddpm path: loss weight that keeps the network's variance half as the teacher's, so that iddpm can sample the student
-    too; costs one evaluation of the teacher a training step. 0: off. No effect with prediction="velocity", which iddpm cannot
-    sample anyway."""
+    too; costs an evaluation of the teacher for each time that is trained. 0: off. No effect with prediction="velocity", which
+    iddpm cannot sample anyway."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)

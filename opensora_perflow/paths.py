@@ -54,8 +54,8 @@ class Path(Protocol):
     def student(self, output: Velocity, prediction: str, bounds: Bounds) -> Velocity:
         """A student's output as the velocity dx/dt of its window's straight line."""
 
-    def loss_weight(self, t: Tensor, t_start: Tensor, t_end: Tensor, prediction: str) -> Tensor:
-        """Factor [B] that turns a squared error of the velocity into one of the network's own output."""
+    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
+        """t [B] -> factor [B] that turns an error of the velocity into one of the network's own output; None: always 1."""
 
 
 class LinearPath:
@@ -84,8 +84,8 @@ class LinearPath:
     def student(self, output: Velocity, prediction: str, bounds: Bounds | None) -> Velocity:
         return lambda x, t: host_to_velocity(output(x, t))
 
-    def loss_weight(self, t: Tensor, t_start: Tensor, t_end: Tensor, prediction: str) -> Tensor:
-        return torch.ones_like(t)
+    def output_units(self, prediction: str, bounds: Bounds) -> None:
+        return None
 
 
 class DDPMPath:
@@ -186,8 +186,10 @@ class DDPMPath:
 
         return velocity
 
-    def loss_weight(self, t: Tensor, t_start: Tensor, t_end: Tensor, prediction: str) -> Tensor:
-        return output_gain(t, self.edges(t_start, t_end), prediction) ** -2.0
+    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
+        if prediction == "velocity":
+            return None
+        return lambda t: 1.0 / output_gain(t, self.edges(*bounds(t)), prediction)
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
         position = (t.to(torch.float64) * self.num_timesteps).clamp(0, self.num_timesteps)  # a rounding may lead outside

@@ -176,7 +176,8 @@ class PeRFlow:
         output = stdit.prediction_field(
             variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
-        student = path.student(output, prediction, self._bounds(windows.ratio, drawn=(t_start, t_end)))
+        # Frames that stand still have no velocity: an objective that steps with the student leaves them where they are.
+        student = hold_frames(path.student(output, prediction, self._bounds(windows.ratio, drawn=(t_start, t_end))), mask)
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):

@@ -121,6 +121,18 @@ def test_the_variance_half_is_kept_as_the_teachers():
     torch.testing.assert_close(losses[2.0] - losses[0.0], torch.full((2,), 2.0 * 0.5**2), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("objective", ["perflow", "perflow_consistency", ["perflow", "perflow_continuity"]])
+def test_evaluations_without_gradient_do_not_dilute_the_variances_loss(objective):
+    network = epsilon_network()
+    x, args = batch(network)
+    scheduler = PeRFlow(path="ddpm", objective=objective, draws=dict(seed=1))
+    scheduler.training_losses(network, x, INDEX, args)
+    network.variance.data += 0.1
+    network.zero_grad()
+    scheduler.training_losses(network, x, INDEX, args)["loss"].mean().backward()
+    assert network.variance.grad.item() == pytest.approx(2 * 0.1, rel=1e-3)  # of the squared distance .1
+
+
 @pytest.mark.parametrize("settings", [dict(prediction="velocity"), dict(learn_sigma=False)])
 def test_no_variance_is_kept_where_iddpm_could_not_use_it(settings):
     network, scheduler = epsilon_network(), PeRFlow(path="ddpm", **settings)

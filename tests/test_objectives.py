@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -303,6 +305,28 @@ def test_continuity_leaves_out_masked_frames(pair):
         return v
 
     assert perflow_continuity(student, pair, pair.t_end, mask.float()).tolist() == [0.0, 0.0]
+
+
+def test_losses_are_in_units_of_the_networks_output(pair):
+    """Where the network outputs something else, an error of its output counts the same at every time; angles have no units."""
+    pair = replace(pair, path=torch.stack([pair.x_start, pair.x_end]), path_times=torch.stack([pair.t_start, pair.t_end]))
+    told = replace(pair, units=lambda t: 1 / (2 + 10 * t))  # velocity = (2 + 10 t) output
+
+    def off(output_error):
+        return lambda x, t: pair.velocity + expand_like((2 + 10 * t) * output_error, x)
+
+    t = middle(pair)
+    for objective, expected in (
+        (perflow, 0.3**2),
+        (perflow_huber, 0.3 - 0.00054),
+        (perflow_phased, 0.3**2 / 4),
+        (partial(perflow_consistency, target="solution"), 0.3**2),  # evaluated at the noisy edge
+    ):
+        assert objective(off(0.3), told, t).tolist() == pytest.approx([expected] * 2, rel=1e-3)
+    torch.testing.assert_close(perflow_direction(off(0.3), told, t), perflow_direction(off(0.3), pair, t), rtol=0, atol=0)
+    field, above = PiecewiseLinear(), torch.tensor([1.0, 0.85], dtype=F64)
+    plain, scaled = (perflow_continuity(field, p, pair.t_end) for p in (pair, told))
+    torch.testing.assert_close(scaled, (plain / (2 + 10 * above) ** 2).float(), rtol=1e-5, atol=0)  # float32
 
 
 @pytest.mark.parametrize("reach", [0, -0.1])

@@ -174,7 +174,7 @@ def test_a_perfect_student_crosses_each_window_in_any_number_of_steps(prediction
 
 
 @pytest.mark.parametrize("prediction", DDPMPath.predictions)
-def test_loss_weights_turn_velocity_errors_into_output_errors(prediction):
+def test_output_units_turn_velocity_errors_into_output_errors(prediction):
     t_start, t_end = UNEQUAL.bounds(torch.arange(4))
     t = t_end + torch.tensor([1.0, 0.3, 0.01, 0.7], dtype=F64) * (t_start - t_end)
     x, output = torch.randn(2, 4, 6, dtype=F64)
@@ -183,9 +183,10 @@ def test_loss_weights_turn_velocity_errors_into_output_errors(prediction):
     def velocity(value):
         return PATH.student(lambda state, time: value, prediction, lambda time: (t_start, t_end))(x, t)
 
-    squared = (velocity(output + error[:, None]) - velocity(output)).square().mean(dim=1)
-    weight = PATH.loss_weight(t, t_start, t_end, prediction)
-    torch.testing.assert_close(squared * weight, error**2, rtol=1e-9, atol=0)
+    size = (velocity(output + error[:, None]) - velocity(output)).abs().mean(dim=1)
+    units = PATH.output_units(prediction, lambda time: (t_start, t_end))
+    factor = 1.0 if units is None else units(t).abs()
+    torch.testing.assert_close(size * factor, error.abs(), rtol=1e-9, atol=0)
 
 
 def test_predictions_are_the_paths():

@@ -491,6 +491,20 @@ def sampled(scheduler, network, z=None, **arguments):
         return scheduler.sample(network, text_encoder(network), z, **{**defaults, **arguments})
 
 
+def test_objectives_show_the_student_frozen_frames_as_they_are():
+    """Continuity takes a step with the student's own velocity, which is put to 0 on them as it is when sampling."""
+    network = tiny_network()
+    x, args = batch(network)
+    scheduler = PeRFlow(windows=4, objective="perflow_continuity", draws=dict(starts="diffused", edge_mass=0.0))
+    mask = torch.tensor([[False] + [True] * 4] * 2)
+    seen, forward = [], network.forward
+    network.forward = lambda x, *inputs, **named: seen.append(x) or forward(x, *inputs, **named)
+    scheduler.training_losses(network, x, args, mask=mask)["loss"].sum().backward()
+    seen = seen[-4:]  # after the teacher's, which is a copy: two for each of the two times
+    assert all(torch.equal(state[:, :, 0], x[:, :, 0]) for state in seen)
+    assert not torch.equal(seen[0][:, :, 1:], seen[1][:, :, 1:])
+
+
 @pytest.mark.parametrize("guidance, evaluations", [({}, 2), (FIXED, 1)])
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_network_evaluations(guidance, evaluations, steps):

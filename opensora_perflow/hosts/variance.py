@@ -15,7 +15,7 @@ class VarianceMatch:
     """A student's call that also compares its variance half with the teacher's, for the same input.
 
     Both halves share the network's trunk: without a loss of its own the variance would drift, and a student trained on
-    epsilon could no longer be sampled by iddpm. Costs one evaluation of the teacher for every one of the student.
+    epsilon could no longer be sampled by iddpm. Costs one evaluation of the teacher for each of the student that is trained.
     """
 
     def __init__(self, call: Callable[..., Tensor], teacher: nn.Module) -> None:
@@ -25,7 +25,7 @@ class VarianceMatch:
     def __call__(self, x: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
         output = self._call(x, timestep, **inputs)
         _, variance = halves(output, x.shape[1])
-        if variance is not None:
+        if variance is not None and variance.requires_grad:  # an objective's evaluations without gradient teach nothing
             with torch.no_grad():
                 _, kept = halves(self._teacher(x, timestep, **inputs), x.shape[1])
             self._errors.append((variance - kept).square())

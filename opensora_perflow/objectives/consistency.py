@@ -57,4 +57,4 @@ def perflow_consistency(
         at_end = index + 1 == len(pair.path_times) - 1
         goal = torch.where(at_end.to(goal.device).reshape(-1, *[1] * (goal.dim() - 1)), pair.x_end, goal)
     error = (jump(index) - goal) / expand_like(pair.t_start - pair.t_end, goal)
-    return mean_over_frames(error.square(), frame_weights)
+    return mean_over_frames(pair.in_units(error, pair.path_times[index, rows]).square(), frame_weights)

@@ -41,5 +41,6 @@ def perflow_continuity(
     with torch.no_grad():
         v_edge = student(pair.x_start, pair.t_start)
     x_above = pair.x_start + expand_like(above - pair.t_start, pair.x_start) * v_edge
-    error = mean_over_frames((student(x_above, above) - v_edge).square(), frame_weights)
-    return error * (above > pair.t_start).to(error.device, error.dtype)
+    error = pair.in_units(student(x_above, above) - v_edge, above)
+    loss = mean_over_frames(error.square(), frame_weights)
+    return loss * (above > pair.t_start).to(loss.device, loss.dtype)

@@ -30,5 +30,6 @@ def perflow_huber(
     """
     if not c > 0:
         raise ValueError(f'perflow_huber needs c > 0, got {c!r}; for the squared error use objective="perflow"')
-    mean_square = mean_over_frames((student(pair.point(t), t) - pair.velocity).square(), frame_weights)
+    error = pair.in_units(student(pair.point(t), t) - pair.velocity, t)
+    mean_square = mean_over_frames(error.square(), frame_weights)
     return (mean_square + c**2).sqrt() - c

@@ -31,7 +31,7 @@ def perflow_motion(student: Velocity, pair: WindowPair, t: Tensor, frame_weights
     Source: latent differences as a representation of motion in distillation: Motion Consistency Model (arXiv:2406.06890); here
     on the velocity, as a term beside the whole.
     """
-    error = student(pair.point(t), t) - pair.velocity
+    error = pair.in_units(student(pair.point(t), t) - pair.velocity, t)
     if error.dim() != 5:
         raise ValueError(f"perflow_motion needs videos [B, C, T, H, W], got {list(error.shape)}; use perflow alone")
     weights = torch.ones_like(error[:, 0, :, 0, 0]) if frame_weights is None else frame_weights

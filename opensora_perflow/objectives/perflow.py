@@ -22,4 +22,4 @@ def perflow(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tenso
     Returns:
         Loss per sample, [B], float32, with the student's graph.
     """
-    return mean_over_frames((student(pair.point(t), t) - pair.velocity).square(), frame_weights)
+    return mean_over_frames(pair.in_units(student(pair.point(t), t) - pair.velocity, t).square(), frame_weights)

@@ -26,5 +26,6 @@ def perflow_phased(student: Velocity, pair: WindowPair, t: Tensor, frame_weights
     end of the phase; the division by the window's length, which gives all windows one scale, is ours.
     """
     rest = ((t - pair.t_end) / (pair.t_start - pair.t_end)).square()
-    error = mean_over_frames((student(pair.point(t), t) - pair.velocity).square(), frame_weights)
-    return error * rest.to(error.device, error.dtype)
+    error = pair.in_units(student(pair.point(t), t) - pair.velocity, t)
+    loss = mean_over_frames(error.square(), frame_weights)
+    return loss * rest.to(loss.device, loss.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ class WindowPair:
 
     x_start, x_end: states at the noisy and the clean edge, [B, ...], float32. t_start > t_end: the edges, [B], float64.
     path: the teacher's states on its way, both edges included, [S + 1, B, ...], at path_times [S + 1, B], float64.
+    units: t [B] -> the factor [B] that turns an error of the velocity at t into one of what the network outputs, which is what
+    losses compare; None where the network outputs velocities.
     """
 
     x_start: Tensor
@@ -24,6 +27,7 @@ class WindowPair:
     t_end: Tensor
     path: Tensor | None = None
     path_times: Tensor | None = None
+    units: Callable[[Tensor], Tensor] | None = None
 
     def point(self, t: Tensor) -> Tensor:
         """x_t on the straight line between the edges (PeRFlow, arXiv:2405.07510, eq. 4); t [B] inside the window."""
@@ -35,6 +39,10 @@ class WindowPair:
     def velocity(self) -> Tensor:
         """dx/dt of that line, the same for every t of the window."""
         return (self.x_end - self.x_start) / expand_like(self.t_end - self.t_start, self.x_start)
+
+    def in_units(self, error: Tensor, t: Tensor) -> Tensor:
+        """An error of the velocity at t [B] as one of the network's output."""
+        return error if self.units is None else error * expand_like(self.units(t), error)
 
 
 def mean_over_frames(error: Tensor, frame_weights: Tensor | None) -> Tensor:
