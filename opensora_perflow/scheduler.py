@@ -170,19 +170,20 @@ class PeRFlow:
             x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
 
         states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask, scale)
-        pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times)
+        bounds = self._bounds(windows.ratio, drawn=(t_start, t_end))
+        units = path.output_units(prediction, bounds)
+        pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times, units)
         keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
         variance = VarianceMatch(model, teacher) if keeps_variance and config.variance_weight > 0 else None
         output = stdit.prediction_field(
             variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
         # Frames that stand still have no velocity: an objective that steps with the student leaves them where they are.
-        student = hold_frames(path.student(output, prediction, self._bounds(windows.ratio, drawn=(t_start, t_end))), mask)
+        student = hold_frames(path.student(output, prediction, bounds), mask)
         loss = 0.0
         # One call of the network per time, not one with repeated rows: conditions are made for the batch as it is.
         for t, share in zip(windows.drawn.times, windows.drawn.weights):
             part = self._objective(student, pair, t, frame_weights)
-            share = share * path.loss_weight(t, t_start, t_end, prediction)
             if weights is not None:
                 index = path.to_timestep(t).long().clamp(max=len(weights) - 1)
                 share = share * weights.to(share.device)[index]
