@@ -139,7 +139,8 @@ class TeacherConfig:
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
     steps_per_window: int | None = None
-    """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows, rounded up."""
+    """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
+    draws.grids), rounded up."""
     solver: str = "midpoint"
     """euler (1 evaluation a step), heun or midpoint (2)."""
     allow_distilled: bool = False
@@ -563,7 +564,8 @@ class PeRFlowConfig:
     def teacher_steps(self) -> int:
         """The teacher's steps in each window."""
         each = self.teacher.steps_per_window
-        return math.ceil(8 / self.windows.num_windows) if each is None else int(each)
+        fewest = min([self.windows.num_windows, *self.draws.grids])
+        return math.ceil(8 / fewest) if each is None else int(each)
 
     @property
     def sampling_steps(self) -> int:

@@ -162,6 +162,11 @@ def test_the_teachers_steps_follow_the_number_of_windows(windows, steps):
     assert PeRFlow(windows=windows, teacher=dict(steps_per_window=5)).config.teacher_steps == 5
 
 
+def test_the_widest_window_of_any_grid_has_its_steps():
+    assert PeRFlow(windows=8, draws=dict(grids=[4, 1])).config.teacher_steps == 8
+    assert PeRFlow(windows=4, draws=dict(grids=[5])).config.teacher_steps == 2
+
+
 def test_one_time_a_solve_where_there_can_be_one_only():
     for settings, times in (
         (dict(draws=dict(edge_mass=0.0)), 2),
