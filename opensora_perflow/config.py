@@ -223,12 +223,14 @@ class DrawsConfig:
     student_share: float = 0.5
     """Share of starts="mixed" that the student reaches, 0..1; no effect otherwise."""
     distribution: str = "host"
-    """Times inside a window. host: the time that sample_method drew; uniform: evenly over the untransformed window; beta."""
+    """Times inside a window. host: as sample_method draws them; uniform: evenly over the untransformed window; beta."""
     beta: Any = (2.0, 1.0)
     """Parameters (a, b) > 0 of distribution="beta", from the window's clean edge to its noisy one: a > b leans to noise."""
     windows: str = "even"
-    """How often each window is drawn. even: all alike, as narrow ones are planned where more is to be learned; time: by the
-    share that it has of the drawn times. The same for uniform windows; use_discrete_timesteps means time."""
+    """How often each window is drawn. even: all alike, since each is one step of the sampler, and narrow ones are planned where
+    more is to be learned; time: by the share that it has of the times that sample_method draws (sample_method="logit-normal"
+    gives the first and the last of 4 uniform windows 14 % each). use_discrete_timesteps and uniform_over_threshold mean
+    time."""
     edge_mass: float = 0.75
     """Share of the times exactly at the window's noisy edge, 0..1."""
     per_solve: int | None = None

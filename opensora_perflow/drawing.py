@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,17 @@ from torch import Tensor
 from opensora_perflow.config import PeRFlowConfig
 from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.overlap import place_windows
-from opensora_perflow.schedule import WeightedTimes, draw_positions, draw_times, linear_grid, mix_in_edge, redraw_above
+from opensora_perflow.schedule import (
+    WeightedTimes,
+    draw_positions,
+    draw_times,
+    fill_evenly,
+    linear_grid,
+    mix_in_edge,
+    redraw_above,
+    share_below,
+    time_above_share,
+)
 from opensora_perflow.windows import TimeWindows
 
 
@@ -71,25 +82,28 @@ def draw_windows(
         single: Train one time a sample.
         device, generator: Where and from what numbers are drawn.
     """
-    draws, windows = config.draws, partitions[0]
+    draws, discrete = config.draws, config.use_discrete_timesteps
+    distribution = dict(distribution=config.sample_method, loc=config.loc, scale=config.scale)
+    u, redrawn = None, False
     if given is not None:
-        t = given
+        t, distribution, draw_ratio = given, {}, None  # a host that draws times itself draws them evenly
     else:
         u = draw_times(
             batch_size,
-            distribution=config.sample_method,
-            loc=config.loc,
-            scale=config.scale,
-            num_levels=num_timesteps if config.use_discrete_timesteps else None,
+            **distribution,
+            num_levels=num_timesteps if discrete else None,
             device=device,
             generator=generator,
         )
         t = shift_time(u, draw_ratio)
-        if config.uniform_over_threshold is not None and draw_ratio is not None and not images:
+        redrawn = config.uniform_over_threshold is not None and draw_ratio is not None and not images
+        if redrawn:
             t = redraw_above(t, config.uniform_over_threshold, generator)
-        if draws.windows == "even" and not windows.is_uniform and not config.use_discrete_timesteps:
-            t = shift_time(windows.spread(unshift_time(t, window_ratio)), window_ratio)
-    placed = place_windows(partitions, unshift_time(t, window_ratio), overlap=draws.overlap, generator=generator)
+    if draws.windows == "even" and not (given_only or redrawn or discrete):
+        t = _fill_windows(t, partitions[0], distribution, draw_ratio, window_ratio)
+    if not (discrete and u is not None and _same(draw_ratio, window_ratio)):  # else there is no way to and fro to be rounded
+        u = unshift_time(t, window_ratio)
+    placed = place_windows(partitions, u, overlap=draws.overlap, generator=generator)
     if solver_grids is None:
         grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)
     else:
@@ -109,3 +123,23 @@ def draw_windows(
         times = torch.cat([times, t[None]]) if draws.distribution == "host" else times
         drawn = mix_in_edge(times, solver_times[0], draws.edge_mass, generator)
     return DrawnWindows(placed.window_idx, window_ratio, shift_time(placed.route, window_ratio), solver_times, drawn)
+
+
+def _fill_windows(
+    t: Tensor, windows: TimeWindows, distribution: dict[str, Any], draw_ratio: Tensor | None, window_ratio: Tensor | None
+) -> Tensor:
+    """Drawn flow times [B], moved so that every window gets as many. Inside a window they are distributed as they were."""
+    same = _same(draw_ratio, window_ratio)
+    if same and windows.is_uniform and distribution.get("distribution", "uniform") == "uniform":
+        return t
+
+    def share(u: Tensor) -> Tensor:
+        return share_below(u if same else unshift_time(shift_time(u, window_ratio), draw_ratio), **distribution)
+
+    edges = torch.tensor(windows.edges, dtype=torch.float64, device=t.device)[:, None].expand(-1, len(t))
+    filled = fill_evenly(share(unshift_time(t, window_ratio)), share(edges))
+    return shift_time(time_above_share(filled, **distribution), draw_ratio)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

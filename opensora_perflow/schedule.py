@@ -48,6 +48,31 @@ def draw_times(
     raise ValueError(f"unknown time distribution {distribution!r}; known: {', '.join(TIME_DISTRIBUTIONS)}")
 
 
+def share_below(u: Tensor, distribution: str = "uniform", loc: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Probability that a time which `draw_times` draws lies below u in [0, 1]; shaped like u."""
+    return u if distribution == "uniform" else torch.special.ndtr((torch.logit(u) - loc) / scale)
+
+
+def time_above_share(share: Tensor, distribution: str = "uniform", loc: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Inverse of `share_below`."""
+    return share if distribution == "uniform" else torch.sigmoid(loc + scale * torch.special.ndtri(share))
+
+
+def fill_evenly(u: Tensor, edges: Tensor) -> Tensor:
+    """Uniform u in [0, 1], [B] -> values of which each interval between two edges gets as many, spread evenly inside it.
+
+    Args:
+        u: Interval k of as many equal ones is mapped to interval k, linearly.
+        edges: [K + 1, B], descending from 1 to 0.
+    """
+    uniform = TimeWindows.uniform(len(edges) - 1)
+    window_idx = uniform.lookup(u)
+    from_start, from_end = uniform.bounds(window_idx)
+    to_start, to_end = (edges.gather(0, (window_idx + i)[None])[0] for i in (0, 1))
+    # From the noisy edge, which belongs to the window and stays exact.
+    return (to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)).clamp(0.0, 1.0)
+
+
 def redraw_above(t: Tensor, threshold: float, generator: torch.Generator | None = None) -> Tensor:
     """Times above `threshold` are drawn again, uniformly between it and 1 (Open-Sora 1.3's uniform_over_threshold)."""
     fresh = threshold + (1.0 - threshold) * torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator)

@@ -537,13 +537,13 @@ class PeRFlow:
         """The sampler's grid in untransformed time."""
         # With one window there is no edge to meet: the host's own grid.
         windows = self._windows if self.config.sampling_grid == "edges" else TimeWindows.uniform(1)
-        return sampling_grid(windows, self.config.steps_over(self._windows))
+        grid = sampling_grid(windows, self.config.steps_over(self._windows))
+        if not self.config.use_discrete_timesteps:
+            return grid
+        return tuple(round(u * self.num_timesteps) / self.num_timesteps for u in grid)
 
     def _sampling_times(self, x: Tensor, model_args: Mapping[str, Any]) -> Tensor:
-        grid = torch.tensor(self._grid(), dtype=torch.float64)
-        if self.config.use_discrete_timesteps:
-            grid = torch.round(grid * self.num_timesteps) / self.num_timesteps
-        grid = grid.to(x.device)[:, None].expand(-1, len(x))
+        grid = torch.tensor(self._grid(), dtype=torch.float64, device=x.device)[:, None].expand(-1, len(x))
         return shift_time(grid, self._window_ratio(model_args))
 
     def _window_ratio(self, model_args: Mapping[str, Any]) -> Tensor | None:

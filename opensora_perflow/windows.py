@@ -84,15 +84,6 @@ class TimeWindows:
     def num_windows(self) -> int:
         return len(self.edges) - 1
 
-    def spread(self, u: Tensor) -> Tensor:
-        """Times [B] of uniform windows -> times of these: window k to window k, linearly. Uniform u fill every window alike."""
-        uniform = TimeWindows.uniform(self.num_windows)
-        window_idx = uniform.lookup(u)
-        from_start, from_end = uniform.bounds(window_idx)
-        to_start, to_end = self.bounds(window_idx)
-        # From the noisy edge, which belongs to the window and stays exact.
-        return to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)
-
     def rounded(self, num_levels: int) -> TimeWindows:
         """The same windows with their edges at whole multiples of 1 / num_levels, where a sampler in whole timesteps steps.
 

@@ -259,7 +259,8 @@ def test_transform_scale_means_what_it_means_upstream(transform, seen_in):
 
     def run(scale):
         torch.manual_seed(3)
-        scheduler = PeRFlow(use_timestep_transform=True, transform=transform, transform_scale=scale, windows=1000)
+        warp = dict(use_timestep_transform=True, transform=transform, transform_scale=scale)
+        scheduler = PeRFlow(**warp, windows=1000, draws=dict(windows="time"))
         scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
         x, args = batch(network)
         scheduler.training_losses(network, x, args)
@@ -646,3 +647,54 @@ def test_windows_are_drawn_alike_or_by_their_width(how, shares):
     first = (drawn.window_idx == 0).double().mean().item()
     # 4000 draws: standard deviation 0.008 at most. By time the transform is upstream's for drawing and for edges alike.
     assert abs(first - shares[0]) < 0.03
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(sample_method="logit-normal"),
+        dict(sample_method="logit-normal", loc=1.0, scale=0.5, windows=[1, 0.9, 0.5, 0.2, 0]),
+        dict(window_time="flow"),
+        dict(transform_scale=2.0),
+    ],
+)
+def test_windows_are_drawn_alike_however_times_are(settings):
+    scheduler = PeRFlow(**{**dict(windows=4, use_timestep_transform=True, transform="v1.2"), **settings})
+    data, args = torch.zeros(8000, 1, 1, 1, 1), sizes(8000, num_frames=51, side=512)
+    drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
+    shares = drawn.window_idx.bincount(minlength=4).double() / 8000
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.02)  # standard deviation .005
+    assert ((drawn.t_end <= drawn.drawn.times) & (drawn.drawn.times <= drawn.t_start)).all()
+
+
+def test_inside_a_window_times_stay_as_they_were_drawn():
+    """Logit-normal times of the window (.5, 1] are those above their median: their own median is the upper quartile."""
+    scheduler = PeRFlow(windows=[1, 0.5, 0.1, 0], sample_method="logit-normal", draws=dict(edge_mass=0.0, per_solve=1))
+    drawn = scheduler._draw_windows(scheduler._path, torch.zeros(6000, 1, 1, 1, 1), {}, None, torch.Generator().manual_seed(0))
+    times = drawn.drawn.times[0, drawn.window_idx == 0]
+    quartile = torch.sigmoid(torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)))
+    assert times.median().item() == pytest.approx(quartile.item(), abs=0.01)  # 2000 draws: standard deviation .003
+
+
+def test_times_that_a_host_draws_fill_unequal_windows_alike():
+    """train.py of 1.0 and 1.1 draws whole timesteps evenly; one that is asked for by name stays where it is."""
+    scheduler = PeRFlow(windows=[1, 0.9, 0.8, 0.3, 0])
+    data, t = torch.zeros(4000, 1, 1, 1, 1), torch.arange(4000) % 1000 + 1.0
+    generator = torch.Generator().manual_seed(0)
+    drawn = scheduler._draw_windows(scheduler._path, data, {}, t, generator, drawn_by_host=True)
+    assert drawn.window_idx.bincount().tolist() == [1000] * 4
+    asked = scheduler._draw_windows(scheduler._path, data, {}, t, generator)
+    assert torch.equal(asked.drawn.times[0], t.double() / 1000)
+
+
+def test_whole_timesteps_that_are_an_edge_begin_its_window():
+    scheduler = PeRFlow(windows=5, use_discrete_timesteps=True, use_timestep_transform=True, transform="v1.2")
+    data, args = torch.zeros(20000, 1, 1, 1, 1), sizes(20000, num_frames=51, side=512)
+    drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
+    times = drawn.drawn.times[0]
+    assert ((times > drawn.t_end) | (times == 0)).all()  # a window's clean edge is the next one's, but for the last
+
+
+def test_each_step_in_whole_timesteps_has_its_windows_scale():
+    settings = dict(windows=3, use_discrete_timesteps=True, num_sampling_steps=3, cfg_scale=[9.0, 5.0, 1.0])
+    assert PeRFlow(sampling_grid="uniform", **settings)._step_scales(None) == [9.0, 5.0, 1.0]

@@ -81,12 +81,3 @@ def test_other_values_are_refused(value):
 def test_times_outside_are_refused(time):
     with pytest.raises(ValueError, match="times must lie in"):
         TimeWindows.uniform(2).lookup(torch.tensor([0.5, time]))
-
-
-def test_spreading_maps_windows_onto_windows():
-    windows = TimeWindows((1.0, 0.9, 0.6, 0.5, 0.0))
-    u = torch.tensor([1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.125, 0.0], dtype=torch.float64)
-    expected = torch.tensor([1.0, 0.95, 0.9, 0.75, 0.6, 0.5, 0.25, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(windows.spread(u), expected, rtol=0, atol=1e-15)  # a few operations in float64
-    drawn = torch.rand(1000, dtype=torch.float64)
-    assert torch.equal(windows.lookup(windows.spread(drawn)), TimeWindows.uniform(4).lookup(drawn))
