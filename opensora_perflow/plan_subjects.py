@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.config import PeRFlowConfig
 from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
 from opensora_perflow.demo.model import load_teacher as load_video_teacher
 from opensora_perflow.demo.probes import mixture_probe, video_probe
@@ -99,14 +100,16 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
     scale = _one_scale("cfg_scale", scheduler._step_scales(None))
     own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[settings.guidance.mode]
-    own = _host_probes(call, call.model, own_guidance, settings, ratio)
+    own_negative = None if settings.guidance.folded else call.neg_prompts  # the student's are in its weights
+    own = _host_probes(call, call.model, own_guidance, own_negative, settings, ratio)
     if teacher is None:
         return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
     if settings.guidance.mode == "fixed":
         scale = _one_scale("guidance.scale", settings.guidance.scale)
     guidance = Guided(told=scale) if settings.teacher.takes_scale else Guided(scale)
     frozen = load_teacher(unwrap(call.model), teacher)
-    by_teacher = _host_probes(call, frozen, guidance, settings, ratio)
+    negative = scheduler._negative_text() if settings.guidance.folded else call.neg_prompts
+    by_teacher = _host_probes(call, frozen, guidance, negative, settings, ratio)
     return Subject(kind, by_teacher, own, settings.windows, (guidance.branches, own_guidance.branches))
 
 
@@ -130,18 +133,31 @@ def _one_scale(name: str, scales: float | Sequence[float]) -> float:
     return distinct[0]
 
 
-def _host_probes(call: InferenceCall, network: nn.Module, guidance: Guided, settings, ratio) -> Callable[[int, int], Probe]:
-    """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own."""
+def _host_probes(
+    call: InferenceCall,
+    network: nn.Module,
+    guidance: Guided,
+    negative: Sequence[str] | Mapping[str, Tensor] | None,
+    settings: PeRFlowConfig,
+    ratio: Tensor | None,
+) -> Callable[[int, int], Probe]:
+    """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own.
+
+    negative: prompts in place of the null text, or one that was embedded before training (see hosts/negative_text.py).
+    """
+    embedded = isinstance(negative, Mapping)
     told = None if guidance.told is None else torch.full((len(call.prompts),), guidance.told, dtype=torch.float64)
     condition = stdit.sampling_condition(
         unwrap(network),
         call.text_encoder,
         call.prompts,
-        negative_prompts=call.neg_prompts,
+        negative_prompts=None if embedded else negative,
         additional_args=call.additional_args,
         reference=None,
         needs_null=guidance.branches > 1,
     )
+    if embedded and guidance.branches > 1:
+        condition = stdit.with_negative(condition, negative)
     velocity = stdit.velocity_field(
         network,
         unwrap(network),
