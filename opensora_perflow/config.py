@@ -205,6 +205,8 @@ class GuidanceConfig:
             check_number("guidance.image_scale", self.image_scale, low=0)
         if self.negative is not None and not isinstance(self.negative, (str, os.PathLike)):
             raise ValueError(f"guidance.negative must be the path of a .safetensors file or None, got {self.negative!r}")
+        if self.negative is not None:
+            object.__setattr__(self, "negative", os.fspath(self.negative))  # as perflow.json can hold it
 
     @property
     def folded(self) -> bool:

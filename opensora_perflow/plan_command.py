@@ -21,8 +21,9 @@ from opensora_perflow.plan_subjects import Subject, demo_subject, host_subject
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, uniform_grid
 from opensora_perflow.planning.grids import Comparison, choose_grid, compare
-from opensora_perflow.planning.windows import CRITERIA, plan_windows
+from opensora_perflow.planning.windows import CRITERIA, RESOLUTION, plan_windows
 from opensora_perflow.schedule import check_num_steps, sampling_grid
+from opensora_perflow.state import find_state
 from opensora_perflow.windows import TimeWindows
 
 FRESH = 1000
@@ -99,9 +100,8 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student-windows",
         nargs="+",
-        default=["4"],
         metavar="K|EDGE|PLAN",
-        help="its windows: a number, edges, or a plan's file",
+        help="its windows: a number, edges, or a plan's file (default: those that its file names, else 4)",
     )
     parser.add_argument("--guidance-scale", type=float, help="of that model's teacher (default video 3, mixture 2)")
     parser.add_argument(
@@ -129,6 +129,10 @@ def plan(args: dict[str, Any]) -> int:
             raise ValueError(f"--steps {steps} needs as many candidate times, got --candidates {args['candidates']}")
     if args["windows"] is not None:
         check_num_steps(args["windows"], "--windows")
+        if args["windows"] > RESOLUTION:
+            raise ValueError(f"--windows must be at most {RESOLUTION}, got {args['windows']}")
+    if args["out"].suffix != ".json":
+        raise ValueError(f"--out must end in .json, by which windows= knows a plan, got {str(args['out'])!r}")
     subject = _subject(args)
     return _plan_windows(subject, args) if args["windows"] is not None else _plan_grids(subject, args)
 
@@ -142,11 +146,15 @@ def _subject(args: dict[str, Any]) -> Subject:
         return host_subject(args["script"], args["host_arguments"], args["teacher"])
     if args["host_arguments"] or args["teacher"] is not None:
         raise ValueError(f"{args['host_arguments'] or '--teacher'} belongs to an inference script; name it with --script")
-    return demo_subject(args["model"], args["student"], _windows(args["student_windows"]), args["guidance_scale"])
+    windows = _windows(args["student_windows"], args["student"])
+    return demo_subject(args["model"], args["student"], windows, args["guidance_scale"])
 
 
-def _windows(words: Sequence[str]) -> TimeWindows:
-    """Windows as the command line writes them."""
+def _windows(words: Sequence[str] | None, student: Path | None) -> TimeWindows:
+    """Windows as the command line writes them, or as the student's file says."""
+    if words is None:
+        found = None if student is None else find_state(student)
+        return TimeWindows.uniform(4) if found is None else TimeWindows(found[0].windows)
     if len(words) == 1 and words[0].isdecimal():
         return TimeWindows.from_config(int(words[0]))
     if len(words) == 1:

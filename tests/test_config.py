@@ -162,6 +162,11 @@ def test_the_teachers_steps_follow_the_number_of_windows(windows, steps):
     assert PeRFlow(windows=windows, teacher=dict(steps_per_window=5)).config.teacher_steps == 5
 
 
+def test_paths_are_kept_as_text(tmp_path):
+    config = PeRFlow(guidance=dict(mode="fixed", scale=2.0, negative=tmp_path / "negative.safetensors")).config
+    assert config.guidance.negative == str(tmp_path / "negative.safetensors")
+
+
 def test_the_widest_window_of_any_grid_has_its_steps():
     assert PeRFlow(windows=8, draws=dict(grids=[4, 1])).config.teacher_steps == 8
     assert PeRFlow(windows=4, draws=dict(grids=[5])).config.teacher_steps == 2

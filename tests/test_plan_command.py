@@ -12,6 +12,7 @@ import torch
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.cli import main
 from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
+from opensora_perflow.hosts.negative_text import write_negative
 from opensora_perflow.metrics import endpoint_error
 from opensora_perflow.plan_file import read_plan
 from opensora_perflow.plan_subjects import Subject, demo_subject
@@ -19,6 +20,7 @@ from opensora_perflow.planning.fine_path import follow
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.schedule import sampling_grid
+from opensora_perflow.state import METADATA_KEY, StudentState
 from opensora_perflow.windows import TimeWindows
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -120,6 +122,21 @@ def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
     assert "planned windows" in capsys.readouterr().out
 
 
+def test_a_students_windows_are_those_that_its_file_names(tmp_path, student):
+    network = MixtureNetwork(Mixture.standard(), width=8)
+    state = StudentState(windows=(1.0, 0.7, 0.0), window_time="host", transform=None, path="linear", prediction="velocity",
+                         guidance={}, teacher=None, teacher_source=None, stage=1)  # fmt: skip
+    named = tmp_path / "named.safetensors"
+    write_state_dict(named, network.state_dict(), {"format": "pt", METADATA_KEY: state.to_json()})
+    for file, windows, edges in (
+        (named, [], [1.0, 0.7, 0.0]),
+        (named, ["--student-windows", "2"], [1.0, 0.5, 0.0]),
+        (student, [], [1.0, 0.75, 0.5, 0.25, 0.0]),
+    ):
+        assert main(["curve", *SMALL, "--student", str(file), *windows, "--max-steps", "1", "--out", str(tmp_path / "c")]) == 0
+        assert list(TimeWindows.from_config(str(tmp_path / "c" / "plan.json")).edges) == edges
+
+
 def test_a_curve_writes_a_grid_for_every_number_of_steps(tmp_path, student, capsys):
     options = ["--student", str(student), "--student-windows", "2", "--max-steps", "5", "--out", str(tmp_path / "curve")]
     assert main(["curve", *SMALL, *options]) == 0
@@ -151,6 +168,8 @@ def test_a_teachers_curve_has_its_own_evaluations(tmp_path):
         (["plan", "--samples", "0"], "--samples must be an integer >= 1"),
         (["plan", "--windows", "4"], "windows are planned from what a pilot student measures"),
         (["plan", "--windows", "0"], "--windows must be an integer >= 1"),
+        (["plan", "--windows", "65"], "--windows must be at most 64, got 65"),
+        (["plan", "--out", "plan.png"], "--out must end in .json, by which windows= knows a plan, got 'plan.png'"),
         (["plan", "--guidance-scale", "-1"], "--guidance-scale must be"),
         (["plan", "--teacher", "weights.pt"], "belongs to an inference script; name it with --script"),
         (["plan", "--script", "a.py", "--student", "b.pt"], "name its teacher with --teacher"),
@@ -194,6 +213,23 @@ def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
     assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
     rows = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3]
+
+
+def test_the_teacher_is_led_away_from_the_negative_prompt_that_was_folded_in(checkout):
+    """And not, as it was, from the null text whatever the student had learned: the same weights, measured against both."""
+    from opensora_perflow.demo.model import WEIGHTS, load_teacher
+    from opensora_perflow.demo.text import TinyTextEncoder
+
+    encoder, rows = TinyTextEncoder(), {}
+    encoder.y_embedder = load_teacher().y_embedder
+    write_negative(checkout.parent / "prompt.safetensors", encoder, "a blue square")
+    for name in (None, "prompt.safetensors"):
+        changes = dict(guidance=dict(mode="fixed", scale=3.0, negative=name))
+        options = ["--teacher", str(WEIGHTS), "--max-steps", "1", "--out", "c"]
+        result = start(checkout, "curve", *options, host=["perflow", "None", repr(changes)])
+        assert result.returncode == 0, result.stderr
+        rows[name] = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"][0]["error"]
+    assert rows["prompt.safetensors"] > 2 * rows[None]  # the weights were not trained for it
 
 
 def test_a_hosts_student_is_told_its_scale(checkout):

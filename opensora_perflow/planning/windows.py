@@ -61,8 +61,12 @@ CRITERIA = {"added": added_errors, "local": local_errors}
 """What windows may be planned by. Neither wins always (benchmarks/README.md): a second pilot, with each plan, tells."""
 
 
+RESOLUTION = 64
+"""Planned edges are multiples of 1 over this, so it is also the most windows that can be planned."""
+
+
 def plan_windows(
-    edges: Sequence[float], errors: Sequence[float], num_windows: int, *, power: float = POWER, resolution: int = 64
+    edges: Sequence[float], errors: Sequence[float], num_windows: int, *, power: float = POWER, resolution: int = RESOLUTION
 ) -> tuple[tuple[float, ...], list[float]]:
     r"""Edges with the least sum of squared errors, if errors follow the pilot's.
 
