@@ -217,6 +217,20 @@ def test_consistency_says_what_it_needs(pair):
         perflow_consistency(Constant(), pair, pair.t_start, target="teacher")
 
 
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        (dict(type="perflow_huber", c=0), "needs c > 0, got 0"),
+        (dict(type="perflow_huber", c="x"), "'perflow_huber' does not take {'c': 'x'}"),
+        (["perflow", dict(type="perflow_consistency", target="nope")], "unknown target 'nope'"),
+        (dict(type="perflow_continuity", reach=-1), "needs reach > 0, got -1"),
+    ],
+)
+def test_keywords_are_refused_before_there_is_a_teacher(value, message):
+    with pytest.raises(ValueError, match=message):
+        combine(value)
+
+
 def test_weighted_objectives_add_up_with_one_evaluation(pair):
     student = Constant(0.3)
     t = middle(pair)

@@ -26,7 +26,8 @@ def combine(value: Any) -> Objective:
         value: A registered name; dict(type=name, weight=1.0, its keywords); or a list of those, whose losses are added.
 
     Raises:
-        ValueError: an unknown name or keyword, an empty list, or a weight that is not a number >= 0.
+        ValueError: an unknown name or keyword, a keyword's value that the objective refuses, an empty list, or a weight that
+            is not a number >= 0.
     """
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if not items:
@@ -67,4 +68,18 @@ def _term(value: Any) -> tuple[float, Objective]:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"unknown key(s) {unknown} for objective {name!r}; known: {', '.join(['weight', *known])}")
-    return float(weight), partial(objective, **settings)
+    objective = partial(objective, **settings)
+    if settings:
+        _try(objective, name, settings)
+    return float(weight), objective
+
+
+def _try(objective: Objective, name: str, settings: Mapping[str, Any]) -> None:
+    """One call on a window of two frames: what it says of its keywords is said before a teacher is loaded."""
+    x = torch.zeros(1, 4, 2, 2, 2)
+    t_start, t_end = torch.tensor([[0.5], [0.25]], dtype=torch.float64)
+    pair = WindowPair(x, x, t_start, t_end, torch.stack([x, x]), torch.stack([t_start, t_end]))
+    try:
+        objective(lambda x, t: x, pair, t_start, None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"objective {name!r} does not take {dict(settings)}: {error}") from error
