@@ -3,8 +3,8 @@
     python benchmarks/guidance_range.py [--iterations 1000] [--seeds 0 1] [--out FOLDER]
 
 Mode fixed is trained once for each scale, mode range once for all of them, for as many steps and for twice as many. All take
-4 evaluations a sample. Endpoint error = root mean square distance from where 512 guided Euler steps carry the same noise;
-"never told" is the range student's error at a scale when it is told another one, the middle of the range.
+4 evaluations a sample. Endpoint error = root mean square distance from where 512 guided Euler steps carry the same noise. The
+last rows are the range student's error at a scale when it is told another one, the middle of the range.
 
 Writes guidance_range.json and guidance_range.md.
 """
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--num-samples", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--out", type=Path, default=Path("guidance_range"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/guidance_range"))
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     rows = [row | {"seed": seed} for seed in args.seeds for row in run_seed(seed, args.iterations, args.num_samples)]

@@ -1,6 +1,6 @@
 # Few-step sampling on a laptop; --ckpt-path names a checkpoint of the tiny stage 1.
 #   python -m opensora_perflow.run ../Open-Sora/scripts/inference.py configs/opensora/perflow_tiny_inference.py \
-#       --ckpt-path outputs/000-perflow_tiny_stdit3/epoch0-global_step16 --prompt "a red circle moving right"
+#       --ckpt-path outputs/000-perflow_tiny_stdit3/epoch3-global_step16 --prompt "a red circle moving right"
 
 _base_ = ["_base_/sample.py", "_base_/tiny.py"]
 

@@ -7,7 +7,9 @@ scheduler = dict(
     prediction="auto",
     curriculum=dict(
         windows=[8, 4, 2, 1],  # of each stage; each number divides the one before
-        teacher="previous",  # the student of the stage before teaches; "original" = the same teacher in every stage
+        # The student of the stage before teaches: an eighth of the original teacher's evaluations, and a larger error.
+        # "original" = the same teacher in every stage.
+        teacher="previous",
         advance=dict(
             every=50,  # training steps between two measurements of the held-out error, >= 1
             patience=3,  # measurements in a row without improvement that end a stage, >= 1
