@@ -190,6 +190,9 @@ class PeRFlow:
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
             loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
+        if mask_index is not None and len(mask_index) == 0 and torch.is_grad_enabled():
+            settle(model)
+            loss = loss + stdit.idle_reference_embedders(network)
         if config.frames_of_weight_one is not None:
             loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
         if torch.is_grad_enabled():  # not where losses are only evaluated

@@ -68,6 +68,7 @@ class Reference13(nn.Module):
         self.y_embedder.register_buffer("y_embedding", torch.randn(tokens, channels))
         self.y_embedder.uncond_prob = 0.1
         self.gain = nn.Parameter(torch.ones(()))
+        self.x_embedder_cond, self.x_embedder_cond_mask = nn.Linear(1, 1), nn.Linear(1, 1)
         self.seen: list[dict[str, Any]] = []
 
     def forward(
@@ -92,6 +93,8 @@ class Reference13(nn.Module):
         out = self.gain * x.float() * 0.1 + y.mean(dim=(1, 2, 3))[:, None, None, None, None]
         if cond is not None:
             out = out + 0.3 * cond + 0.05 * cond_mask
+            used = (*self.x_embedder_cond.parameters(), *self.x_embedder_cond_mask.parameters())
+            out = out + 0.01 * sum(weight.sum() for weight in used)
         return torch.cat([out, torch.zeros_like(out)], dim=1)
 
 

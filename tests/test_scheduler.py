@@ -215,6 +215,18 @@ def test_text_to_video_trains_as_it_is_sampled(mask_index):
     assert network.seen[-1]["mask_index"] is None and scheduler._teacher.seen[-1]["mask_index"] is None
 
 
+@pytest.mark.parametrize("index, has", [([0], True), ([], True), (None, False)])
+def test_a_step_without_reference_frames_has_gradients_of_the_same_weights(index, has):
+    """Each rank of v1.3 draws on its own whether its batch has some, and ZeRO reduces what gradients there are."""
+    network = Reference13().train()
+    x, args = batch(network)
+    PeRFlow().training_losses(network, x, args, mask_index=index)["loss"].mean().backward()
+    for embedder in (network.x_embedder_cond, network.x_embedder_cond_mask):
+        for weight in embedder.parameters():
+            assert (weight.grad is not None) == has
+            assert index or weight.grad is None or not weight.grad.any()
+
+
 def test_reference_frames_reach_both_networks():
     network = Reference13().train()
     scheduler = PeRFlow(

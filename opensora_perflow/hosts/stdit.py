@@ -285,6 +285,18 @@ def reference_frame_weights(reference: Reference, weight: float) -> Tensor:
     return weights
 
 
+def idle_reference_embedders(network: nn.Module) -> Tensor | float:
+    """0, with a gradient of 0 for the weights that embed reference frames (v1.3).
+
+    A step without such frames leaves them out, as it is sampled; upstream adds what they make of zeros. But ZeRO reduces the
+    gradients that there are, and whether a batch has reference frames is each rank's own draw (v1.3 scripts/train.py,
+    mask_randgen): added to the loss, this has all ranks reduce the same.
+    """
+    embedders = (getattr(network, name, None) for name in ("x_embedder_cond", "x_embedder_cond_mask"))
+    weights = [p for embedder in embedders if embedder is not None for p in embedder.parameters() if p.requires_grad]
+    return sum(0.0 * weight.as_subclass(Tensor).flatten()[0].float() for weight in weights)
+
+
 def _factor(scale: float | Tensor, x: Tensor) -> float | Tensor:
     """A scale as something to multiply predictions for x with: [B] -> [B, 1, ..., 1]."""
     if not isinstance(scale, Tensor):
