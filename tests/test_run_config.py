@@ -1,6 +1,9 @@
 import json
+import sys
+import weakref
 
 import pytest
+import torch
 from mmengine import Config
 
 from opensora_perflow.config import TeacherConfig
@@ -16,6 +19,23 @@ def main(call, **values):
 def test_the_calling_scripts_config_is_found():
     found, cfg = main(lambda: running_config())
     assert found is cfg
+
+
+def test_the_scripts_variables_are_not_kept_alive():
+    """Up to Python 3.12 a frame that was asked for them keeps a copy: of the first batch, on the GPU, for the whole run."""
+    alive = []
+
+    def main():
+        cfg = Config(dict(scheduler=dict(type="perflow")))
+        for step in range(2):
+            pixels = torch.zeros(1)
+            alive.append(weakref.ref(pixels))
+            if step == 0:
+                running_config()
+        return cfg, [one() is not None for one in alive]
+
+    _, kept = main()
+    assert sys.gettrace() is not None or kept == [False, True]
 
 
 def test_outside_a_script_there_is_none():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opensora_perflow.hosts.run_config import main_variables
+from opensora_perflow.hosts.run_config import main_variable
 
 
 def resumed_checkpoint() -> tuple[str, bool] | None:
@@ -17,7 +17,7 @@ def resumed_checkpoint() -> tuple[str, bool] | None:
 
     With --start-from-scratch (1.1 and later) it takes the weights and counts from 0. None: the script resumes nothing.
     """
-    config = main_variables().get("cfg") or {}
+    config = main_variable("cfg") or {}
     folder = config.get("load")
     return None if folder is None else (str(folder), not config.get("start_from_scratch", False))
 
@@ -32,7 +32,7 @@ def before_each_save(write: Callable[[Path], None]) -> bool:
     Returns:
         False where no script with a booster is running, and nothing was done.
     """
-    booster = main_variables().get("booster")
+    booster = main_variable("booster")
     save_model = getattr(booster, "save_model", None)
     if save_model is None:
         return False

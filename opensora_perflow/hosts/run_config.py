@@ -20,22 +20,26 @@ from opensora_perflow.state import find_state
 logger = logging.getLogger("opensora_perflow")
 
 
-def main_variables() -> Mapping[str, Any]:
-    """The variables of main() of the Open-Sora script that is calling; none when called from elsewhere."""
+def main_variable(name: str) -> Any:
+    """A variable of main() of the Open-Sora script that is calling; None where it has none, or when called from elsewhere."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "main":
             variables = frame.f_locals
-            config = variables.get("cfg")
+            config, found = variables.get("cfg"), variables.get(name)
+            # Up to Python 3.12 this is a copy that the frame keeps, and with it the first batch on the GPU for the whole run. A
+            # debugger writes such a copy back, so that there it stays.
+            if isinstance(variables, dict) and sys.gettrace() is None:
+                variables.clear()
             if hasattr(config, "get") and config.get("scheduler") is not None:
-                return variables
+                return found
         frame = frame.f_back
-    return {}
+    return None
 
 
 def running_config() -> Mapping[str, Any] | None:
     """The config of the Open-Sora script that is calling, or None when called from elsewhere."""
-    return main_variables().get("cfg")
+    return main_variable("cfg")
 
 
 def loaded_weights() -> str | None:
