@@ -46,8 +46,9 @@ def main():
     scheduler = SCHEDULERS.build(config)
     sizes = {key: torch.full((2,), float(value)) for key, value in
              dict(height=360, width=360, num_frames=51, ar=1, fps=8).items()}
-    scheduler.sample(model, text_encoder, z=torch.zeros(2, 4, 5, 8, 8), prompts=["a red circle moving right", "a blue square"],
-                     device="cpu", additional_args=sizes, progress=False, mask=None, mask_index=eval(references))
+    noise = dict(z=torch.zeros(2, 4, 5, 8, 8))
+    scheduler.sample(model, text_encoder, prompts=["a red circle moving right", "a blue square"],
+                     device="cpu", additional_args=sizes, progress=False, **{**noise, **eval(references)})
     raise SystemExit("the script went on after its first sample")
 main()
 '''
@@ -198,7 +199,7 @@ def start(checkout, command, *options, host):
 
 
 def test_an_inference_script_is_planned_up_to_its_first_sample(checkout):
-    result = start(checkout, "plan", "--steps", "2", "--candidates", "4", "--out", "p.json", host=["rflow", "None"])
+    result = start(checkout, "plan", "--steps", "2", "--candidates", "4", "--out", "p.json", host=["rflow", "{}"])
     assert result.returncode in (0, 1), result.stderr
     assert "Endpoint errors" in result.stdout and (checkout.parent / "p.png").is_file()
     assert "went on" not in result.stderr
@@ -207,7 +208,7 @@ def test_an_inference_script_is_planned_up_to_its_first_sample(checkout):
 def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
     from opensora_perflow.demo.model import WEIGHTS
 
-    result = start(checkout, "curve", "--teacher", str(WEIGHTS), "--max-steps", "3", "--out", "c", host=["perflow", "None"])
+    result = start(checkout, "curve", "--teacher", str(WEIGHTS), "--max-steps", "3", "--out", "c", host=["perflow", "{}"])
     assert result.returncode == 0, result.stderr
     windows = TimeWindows.from_config(str(checkout.parent / "c" / "plan.json"))
     assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
@@ -226,7 +227,7 @@ def test_the_teacher_is_led_away_from_the_negative_prompt_that_was_folded_in(che
     for name in (None, "prompt.safetensors"):
         changes = dict(guidance=dict(mode="fixed", scale=3.0, negative=name))
         options = ["--teacher", str(WEIGHTS), "--max-steps", "1", "--out", "c"]
-        result = start(checkout, "curve", *options, host=["perflow", "None", repr(changes)])
+        result = start(checkout, "curve", *options, host=["perflow", "{}", repr(changes)])
         assert result.returncode == 0, result.stderr
         rows[name] = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"][0]["error"]
     assert rows["prompt.safetensors"] > 2 * rows[None]  # the weights were not trained for it
@@ -243,7 +244,7 @@ def test_a_hosts_student_is_told_its_scale(checkout):
         "told 4": dict(cfg_scale=4.0, guidance=dict(mode="range", scale=(1.0, 4.0))),
     }.items():
         options = ["--teacher", str(WEIGHTS), "--max-steps", "1", "--out", name]
-        result = start(checkout, "curve", *options, host=["perflow", "None", repr(changes)])
+        result = start(checkout, "curve", *options, host=["perflow", "{}", repr(changes)])
         assert result.returncode == 0, result.stderr
         found[name] = json.loads((checkout.parent / name / "curve.json").read_text())["rows"][0]
     assert found["told"] == found["unguided"] and found["told"]["nfe"] == found["told 4"]["nfe"] == 1
@@ -253,10 +254,10 @@ def test_a_hosts_student_is_told_its_scale(checkout):
 @pytest.mark.parametrize(
     "host, message",
     [
-        (["perflow", "None", "dict(guidance=dict(mode='sync'), cfg_scale=[3, 2])"], "one guidance scale in all windows"),
-        (["perflow", "None", "dict(guidance=dict(mode='fixed', scale=[3, 2]))"], "got guidance.scale [3, 2]"),
-        (["perflow", "None", "dict(cfg_scale=9.0, guidance=dict(mode='range', scale=(1, 4)))"], "scales from 1 to 4"),
-        (["rflow", "None"], "has scheduler type rflow, which is a teacher itself"),
+        (["perflow", "{}", "dict(guidance=dict(mode='sync'), cfg_scale=[3, 2])"], "one guidance scale in all windows"),
+        (["perflow", "{}", "dict(guidance=dict(mode='fixed', scale=[3, 2]))"], "got guidance.scale [3, 2]"),
+        (["perflow", "{}", "dict(cfg_scale=9.0, guidance=dict(mode='range', scale=(1, 4)))"], "scales from 1 to 4"),
+        (["rflow", "{}"], "has scheduler type rflow, which is a teacher itself"),
     ],
 )
 def test_students_that_cannot_be_compared_with_a_teacher(checkout, host, message):
@@ -269,9 +270,11 @@ def test_students_that_cannot_be_compared_with_a_teacher(checkout, host, message
 @pytest.mark.parametrize(
     "host, message",
     [
-        (["iddpm", "None"], "scheduler type rflow or perflow, got 'iddpm'"),
-        (["none", "None"], "ended without sampling"),
-        (["rflow", "[0]"], "a plan is made for text to video"),
+        (["iddpm", "{}"], "scheduler type rflow or perflow, got 'iddpm'"),
+        (["none", "{}"], "ended without sampling"),
+        (["rflow", "dict(mask_index=[0])"], "a plan is made for text to video"),
+        (["rflow", "dict(mask=torch.tensor([[0.0, 1, 1, 1, 1]] * 2))"], "a plan is made for text to video"),
+        (["rflow", "dict(z=None, z_size=(4, 5, 8, 8))"], "this script samples another model"),
     ],
 )
 def test_scripts_that_cannot_be_planned(checkout, host, message):

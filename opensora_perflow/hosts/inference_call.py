@@ -42,10 +42,22 @@ class _Recorder:
         self._config = dict(config)
 
     def sample(
-        self, model: nn.Module, text_encoder: Any, z: Tensor, prompts: Sequence[str], device: Any, *rest: Any, **named: Any
+        self,
+        model: nn.Module,
+        text_encoder: Any,
+        z: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        device: Any = "cpu",
+        additional_args: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        *_: Any,
+        **named: Any,
     ):
-        additional_args = named.get("additional_args", rest[0] if rest else None)
-        if named.get("mask_index"):
+        if z is None:
+            raise ValueError(
+                "plans are made for rectified flows, those of Open-Sora 1.2 and 1.3; this script samples another model"
+            )
+        if named.get("mask_index") or (mask is not None and bool((mask != 1).any())):
             raise ValueError("a plan is made for text to video; leave out references (--reference-path, --cond-type)")
         given = dict(additional_args or {})
         raise _Stop(InferenceCall(self._config, model, text_encoder, z, list(prompts), device, given, named.get("neg_prompts")))
