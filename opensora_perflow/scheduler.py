@@ -21,7 +21,7 @@ from opensora_perflow.hosts import stdit
 from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.host_path import find_path, guided_channels
 from opensora_perflow.hosts.negative_text import read_negative
-from opensora_perflow.hosts.network import settle, text_dropout, unwrap
+from opensora_perflow.hosts.network import one_graph_a_step, settle, text_dropout, unwrap
 from opensora_perflow.hosts.parallel import data_parallel_rank, mean_over_ranks, shared
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
 from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
@@ -174,9 +174,10 @@ class PeRFlow:
         units = path.output_units(prediction, bounds)
         pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times, units)
         keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
-        variance = VarianceMatch(model, teacher) if keeps_variance and config.variance_weight > 0 else None
+        call = one_graph_a_step(model) if drawn_by_host and getattr(network, "grad_checkpointing", False) else model
+        variance = VarianceMatch(call, teacher) if keeps_variance and config.variance_weight > 0 else None
         output = stdit.prediction_field(
-            variance or model, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
+            variance or call, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
         # Frames that stand still have no velocity: an objective that steps with the student leaves them where they are.
         student = hold_frames(path.student(output, prediction, bounds), mask)

@@ -1,5 +1,7 @@
 """The scheduler on epsilon networks, with STDiT2's contract: the calls of Open-Sora 1.0 and 1.1, and iddpm's keys."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from networks import PLAIN, PROMPTS, Epsilon, batch, sizes, text_encoder, tiny_network
@@ -131,6 +133,24 @@ def test_evaluations_without_gradient_do_not_dilute_the_variances_loss(objective
     network.zero_grad()
     scheduler.training_losses(network, x, INDEX, args)["loss"].mean().backward()
     assert network.variance.grad.item() == pytest.approx(2 * 0.1, rel=1e-3)  # of the squared distance .1
+
+
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        ({}, False),
+        (dict(objective=["perflow", "perflow_direction"]), False),
+        (dict(draws=dict(per_solve=2)), True),
+        (dict(objective=["perflow", "perflow_continuity"]), True),
+    ],
+)
+def test_re_entrant_checkpointing_takes_one_evaluation(settings, refused):
+    """As train.py of 1.0 and 1.1 turns it on; ZeRO would stop in its backward pass, with no word of why."""
+    network = epsilon_network()
+    network.grad_checkpointing = True
+    x, args = batch(network)
+    with pytest.raises(ValueError, match=r"use draws=dict\(per_solve=1\)") if refused else nullcontext():
+        PeRFlow(path="ddpm", **settings).training_losses(network, x, INDEX, args)
 
 
 @pytest.mark.parametrize("settings", [dict(prediction="velocity"), dict(learn_sigma=False)])

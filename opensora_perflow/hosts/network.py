@@ -33,6 +33,31 @@ def settle(model: nn.Module) -> None:
         wait()
 
 
+def one_graph_a_step(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A network's call for one training step of Open-Sora 1.0 or 1.1 with gradient checkpointing.
+
+    They checkpoint re-entrantly (v1.1.0 opensora/acceleration/checkpoint.py:21), and ZeRO's hooks then meet a parameter's
+    gradient once for each evaluation, of which they bear one.
+
+    Raises:
+        ValueError: at a second evaluation that has a gradient.
+    """
+    evaluations = 0
+
+    def counted(*inputs: Any, **named: Any) -> Tensor:
+        nonlocal evaluations
+        evaluations += torch.is_grad_enabled()
+        if evaluations > 1:
+            raise ValueError(
+                "with grad_checkpoint=True Open-Sora 1.0 and 1.1 train one evaluation of the student a step, and this config "
+                'takes more; use draws=dict(per_solve=1) and objectives that share one evaluation (not "perflow_consistency" '
+                'or "perflow_continuity" beside another), or grad_checkpoint=False'
+            )
+        return call(*inputs, **named)
+
+    return counted
+
+
 @lru_cache
 def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
