@@ -8,5 +8,6 @@ _base_ = ["_base_/runtime.py", "_base_/v1_3.py", "_base_/curriculum.py"]
 scheduler = dict(
     teacher=dict(from_pretrained="hpcai-tech/OpenSora-STDiT-v4"),
     guidance=dict(mode="fixed", scale=7.5),
+    use_flaw_fix=True,  # as upstream samples 1.3
 )
 lr = 1e-5

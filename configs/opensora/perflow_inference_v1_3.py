@@ -1,4 +1,5 @@
-# Few-step sampling with Open-Sora 1.3, student of stage 1; also for scripts/inference_i2v.py.
+# Few-step sampling with Open-Sora 1.3, student of stage 1; also for scripts/inference_i2v.py, if the student was trained with
+# mask_types (see Open-Sora's configs/opensora-v1-3/train): the stages here train text to video alone.
 #   python scripts/inference.py configs/opensora/perflow_inference_v1_3.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
 #       --prompt "a beautiful waterfall"
 
@@ -6,6 +7,7 @@ _base_ = ["_base_/sample.py"]
 
 num_frames = 49  # pixel frames: 49, 65, 81, 97 or 113
 resolution = "360p"
+scheduler = dict(cfg_scale=7.5, use_flaw_fix=True)  # as upstream samples 1.3
 model = dict(
     type="STDiT3-XL/2",
     from_pretrained=None,  # --ckpt-path
