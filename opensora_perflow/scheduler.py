@@ -174,7 +174,7 @@ class PeRFlow:
         units = path.output_units(prediction, bounds)
         pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times, units)
         keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
-        call = one_graph_a_step(model) if drawn_by_host and getattr(network, "grad_checkpointing", False) else model
+        call = one_graph_a_step(model, network) if drawn_by_host else model
         variance = VarianceMatch(call, teacher) if keeps_variance and config.variance_weight > 0 else None
         output = stdit.prediction_field(
             variance or call, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told

@@ -34,8 +34,10 @@ def test_the_scripts_variables_are_not_kept_alive():
                 running_config()
         return cfg, [one() is not None for one in alive]
 
+    if sys.gettrace() is not None:
+        pytest.skip("a debugger or a coverage tool keeps the copy; run without it")
     _, kept = main()
-    assert sys.gettrace() is not None or kept == [False, True]
+    assert kept == [False, True]
 
 
 def test_outside_a_script_there_is_none():

@@ -33,8 +33,8 @@ def settle(model: nn.Module) -> None:
         wait()
 
 
-def one_graph_a_step(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A network's call for one training step of Open-Sora 1.0 or 1.1 with gradient checkpointing.
+def one_graph_a_step(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
+    """A network's call for one training step of Open-Sora 1.0 or 1.1: as it is, unless the network checkpoints gradients.
 
     They checkpoint re-entrantly (v1.1.0 opensora/acceleration/checkpoint.py:21), and ZeRO's hooks then meet a parameter's
     gradient once for each evaluation, of which they bear one.
@@ -42,6 +42,8 @@ def one_graph_a_step(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Raises:
         ValueError: at a second evaluation that has a gradient.
     """
+    if not getattr(network, "grad_checkpointing", False):
+        return call
     evaluations = 0
 
     def counted(*inputs: Any, **named: Any) -> Tensor:
