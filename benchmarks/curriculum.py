@@ -38,7 +38,7 @@ DIRECT_CALLS = 2 * 2 * 8  # per step of the optimizer: 8 midpoint steps, guided
 
 
 def staged(teacher: str, iterations: int) -> dict[str, Any]:
-    advance = dict(every=25, patience=2, min_improvement=0.05, min_steps=iterations // 10, max_steps=iterations // 5)
+    advance = dict(min_steps=iterations // 10, max_steps=iterations // 5)
     return dict(
         windows=8,
         curriculum=dict(windows=[8, 4, 2, 1], teacher=teacher, advance=advance),

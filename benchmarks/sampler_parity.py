@@ -43,11 +43,11 @@ def cases(image_conditioning: bool) -> list[dict[str, Any]]:
     rows = []
     for steps, windows in ((4, 4), (8, 4), (30, 1), (30, 10)):
         for transform in (False, True):
-            for mask in (None, "ones", "edit 0", "edit 0.4"):
+            for mask in (None, "ones", "edit 0"):
                 rows.append(dict(steps=steps, windows=windows, settings=dict(use_timestep_transform=transform), mask=mask))
-                if mask == "edit 0.4":  # between two grid points the host rounds, and perflow does where it is told to
-                    rows[-1]["own_settings"] = dict(edit_join="grid")
-        rows.append(dict(steps=steps, windows=windows, settings={}, mask="edit 0.5"))  # a grid point, no setting needed
+        rows.append(
+            dict(steps=steps, windows=windows, settings={}, mask="edit 0.5")
+        )  # a grid point: between two the host rounds
     if image_conditioning:
         warped = dict(use_timestep_transform=True)
         for settings in (
@@ -94,7 +94,7 @@ def run_case(case: dict[str, Any], network: nn.Module, text_encoder: Any) -> flo
     # 1000: then no frame of a mask of ones is active in its first step, and all are noised anew in its second.
     sizes = dict(height=360.0, width=640.0, num_frames=51.0, ar=0.5625, fps=24.0)
     results = []
-    for scheduler in (dict(type="rflow"), dict(type="perflow", windows=case["windows"], **case.get("own_settings", {}))):
+    for scheduler in (dict(type="rflow"), dict(type="perflow", windows=case["windows"])):
         built = build_module(dict(scheduler, num_sampling_steps=case["steps"], cfg_scale=7.0, **case["settings"]), SCHEDULERS)
         torch.manual_seed(2)
         results.append(

@@ -38,12 +38,8 @@ WIDTH = 128
 JUMP_DISTANCE = 0.01
 
 
-def settings(objective: Any = "perflow", **draws: Any) -> dict[str, Any]:
-    return dict(windows=4, objective=objective, draws=draws)
-
-
-def continuity(weight: float, reach: float = 0.5) -> list[Any]:
-    return ["perflow", dict(type="perflow_continuity", weight=weight, reach=reach)]
+def settings(**draws: Any) -> dict[str, Any]:
+    return dict(windows=4, draws=draws)
 
 
 RECIPES = {
@@ -52,8 +48,6 @@ RECIPES = {
     "overlap .6": settings(overlap=0.6),
     "overlap .75": settings(overlap=0.75),
     "overlap .9": settings(overlap=0.9),
-    "continuity": settings(continuity(1.0)),
-    "overlap .75 + continuity": settings(continuity(0.3), overlap=0.75),
     "grid 5 + overlap .75": settings(grids=(5,), overlap=0.75),
     "grids 5 6 7 + overlap .6": settings(grids=(5, 6, 7), overlap=0.6),
 }

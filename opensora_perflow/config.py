@@ -14,19 +14,18 @@ from opensora_perflow.curriculum import AdvanceRule, Curriculum
 from opensora_perflow.held_out import WatchConfig
 from opensora_perflow.paths import NOISE_SCHEDULES
 from opensora_perflow.predictions import PREDICTIONS
-from opensora_perflow.sampling import JOINS
-from opensora_perflow.schedule import POSITION_DISTRIBUTIONS, TIME_DISTRIBUTIONS, check_num_steps
-from opensora_perflow.solvers import SOLVERS
+from opensora_perflow.removed import refuse_removed_keys, refuse_removed_value
+from opensora_perflow.schedule import TIME_DISTRIBUTIONS, check_num_steps
 from opensora_perflow.windows import TimeWindows
 
 SAMPLING_GRIDS = ("edges", "uniform")
+TEACHER_SOLVERS = ("midpoint", "euler")
 GUIDANCE_MODES = ("sync", "fixed", "range")
-STARTS = ("diffused", "student", "mixed")
+STARTS = ("diffused", "student")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
 PATHS = ("auto", "linear", "ddpm")
 PATH_KEYS = {
     "linear": (
-        "window_time",
         "transform",
         "num_timesteps",
         "use_discrete_timesteps",
@@ -46,7 +45,6 @@ PATH_KEYS = {
         "initial_image_scale",
     ),
     "ddpm": (
-        "variance_weight",
         "cfg_channel",
         "timestep_respacing",
         "noise_schedule",
@@ -69,6 +67,7 @@ def from_mapping(cls: type, value: Mapping[str, Any], where: str) -> Any:
     """
     known = [f.name for f in fields(cls)]
     unknown = [key for key in value if key not in known]
+    refuse_removed_keys(where, unknown)
     if unknown:
         close = [match for key in unknown for match in difflib.get_close_matches(str(key), known, n=1)]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -142,23 +141,19 @@ class TeacherConfig:
     """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
     draws.grids), rounded up."""
     solver: str = "midpoint"
-    """euler (1 evaluation a step), heun or midpoint (2)."""
+    """euler (1 evaluation a step) or midpoint (2)."""
     allow_distilled: bool = False
     """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
-    takes_scale: bool = False
-    """The teacher is a student of guidance mode range: it is told the scale as an input, 1 evaluation a step, instead of being
-    guided with it. For modes fixed and range."""
 
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and not isinstance(self.from_pretrained, (str, os.PathLike)):
             raise ValueError(f"teacher.from_pretrained must be a path, a repository id or None, got {self.from_pretrained!r}")
         if self.steps_per_window is not None:
             check_num_steps(self.steps_per_window, "teacher.steps_per_window")
-        check_choice("teacher.solver", self.solver, tuple(SOLVERS))
+        refuse_removed_value("teacher.solver", self.solver)
+        check_choice("teacher.solver", self.solver, TEACHER_SOLVERS)
         if not isinstance(self.allow_distilled, bool):
             raise ValueError(f"teacher.allow_distilled must be True or False, got {self.allow_distilled!r}")
-        if not isinstance(self.takes_scale, bool):
-            raise ValueError(f"teacher.takes_scale must be True or False, got {self.takes_scale!r}")
 
 
 @dataclass(frozen=True)
@@ -220,25 +215,14 @@ class DrawsConfig:
     """What the student is trained on: where windows start, and at which times inside them."""
 
     starts: str = "student"
-    """diffused: data with noise. student: states that the student itself reaches from noise, one step a window, guided as
-    it is sampled; no data is used, only its shape. mixed: `student_share` of the samples start there."""
-    student_share: float = 0.5
-    """Share of starts="mixed" that the student reaches, 0..1; no effect otherwise."""
-    distribution: str = "host"
-    """Times inside a window. host: as sample_method draws them; uniform: evenly over the untransformed window; beta."""
-    beta: Any = (2.0, 1.0)
-    """Parameters (a, b) > 0 of distribution="beta", from the window's clean edge to its noisy one: a > b leans to noise."""
-    windows: str = "even"
-    """How often each window is drawn. even: all alike, since each is one step of the sampler, and narrow ones are planned where
-    more is to be learned; time: by the share that it has of the times that sample_method draws (sample_method="logit-normal"
-    gives the first and the last of 4 uniform windows 14 % each). use_discrete_timesteps and uniform_over_threshold mean
-    time."""
+    """student: states that the student itself reaches from noise, one step a window, guided as it is sampled; no data is
+    used, only its shape. diffused: data with noise."""
     edge_mass: float = 0.75
     """Share of the times exactly at the window's noisy edge, 0..1."""
     per_solve: int | None = None
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
-    loss is their mean (weighted by edge_mass). The first follows `distribution`; with "host" the others are uniform. None: 2,
-    or 1 where there can be one only (edge_mass=1, use_discrete_timesteps) and under Open-Sora 1.0 and 1.1."""
+    loss is their mean (weighted by edge_mass). None: 2, or 1 where there can be one only (edge_mass=1,
+    use_discrete_timesteps) and under Open-Sora 1.0 and 1.1."""
     seed: int | None = None
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
@@ -251,15 +235,8 @@ class DrawsConfig:
     sampling_grid="uniform"."""
 
     def __post_init__(self) -> None:
+        refuse_removed_value("draws.starts", self.starts)
         check_choice("draws.starts", self.starts, STARTS)
-        check_number("draws.student_share", self.student_share, low=0, high=1)
-        check_choice("draws.windows", self.windows, ("even", "time"))
-        check_choice("draws.distribution", self.distribution, ("host", *POSITION_DISTRIBUTIONS))
-        beta = self.beta
-        pair = isinstance(beta, Sequence) and not isinstance(beta, str) and len(beta) == 2
-        if not pair or not all(isinstance(v, Real) and not isinstance(v, bool) and v > 0 for v in beta):
-            raise ValueError(f"draws.beta must be two numbers > 0, got {beta!r}; write for example (2, 1)")
-        object.__setattr__(self, "beta", (float(beta[0]), float(beta[1])))
         check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
         if self.per_solve is not None:
             check_num_steps(self.per_solve, "draws.per_solve")
@@ -289,14 +266,13 @@ class CurriculumConfig:
     that stage's windows and without guidance, which is folded in. A run that is resumed inside such a stage goes on with the
     student that it loads as the teacher: the one before is not kept."""
     advance: AdvanceRule = field(default_factory=AdvanceRule)
-    """When a stage ends: dict(every=50, patience=3, min_improvement=0.02, min_steps=200, max_steps=2000, batches=1)."""
+    """When a stage ends: dict(min_steps=200, max_steps=2000), and between them where its held-out error stops falling."""
 
     def __post_init__(self) -> None:
         if isinstance(self.advance, Mapping):
             object.__setattr__(self, "advance", from_mapping(AdvanceRule, self.advance, "curriculum.advance"))
         elif not isinstance(self.advance, AdvanceRule):
-            known = ", ".join(f.name for f in fields(AdvanceRule))
-            raise ValueError(f"curriculum.advance must be a dict, got {self.advance!r}; known keys: {known}")
+            raise ValueError(f"curriculum.advance must be a dict, got {self.advance!r}; known keys: min_steps, max_steps")
 
 
 @dataclass(frozen=True)
@@ -329,8 +305,6 @@ class PeRFlowConfig:
     windows: Any = 4
     """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or the file that
     `opensora-perflow plan` wrote (a name that ends in .json), whose sampling grids then serve the step counts they are for."""
-    window_time: str = "host"
-    """host: edges pass through the host's timestep transform, per sample; flow: edges are flow times as they stand."""
     path: str = "auto"
     """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
     variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
@@ -338,10 +312,6 @@ class PeRFlowConfig:
     prediction: str = "auto"
     """What the student's network outputs: velocity; or, on the ddpm path, ddim_eps or diff_eps too, see predictions.py.
     auto: velocity on the linear path, ddim_eps on the ddpm path. Sample with what was trained."""
-    variance_weight: float = 1.0
-    """ddpm path: loss weight that keeps the network's variance half as the teacher's, so that iddpm can sample the student
-    too; costs an evaluation of the teacher for each time that is trained. 0: off. No effect with prediction="velocity", which
-    iddpm cannot sample anyway."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     draws: DrawsConfig = field(default_factory=DrawsConfig)
@@ -355,17 +325,8 @@ class PeRFlowConfig:
     allow_change: bool = False
     """Go on with --load although windows, path, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""
-    frames_of_weight_one: float | None = None
-    """What videos and images count beside each other. None: every sample counts alike, so that a step of images counts as much
-    as one of videos. A number n > 0 of latent frames: a sample's loss is multiplied by the number of its frames that count
-    over n, so that every frame counts alike; with n = the usual length the learning rate keeps its meaning."""
     transform: str = "auto"
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
-
-    edit_join: str = "exact"
-    """Where an edited frame (Open-Sora's mask strategy) joins whose edit ratio lies between two grid points. exact: at its
-    ratio, for one evaluation more; grid: at the next grid point, as upstream's rflow. No difference for ratios 0, 1 and
-    those on the grid."""
 
     long_video: LongVideoConfig | None = None
     """dict(edit=0.05, frames=2): smoother, less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
@@ -387,17 +348,18 @@ class PeRFlowConfig:
     use_timestep_transform: bool = False
     """Warp time by resolution and length."""
     sample_method: str = "uniform"
-    """Distribution of the training times: uniform or logit-normal."""
+    """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often, and
+    times evenly inside them."""
     loc: float = 0.0
-    """Mean of the logit-normal's normal."""
+    """As sample_method: no effect."""
     scale: float = 1.0
-    """Standard deviation of the logit-normal's normal, > 0."""
+    """As sample_method: no effect."""
     transform_scale: float = 1.0
-    """Factor on the warp's ratio, > 0: for drawn times only under v1.2, for sampling (and windows) only under v1.3."""
+    """Factor on the warp's ratio, > 0, in sampling and windows under v1.3. No effect under v1.2, where it warps drawn times."""
     scale_temporal: bool = True
     """False: the warp ignores the number of frames (v1.3)."""
     uniform_over_threshold: float | None = None
-    """Drawn flow times of videos above this are drawn again uniformly between it and 1 (v1.3)."""
+    """As sample_method: no effect (v1.3)."""
     drop_condition: Mapping[str, float] | None = None
     """Weights of null / cond / text / keep for image and video conditioning in mode sync (v1.3); None: always keep."""
     x_cond_weight: float = 1.0
@@ -423,7 +385,9 @@ class PeRFlowConfig:
     diffusion_steps: int = 1000
     """iddpm: size of the network's timestep range."""
     learn_sigma: bool = True
-    """iddpm: False says that the network has no variance half worth keeping."""
+    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too, at an
+    evaluation of the teacher for each time that is trained. False: there is none worth keeping. No effect with
+    prediction="velocity"."""
     sigma_small: bool = False
     """iddpm; only False."""
     predict_xstart: bool = False
@@ -456,31 +420,20 @@ class PeRFlowConfig:
             raise ValueError(
                 f"long_video must be a dict or None, got {self.long_video!r}; write for example dict(edit=0.05, frames=2)"
             )
-        check_choice("window_time", self.window_time, ("host", "flow"))
         check_choice("path", self.path, PATHS)
         check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
         check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
         self._check_iddpm()
-        check_choice("edit_join", self.edit_join, JOINS)
         check_choice("transform", self.transform, TRANSFORM_FORMULAS)
         if not isinstance(self.allow_change, bool):
             raise ValueError(f"allow_change must be True or False, got {self.allow_change!r}")
         check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
-        if self.frames_of_weight_one is not None:
-            check_number("frames_of_weight_one", self.frames_of_weight_one)
-            if not self.frames_of_weight_one > 0:
-                raise ValueError(f"frames_of_weight_one must be > 0, or None, got {self.frames_of_weight_one!r}")
         if self.num_sampling_steps is not None:
             check_num_steps(self.num_sampling_steps, "num_sampling_steps")
         check_num_steps(self.num_timesteps, "num_timesteps")
         if self.use_discrete_timesteps:
             set_(self, "windows", self.windows.rounded(int(self.num_timesteps)))
         set_(self, "cfg_scale", as_scales("cfg_scale", self.cfg_scale, self.windows.num_windows))
-        if self.teacher.takes_scale and not self.guidance.folded:
-            raise ValueError(
-                'teacher.takes_scale needs a scale to tell: guidance=dict(mode="range", scale=(low, high)) or mode="fixed", '
-                'got mode="sync"'
-            )
         if self.guidance.mode == "fixed":
             as_scales("guidance.scale", self.guidance.scale, self.windows.num_windows)
         if self.curriculum is not None:
@@ -498,10 +451,10 @@ class PeRFlowConfig:
             check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
         if self.use_discrete_timesteps and self.sample_method != "uniform":
             raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
-        if self.use_discrete_timesteps and (self.draws.distribution != "host" or (self.draws.per_solve or 1) > 1):
+        if self.use_discrete_timesteps and (self.draws.per_solve or 1) > 1:
             raise ValueError(
-                'use_discrete_timesteps draws whole timesteps as the host does: it needs draws with distribution="host" and '
-                f"per_solve=1 or None, got {self.draws.distribution!r} and {self.draws.per_solve}"
+                "use_discrete_timesteps draws whole timesteps as the host does, one a solution: it needs draws.per_solve=1 or "
+                f"None, got {self.draws.per_solve}"
             )
         if self.drop_condition is not None:
             known = ("null", "cond", "text", "keep")
@@ -536,7 +489,6 @@ class PeRFlowConfig:
     def _check_iddpm(self) -> None:
         check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
         check_num_steps(self.diffusion_steps, "diffusion_steps")
-        check_number("variance_weight", self.variance_weight, low=0)
         check_choice("learn_sigma", self.learn_sigma, (True, False))
         if self.cfg_channel not in ("auto", None):
             check_num_steps(self.cfg_channel, "cfg_channel (or None for all channels)")
@@ -586,7 +538,7 @@ class PeRFlowConfig:
 
 _ONLY_FALSE = {
     "use_kl": "the student's loss is chosen by `objective`",
-    "rescale_learned_sigmas": "the variance is kept as the teacher's, with the weight `variance_weight`",
+    "rescale_learned_sigmas": "the variance is kept as the teacher's by a loss of its own (learn_sigma=True)",
     "sigma_small": "the sampler takes deterministic steps, so the size of random ones means nothing; leave it out",
     "predict_xstart": "teacher and student predict noise (`prediction`); networks that predict clean data are not supported",
 }

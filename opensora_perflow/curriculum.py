@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,26 +28,21 @@ TEACHERS = ("original", "previous")
 class AdvanceRule:
     """When a stage ends: its held-out error has stopped falling, or it has had its steps."""
 
-    every: int = 50
-    """Training steps between two measurements, >= 1."""
-    patience: int = 3
-    """So many measurements in a row without an improvement end the stage, >= 1."""
-    min_improvement: float = 0.02
-    """Share of the best error by which another must lie below it to count as an improvement, 0..1."""
     min_steps: int = 200
     """Training steps that every stage has at least, >= 1."""
     max_steps: int = 2000
     """Training steps that a stage has at most (up to the next measurement), >= min_steps."""
-    batches: int = 1
-    """The run's first batches, >= 1, whose conditions and shapes are kept to measure with; nothing is measured before they are
-    all there. A run that is resumed keeps new ones."""
+
+    every: ClassVar[int] = 25
+    """Training steps between two measurements."""
+    patience: ClassVar[int] = 2
+    """Measurements in a row without an improvement that end the stage."""
+    min_improvement: ClassVar[float] = 0.05
+    """Share of the best error by which another must lie below it to count as an improvement."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience", "min_steps", "max_steps", "batches"):
+        for name in ("min_steps", "max_steps"):
             check_num_steps(getattr(self, name), f"curriculum.advance.{name}")
-        share = self.min_improvement
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
-            raise ValueError(f"curriculum.advance.min_improvement must be a share >= 0 and < 1, got {share!r}")
         if self.min_steps > self.max_steps:
             raise ValueError(
                 f"curriculum.advance.min_steps must not exceed max_steps, got {self.min_steps} and {self.max_steps}"

@@ -106,7 +106,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
         return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
     if settings.guidance.mode == "fixed":
         scale = _one_scale("guidance.scale", settings.guidance.scale)
-    guidance = Guided(told=scale) if settings.teacher.takes_scale else Guided(scale)
+    guidance = Guided(scale)
     frozen = load_teacher(unwrap(call.model), teacher)
     negative = scheduler._negative_text() if settings.guidance.folded else call.neg_prompts
     by_teacher = _host_probes(call, frozen, guidance, negative, settings, ratio)

@@ -15,9 +15,6 @@ FieldAt = Callable[[int, "Tensor | None"], Velocity]
 """field_at(step, frame_mask) -> velocity(x, t): the field of one sampling step; frame_mask [B, T] is True where frames move."""
 
 
-JOINS = ("exact", "grid")
-
-
 class FrameEdit:
     """Reference frames during sampling: frozen until the flow time falls to a frame's edit ratio, then noised and denoised.
 
@@ -28,16 +25,11 @@ class FrameEdit:
         generator: Source of the noise. A sample of it is drawn every step, needed or not, as the host does, so that the
             same seed gives the same result.
         add_noise: (data, noise, t) -> the point of the path that frames join at; the straight path's if not given.
-        join: "exact", or "grid": no step is split, a frame joins at the first grid point that is at most r, noised to that
-            one's time, as the host does. At 30 steps that changes r by up to 1/30 (more where time is warped), at 4 steps by
-            up to 1/4.
 
-    Raises:
-        ValueError: unknown `join`.
-
-    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which is join="grid". The iddpm of every tag
-    rounds the ratio down to a step of its own and adds noise to reference frames (ratio 0) in its last step; here they stay
-    as they are.
+    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step: there a frame joins at the
+    first grid point that is at most r, noised to that point's time, up to 1/4 away at 4 steps. The iddpm of every tag rounds
+    the ratio down to a step of its own and adds noise to reference frames (ratio 0) in its last step; here they stay as they
+    are.
     """
 
     def __init__(
@@ -45,13 +37,9 @@ class FrameEdit:
         edit_ratio: Tensor,
         generator: torch.Generator | None = None,
         add_noise: Callable[[Tensor, Tensor, Tensor], Tensor] = interpolate,
-        join: str = "exact",
     ) -> None:
-        if join not in JOINS:
-            raise ValueError(f"unknown join {join!r}; known: {', '.join(JOINS)}")
         # Compared in float32, where a ratio written as 0.7 and the grid's 1 - 3/10 are the same number.
         self._join_time = edit_ratio.float()
-        self._exact = join == "exact"
         self._joined = edit_ratio == 1
         self._generator = generator
         self._add_noise = add_noise
@@ -61,8 +49,6 @@ class FrameEdit:
 
         A sample with fewer of those than another takes steps of length 0 at t first.
         """
-        if not self._exact:
-            return [t, t_next]
         start, end = (time.to(self._join_time.device, torch.float32)[:, None] for time in (t, t_next))
         inside = (self._join_time < start) & (self._join_time > end)
         points = self._join_time.where(inside, start).sort(dim=1, descending=True).values

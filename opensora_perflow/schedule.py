@@ -11,72 +11,21 @@ from torch import Tensor
 from opensora_perflow.windows import TimeWindows
 
 TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
-POSITION_DISTRIBUTIONS = ("uniform", "beta")
 
 
-def draw_times(
-    batch_size: int,
-    *,
-    distribution: str = "uniform",
-    loc: float = 0.0,
-    scale: float = 1.0,
-    num_levels: int | None = None,
-    device: torch.device | str = "cpu",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one time in [0, 1] for each sample of a batch.
+def fill_evenly(u: Tensor, windows: TimeWindows) -> Tensor:
+    """Times u [B], uniform on [0, 1] -> times of which every window holds as many, spread evenly inside it.
 
-    Args:
-        batch_size: Number of times.
-        distribution: "uniform" on [0, 1), or "logit-normal": the sigmoid of a normal variable with mean `loc` and standard
-            deviation `scale` (the two that Open-Sora's `sample_method` knows).
-        num_levels: Draw uniformly from 0, 1/n, ..., (n - 1)/n instead; uniform only.
-
-    Returns:
-        [B], float64.
-
-    Raises:
-        ValueError: unknown distribution.
+    The k-th of K equal intervals is mapped to window k, linearly. With uniform windows that changes nothing.
     """
-    if distribution == "uniform":
-        if num_levels is not None:
-            return torch.randint(num_levels, (batch_size,), device=device, generator=generator).double() / num_levels
-        return torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-    if distribution == "logit-normal":
-        normal = torch.randn(batch_size, dtype=torch.float64, device=device, generator=generator)
-        return torch.sigmoid(loc + scale * normal)
-    raise ValueError(f"unknown time distribution {distribution!r}; known: {', '.join(TIME_DISTRIBUTIONS)}")
-
-
-def share_below(u: Tensor, distribution: str = "uniform", loc: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Probability that a time which `draw_times` draws lies below u in [0, 1]; shaped like u."""
-    return u if distribution == "uniform" else torch.special.ndtr((torch.logit(u) - loc) / scale)
-
-
-def time_above_share(share: Tensor, distribution: str = "uniform", loc: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Inverse of `share_below`."""
-    return share if distribution == "uniform" else torch.sigmoid(loc + scale * torch.special.ndtri(share))
-
-
-def fill_evenly(u: Tensor, edges: Tensor) -> Tensor:
-    """Uniform u in [0, 1], [B] -> values of which each interval between two edges gets as many, spread evenly inside it.
-
-    Args:
-        u: Interval k of as many equal ones is mapped to interval k, linearly.
-        edges: [K + 1, B], descending from 1 to 0.
-    """
-    uniform = TimeWindows.uniform(len(edges) - 1)
+    if windows.is_uniform:
+        return u
+    uniform = TimeWindows.uniform(windows.num_windows)
     window_idx = uniform.lookup(u)
     from_start, from_end = uniform.bounds(window_idx)
-    to_start, to_end = (edges.gather(0, (window_idx + i)[None])[0] for i in (0, 1))
+    to_start, to_end = windows.bounds(window_idx)
     # From the noisy edge, which belongs to the window and stays exact.
     return (to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)).clamp(0.0, 1.0)
-
-
-def redraw_above(t: Tensor, threshold: float, generator: torch.Generator | None = None) -> Tensor:
-    """Times above `threshold` are drawn again, uniformly between it and 1 (Open-Sora 1.3's uniform_over_threshold)."""
-    fresh = threshold + (1.0 - threshold) * torch.rand(t.shape, dtype=t.dtype, device=t.device, generator=generator)
-    return torch.where(t > threshold, fresh, t)
 
 
 @dataclass(frozen=True)
@@ -88,41 +37,6 @@ class WeightedTimes:
 
     times: Tensor
     weights: Tensor
-
-
-def draw_positions(
-    count: int,
-    batch_size: int,
-    *,
-    distribution: str = "uniform",
-    beta: tuple[float, float] = (2.0, 1.0),
-    device: torch.device | str = "cpu",
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw places inside a window: 1 is its noisy edge, 0 its clean one.
-
-    Args:
-        count, batch_size: n and B.
-        distribution: "uniform" on (0, 1], or "beta" with the parameters `beta` (a, b): a > b leans to the noisy edge,
-            mean a / (a + b).
-
-    Returns:
-        [n, B], float64.
-
-    Raises:
-        ValueError: unknown distribution.
-    """
-    shape = (count, batch_size)
-    if distribution == "uniform":  # 1 - [0, 1): windows hold their noisy edge and not their clean one
-        return 1.0 - torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-    if distribution == "beta":
-        # A ratio of gamma variables; torch.distributions.Beta does the same and takes no generator.
-        rising, falling = (
-            torch._standard_gamma(torch.full(shape, value, dtype=torch.float64, device=device), generator=generator)
-            for value in beta
-        )
-        return rising / (rising + falling)
-    raise ValueError(f"unknown distribution of places in a window {distribution!r}; known: {', '.join(POSITION_DISTRIBUTIONS)}")
 
 
 def mix_in_edge(times: Tensor, t_start: Tensor, edge_mass: float, generator: torch.Generator | None = None) -> WeightedTimes:

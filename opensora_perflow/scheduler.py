@@ -24,10 +24,10 @@ from opensora_perflow.hosts.negative_text import read_negative
 from opensora_perflow.hosts.network import one_graph_a_step, settle, text_dropout, unwrap
 from opensora_perflow.hosts.parallel import data_parallel_rank, mean_over_ranks, shared
 from opensora_perflow.hosts.run_config import check_teacher_source, host_seed, loaded_weights
-from opensora_perflow.hosts.timestep_transform import installed_formula, is_image, shift_ratio
+from opensora_perflow.hosts.timestep_transform import installed_formula, shift_ratio
 from opensora_perflow.hosts.variance import VarianceMatch
 from opensora_perflow.long_video import fade_change
-from opensora_perflow.objectives import WindowPair, combine, counted_frames, mean_over_frames
+from opensora_perflow.objectives import WindowPair, combine, mean_over_frames
 from opensora_perflow.paths import Bounds, DDPMPath, LinearPath, Path, check_prediction
 from opensora_perflow.randomness import TrainingRandomness
 from opensora_perflow.registry import SCHEDULERS
@@ -163,11 +163,9 @@ class PeRFlow:
 
         scale = self._teacher_scale(windows.window_idx, generator)
         told = scale if config.guidance.mode == "range" else None
-        if config.draws.starts != "diffused":
-            reached = self._roll_out(path, prediction, model, student_condition, _hold(noise, still, mask), windows, mask, told)
-            share = 1.0 if config.draws.starts == "student" else config.draws.student_share
-            own = torch.rand(len(data), device=data.device, generator=generator) < share
-            x_win_start = torch.where(own[:, None, None, None, None], reached, x_win_start)
+        if config.draws.starts == "student":
+            start = _hold(noise, still, mask)
+            x_win_start = self._roll_out(path, prediction, model, student_condition, start, windows, mask, told)
 
         states = self._solve_teacher(path, teacher, teacher_condition, x_win_start, windows.solver_times, mask, scale)
         bounds = self._bounds(windows.ratio, drawn=(t_start, t_end))
@@ -175,7 +173,7 @@ class PeRFlow:
         pair = WindowPair(states[0], states[-1], t_start, t_end, states, windows.solver_times, units)
         keeps_variance = isinstance(path, DDPMPath) and prediction != "velocity" and config.learn_sigma
         call = one_graph_a_step(model, network) if drawn_by_host else model
-        variance = VarianceMatch(call, teacher) if keeps_variance and config.variance_weight > 0 else None
+        variance = VarianceMatch(call, teacher) if keeps_variance else None
         output = stdit.prediction_field(
             variance or call, network, student_condition, to_timestep=path.to_timestep, frame_mask=mask, told=told
         )
@@ -190,12 +188,10 @@ class PeRFlow:
                 share = share * weights.to(share.device)[index]
             loss = loss + part * share.to(part.device, part.dtype)
         if variance is not None and variance.error is not None:
-            loss = loss + config.variance_weight * mean_over_frames(variance.error, frame_weights)
+            loss = loss + mean_over_frames(variance.error, frame_weights)
         if mask_index is not None and len(mask_index) == 0 and torch.is_grad_enabled():
             settle(model)
             loss = loss + stdit.idle_reference_embedders(network)
-        if config.frames_of_weight_one is not None:
-            loss = loss * counted_frames(data, frame_weights) / config.frames_of_weight_one
         if torch.is_grad_enabled():  # not where losses are only evaluated
             if len(self._held_out) < self._held_out_batches:
                 start = _hold(_fixed_noise(noise, seed=len(self._held_out)), still, mask)
@@ -235,8 +231,7 @@ class PeRFlow:
             prompts: B prompts.
             device: Where to sample.
             additional_args: height, width, num_frames, fps, ar, [B] each; not changed.
-            mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit` and the key edit_join; None or ones generate
-                everything.
+            mask: Edit ratio of each frame, [B, T], see `sampling.FrameEdit`; None or ones generate everything.
             guidance_scale: Text guidance in mode sync, what the student is told in mode range; one number, or one a window;
                 None: the config's cfg_scale.
             image_cfg_scale: Guidance by reference frames in mode sync; None: the config's cfg_scale, as upstream.
@@ -337,7 +332,7 @@ class PeRFlow:
             field_at,
             x,
             times,
-            edit=None if mask is None else FrameEdit(mask, add_noise=path.add_noise, join=config.edit_join),
+            edit=None if mask is None else FrameEdit(mask, add_noise=path.add_noise),
             before_step=before_step,
             progress=progress,
         )
@@ -418,13 +413,11 @@ class PeRFlow:
         config, randomness = self.config, self._randomness
         assert self._path is not None, "the network has not been seen yet"
         transform = None
-        if config.use_timestep_transform and config.window_time == "host":
-            transform = {"formula": self._formula, "scale": self._transform_scale(sampling=True)}
-            transform["scale_temporal"] = config.scale_temporal
+        if config.use_timestep_transform:
+            transform = {"formula": self._formula, "scale": self._transform_scale, "scale_temporal": config.scale_temporal}
         draws = asdict(config.draws)
         return StudentState(
             windows=self._windows.edges,
-            window_time=config.window_time,
             transform=transform,
             path="ddpm" if isinstance(self._path, DDPMPath) else "linear",
             prediction=check_prediction(self._path, config.prediction),
@@ -448,17 +441,14 @@ class PeRFlow:
         drawn_by_host: bool = False,
     ) -> DrawnWindows:
         """Windows by a drawn or given timestep per sample; one that is asked for is the only time that is trained."""
-        given, draw_ratio = None if timestep is None else path.from_timestep(timestep), self._ratios(model_args, sampling=False)
-        redraws = self.config.uniform_over_threshold is not None and draw_ratio is not None
+        given = None if timestep is None else path.from_timestep(timestep)
         return draw_windows(
             self.config,
             self._partitions,
             len(data),
             num_timesteps=self.num_timesteps,
             solver_grids=None if self._curriculum is None else self._solver_grids(),
-            draw_ratio=draw_ratio,
-            window_ratio=self._window_ratio(model_args),
-            images=redraws and is_image(model_args),
+            ratio=self._window_ratio(model_args),
             given=given,
             given_only=given is not None and not drawn_by_host,
             # 1.0 and 1.1 checkpoint gradients re-entrantly, which ZeRO's hooks bear for one evaluation a step.
@@ -552,22 +542,19 @@ class PeRFlow:
 
     def _window_ratio(self, model_args: Mapping[str, Any]) -> Tensor | None:
         """Warp of the window edges: the one of the host's sampler, so that each window holds whole sampling steps."""
-        return self._ratios(model_args, sampling=True) if self.config.window_time == "host" else None
-
-    def _ratios(self, model_args: Mapping[str, Any], *, sampling: bool) -> Tensor | None:
         config = self.config
         if not config.use_timestep_transform:
             return None
-        scale = self._transform_scale(sampling=sampling)
-        return shift_ratio(model_args, self._formula, scale=scale, scale_temporal=config.scale_temporal)
+        return shift_ratio(model_args, self._formula, scale=self._transform_scale, scale_temporal=config.scale_temporal)
 
     @property
     def _formula(self) -> str:
         return installed_formula() if self.config.transform == "auto" else self.config.transform
 
-    def _transform_scale(self, *, sampling: bool) -> float:
+    @property
+    def _transform_scale(self) -> float:
         # v1.2 applies transform_scale when it draws training times, v1.3 when it samples (HOST: rf/__init__.py of each tag).
-        return self.config.transform_scale if sampling == (self._formula == "v1.3") else 1.0
+        return self.config.transform_scale if self._formula == "v1.3" else 1.0
 
     def _teacher_of(self, model: nn.Module) -> nn.Module:
         if self._teacher is None:
@@ -597,7 +584,7 @@ class PeRFlow:
         config, guidance, told = self.config, self.config.guidance, None
         image_scale, method = scale if guidance.image_scale is None else guidance.image_scale, config.teacher.solver
         own_student = self._curriculum is not None and self._curriculum.teacher_is_student
-        if config.teacher.takes_scale or (own_student and guidance.mode == "range"):
+        if own_student and guidance.mode == "range":
             told = torch.as_tensor(scale, dtype=torch.float64, device=x.device).expand(len(x))
         if own_student:
             method = "euler"
@@ -654,7 +641,7 @@ class PeRFlow:
     @property
     def _held_out_batches(self) -> int:
         """Of the run's first batches so many are measured on."""
-        return int(self._watch is not None) if self._curriculum is None else self._curriculum.rule.batches
+        return int(self._watch is not None or self._curriculum is not None)
 
     def _hold_out(
         self,

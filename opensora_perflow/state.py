@@ -26,9 +26,9 @@ FILE_NAME = "perflow.json"
 METADATA_KEY = "perflow"
 FORMAT = 1
 
-FOR_RESUMING = ("windows", "window_time", "transform", "path", "prediction", "guidance", "teacher")
+FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher")
 """What must not change within one training."""
-FOR_SAMPLING = ("windows", "window_time", "transform", "path", "prediction")
+FOR_SAMPLING = ("windows", "transform", "path", "prediction")
 """What the sampler must share with the training; of the guidance, its mode."""
 
 
@@ -42,7 +42,6 @@ class StudentState:
 
     windows: Sequence[float]
     """Edges in untransformed time, from 1 to 0."""
-    window_time: str
     transform: dict[str, Any] | None
     """The host's timestep transform that the edges pass through: formula, scale, scale_temporal; None: they do not."""
     path: str

@@ -20,6 +20,11 @@ F64 = torch.float64
 UNEVEN = TimeWindows((1.0, 0.9, 0.6, 0.5, 0.0))
 
 
+def rule_of(min_steps=1, max_steps=1000, **constants):
+    """A rule with other constants than AdvanceRule's, which no config sets."""
+    return type("OtherRule", (AdvanceRule,), constants)(min_steps, max_steps)
+
+
 def follow(curriculum, errors):
     """Steps and measurements as the scheduler makes them; the steps at which stages began."""
     errors, began, step = iter(errors), [0], 0
@@ -42,7 +47,7 @@ def test_merging_keeps_every_other_edge():
 
 
 def test_a_stage_ends_when_its_error_stops_falling():
-    rule = AdvanceRule(every=10, patience=2, min_improvement=0.1, min_steps=1, max_steps=1000)
+    rule = rule_of(every=10, patience=2, min_improvement=0.1)
     # 1.0 and 0.8 improve; 0.75 does not (less than a tenth), nor does 0.73: the stage ends at the fourth measurement, step 30.
     curriculum = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
     assert follow(curriculum, [1.0, 0.8, 0.75, 0.73, 2.0, 3.0, math.nan]) == [0, 30, 50]
@@ -50,27 +55,27 @@ def test_a_stage_ends_when_its_error_stops_falling():
 
 
 def test_a_slow_fall_is_measured_against_the_best_and_adds_up():
-    rule = AdvanceRule(every=1, patience=2, min_improvement=0.1, min_steps=1, max_steps=1000)
+    rule = rule_of(every=1, patience=2, min_improvement=0.1)
     curriculum = Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule)
     # 0.95 is no improvement on 1.0, 0.89 is; then 0.85 and 0.81 are none on 0.89.
     assert follow(curriculum, [1.0, 0.95, 0.89, 0.85, 0.81]) == [0, 4]
 
 
 def test_a_stage_has_its_least_and_its_most_steps():
-    rule = AdvanceRule(every=10, patience=1, min_steps=40, max_steps=60)
+    rule = rule_of(every=10, patience=1, min_steps=40, max_steps=60)
     assert follow(Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule), [1.0] * 9) == [0, 40]
     falling = (0.5**i for i in range(99))
     assert follow(Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule), falling) == [0, 60]
 
 
 def test_the_last_stage_neither_measures_nor_ends():
-    curriculum = Curriculum(TimeWindows.uniform(2), [2, 1], rule=AdvanceRule(patience=1, min_steps=1))
+    curriculum = Curriculum(TimeWindows.uniform(2), [2, 1], rule=rule_of(patience=1))
     curriculum.advance()
     assert curriculum.is_last and not curriculum.wants_measurement() and not curriculum.observe(1.0)
 
 
 def test_the_state_survives_json_and_continues_alike():
-    rule = AdvanceRule(every=5, patience=2, min_steps=1, max_steps=100)
+    rule = rule_of(every=5, patience=2, max_steps=100)
     errors = [1.0, 0.5, 0.6, 0.4, 0.5, 0.5, 3.0, 2.0, 2.5, 2.6]
     whole = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
     first = Curriculum(TimeWindows.uniform(4), [4, 2, 1], rule=rule)
@@ -116,8 +121,14 @@ def test_the_teachers_steps_lie_on_the_finer_windows(teacher):
 
 # --- through the scheduler ---
 
-QUICK = dict(every=1, patience=1, min_improvement=0.5, min_steps=1, max_steps=1)
-STAGES = dict(windows=[4, 2, 1], advance=QUICK)
+STAGES = dict(windows=[4, 2, 1], advance=dict(min_steps=1, max_steps=1))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A measurement after every step, of which one decides: stages of STAGES last one step."""
+    for name, value in dict(every=1, patience=1, min_improvement=0.5).items():
+        monkeypatch.setattr(AdvanceRule, name, value)
 
 
 def step(scheduler, network, **arguments):
@@ -136,7 +147,7 @@ def watched(scheduler):
     return seen
 
 
-def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(caplog):
+def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(quick, caplog):
     network = tiny_network()
     scheduler = PeRFlow(windows=4, curriculum=STAGES, teacher=dict(steps_per_window=2), draws=PLAIN["draws"])
     seen = watched(scheduler)
@@ -153,9 +164,9 @@ def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(caplog):
     assert scheduler._sampling_times(torch.zeros(1, 4, 5, 4, 4), {})[:, 0].tolist() == [1.0, 0.0]
 
 
-def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windows():
+def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windows(quick, monkeypatch):
     network = tiny_network().train()
-    settings = dict(teacher=dict(steps_per_window=2, solver="heun"), guidance=dict(mode="fixed", scale=3.0))
+    settings = dict(teacher=dict(steps_per_window=2, solver="midpoint"), guidance=dict(mode="fixed", scale=3.0))
     scheduler = PeRFlow(windows=4, curriculum=dict(STAGES, teacher="previous"), **settings)
     seen = watched(scheduler)
     step(scheduler, network)
@@ -168,7 +179,7 @@ def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windo
     assert not scheduler._teacher.training and not any(p.requires_grad for p in scheduler._teacher.parameters())
     count = CountCalls(scheduler._teacher)
     before = original.calls
-    scheduler.curriculum.rule.__dict__["every"] = 100  # no more measurements
+    monkeypatch.setattr(AdvanceRule, "every", 100)  # no more measurements
     scheduler.curriculum.progress.step = 1
     step(scheduler, network)
     assert (count.calls, count.samples) == (2, 4)  # two Euler steps of two unguided samples
@@ -186,16 +197,16 @@ def test_measuring_changes_neither_the_draws_nor_the_loss():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
-def test_several_batches_are_kept_and_measured_together():
+def test_the_first_batch_is_kept_and_measured(quick):
     network = tiny_network()
-    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1], advance=dict(batches=2, every=1)))
+    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1]))
     measured = []
     for count in (2, 3, 2):
         x, args = batch(network, count)
         scheduler.training_losses(network, x, args)
         measured.append(scheduler.curriculum.state()["best"] is not None)
-    assert measured == [False, True, True]  # one batch alone may be easier than both
-    assert [len(held.start) for held in scheduler._held_out] == [2, 3]
+    assert measured == [True, True, True]
+    assert [len(held.start) for held in scheduler._held_out] == [2]
     assert scheduler._held_out[0].states.shape == (3, 2, 4, 5, 4, 4)
 
 
@@ -210,7 +221,7 @@ def test_a_repeated_init_keeps_the_progress_unless_the_training_settings_change(
     assert scheduler.curriculum is None
 
 
-def test_only_students_whose_output_is_a_ddim_steps_teach_on_the_ddpm_path():
+def test_only_students_whose_output_is_a_ddim_steps_teach_on_the_ddpm_path(quick):
     network = tiny_network()
     x, args = batch(network)
     scheduler = PeRFlow(path="ddpm", prediction="diff_eps", windows=4, curriculum=dict(STAGES, teacher="previous"))
@@ -218,7 +229,7 @@ def test_only_students_whose_output_is_a_ddim_steps_teach_on_the_ddpm_path():
         scheduler.training_losses(network, x, args)
 
 
-def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window():
+def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window(quick):
     """One DDIM step with ddim_eps ends where the student's own window velocity ends."""
     network = Epsilon()
     scheduler = PeRFlow(
@@ -292,9 +303,16 @@ def test_sizes_of_videos_pass_through_the_held_out_batch():
         (dict(windows=8, curriculum=dict(teacher="ema")), "curriculum.teacher must be one of original, previous, got 'ema'"),
         (dict(windows=8, curriculum="previous"), "curriculum must be a dict or None, got 'previous'; known keys: windows, "),
         (dict(windows=8, curriculum=dict(window=[8, 4])), "did you mean windows"),
-        (dict(windows=8, curriculum=dict(advance=3)), "curriculum.advance must be a dict, got 3; known keys: every, "),
-        (dict(windows=8, curriculum=dict(advance=dict(patience=0))), "curriculum.advance.patience must be an integer >= 1"),
-        (dict(windows=8, curriculum=dict(advance=dict(min_improvement=1))), "min_improvement must be a share >= 0 and < 1"),
+        (
+            dict(windows=8, curriculum=dict(advance=3)),
+            "curriculum.advance must be a dict, got 3; known keys: min_steps, max_steps",
+        ),
+        (dict(windows=8, curriculum=dict(advance=dict(min_steps=0))), "curriculum.advance.min_steps must be an integer >= 1"),
+        (dict(windows=8, curriculum=dict(advance=dict(max_steps=2.5))), "curriculum.advance.max_steps must be an integer >= 1"),
+        (
+            dict(windows=8, curriculum=dict(advance=dict(max_step=9))),
+            "'max_step' in curriculum.advance; did you mean max_steps",
+        ),
         (dict(windows=8, curriculum=dict(advance=dict(min_steps=9, max_steps=8))), "min_steps must not exceed max_steps"),
         (dict(windows=8, curriculum=dict(), draws=dict(overlap=0.5)), "use draws.overlap=0 and draws.grids="),
         (dict(windows=8, curriculum=dict(), draws=dict(grids=[5])), "use draws.overlap=0 and draws.grids="),
@@ -306,6 +324,6 @@ def test_a_curriculums_settings_are_checked(settings, message):
 
 
 def test_a_curriculum_survives_copy_and_json():
-    config = dict(windows=8, curriculum=dict(windows=[8, 4, 2, 1], teacher="previous", advance=dict(every=10)))
+    config = dict(windows=8, curriculum=dict(windows=[8, 4, 2, 1], teacher="previous", advance=dict(min_steps=10)))
     assert PeRFlow(**json.loads(json.dumps(config))).config == PeRFlow(**config).config
-    assert PeRFlow(**config).config.stages().rule.every == 10
+    assert PeRFlow(**config).config.stages().rule.min_steps == 10

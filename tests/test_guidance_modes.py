@@ -173,21 +173,6 @@ def test_a_student_that_answers_its_scale_has_no_loss():
     assert loss.min() > 0.1
 
 
-@pytest.mark.parametrize("guidance", [dict(mode="fixed", scale=[9, 7, 5, 3]), dict(mode="range", scale=(1, 9))])
-def test_a_teacher_that_takes_the_scale_is_told_it(guidance):
-    network = Linear().train()  # told a scale, it is what it is when guided with it
-    x, encoded, texts, nulls = inputs(network)
-    scheduler = PeRFlow(guidance=guidance, teacher=dict(steps_per_window=3, solver="euler", takes_scale=True))
-    pair = trained_pair(scheduler, network, x, encoded, T)
-    told = scheduler._teacher.told[-1].detach()
-    assert told.shape == (2,)  # one branch
-    if guidance["mode"] == "range":
-        assert torch.equal(told, network.told[-1]) and told[0] != told[1]
-    else:
-        torch.testing.assert_close(told, torch.tensor([9.0, 3.0]), rtol=1e-5, atol=1e-5)
-    assert_solved(pair, network.matrix, nulls + told[:, None] * (texts - nulls), 3)
-
-
 def test_a_negative_prompt_takes_the_place_of_the_null_text(tmp_path):
     network = Linear().train()
     write_negative(tmp_path / "ugly.safetensors", LinearText(network), "ugly")

@@ -82,7 +82,7 @@ def test_the_loss_is_in_units_of_the_networks_output():
     """The teacher's epsilon shifted by a constant c is c^2 away in every window, noise matching's own figure."""
     network = epsilon_network()
     x, args = batch(network)
-    settings = dict(path="ddpm", windows=1000, variance_weight=0)
+    settings = dict(path="ddpm", windows=1000, learn_sigma=False)
     scheduler = PeRFlow(**settings, teacher=dict(PLAIN["teacher"], steps_per_window=1), draws=PLAIN["draws"])
     args["y"] = torch.zeros_like(args["y"])
     scheduler.training_losses(network, x, INDEX, args)
@@ -110,20 +110,20 @@ def test_the_variance_half_is_kept_as_the_teachers():
     network = epsilon_network()
     x, args = batch(network)
     losses = {}
-    for weight in (0.0, 2.0):
-        scheduler = PeRFlow(path="ddpm", variance_weight=weight, draws=dict(seed=1))
+    for kept in (False, True):
+        scheduler = PeRFlow(path="ddpm", learn_sigma=kept, draws=dict(seed=1))
         network.variance.data.fill_(0.25)
         scheduler.training_losses(network, x, INDEX, args)  # the teacher is copied with 0.25
         network.variance.data.fill_(0.75)
         network.zero_grad()
-        losses[weight] = scheduler.training_losses(network, x, INDEX, args)["loss"]
-        losses[weight].sum().backward()
-        assert (network.variance.grad != 0) == (weight > 0)
+        losses[kept] = scheduler.training_losses(network, x, INDEX, args)["loss"]
+        losses[kept].sum().backward()
+        assert (network.variance.grad != 0) == kept
         assert scheduler._teacher.variance.grad is None
-    torch.testing.assert_close(losses[2.0] - losses[0.0], torch.full((2,), 2.0 * 0.5**2), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses[True] - losses[False], torch.full((2,), 0.5**2), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["perflow", "perflow_consistency", ["perflow", "perflow_continuity"]])
+@pytest.mark.parametrize("objective", ["perflow", "perflow_consistency", ["perflow", "perflow_consistency"]])
 def test_evaluations_without_gradient_do_not_dilute_the_variances_loss(objective):
     network = epsilon_network()
     x, args = batch(network)
@@ -141,7 +141,7 @@ def test_evaluations_without_gradient_do_not_dilute_the_variances_loss(objective
         ({}, False),
         (dict(objective=["perflow", "perflow_direction"]), False),
         (dict(draws=dict(per_solve=2)), True),
-        (dict(objective=["perflow", "perflow_continuity"]), True),
+        (dict(objective=["perflow", "perflow_consistency"]), True),
     ],
 )
 def test_re_entrant_checkpointing_takes_one_evaluation(settings, refused):
@@ -312,7 +312,6 @@ def test_keys_of_both_paths_are_refused():
         (dict(noise_schedule="sqrt"), "noise_schedule must be one of linear, squaredcos_cap_v2"),
         (dict(diffusion_steps=0), "diffusion_steps must be an integer >= 1"),
         (dict(cfg_channel=0), "cfg_channel .* must be an integer >= 1"),
-        (dict(variance_weight=-1), "variance_weight must be a number >= 0"),
         (dict(learn_sigma="no"), "learn_sigma must be one of True, False"),
         (dict(path="cosine"), "path must be one of auto, linear, ddpm"),
     ],

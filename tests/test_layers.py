@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "opensora_perflow"
 
-PLUMBING = {"conventions", "registry", "files", "checkpoints"}
+PLUMBING = {"conventions", "registry", "files", "checkpoints", "removed"}
 LAYERS = {
     "method": (PLUMBING, {"windows", "schedule", "overlap", "solvers", "predictions", "paths", "sampling", "guidance",
                           "long_video", "metrics", "motion"}),

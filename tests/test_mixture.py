@@ -58,7 +58,7 @@ def test_the_scheduler_learns_on_it():
     student, text = MixtureNetwork(mixture, width=64), ClassText()
     scheduler = PeRFlow(
         guidance=dict(mode="fixed", scale=2.0),
-        teacher=dict(steps_per_window=2, solver="heun"),
+        teacher=dict(steps_per_window=2, solver="midpoint"),
         draws=dict(edge_mass=0.5, per_solve=2, starts="student"),
     )
     noise, prompts = torch.randn(256, 16, 1, 1, 1), [f"class {i % 4}" for i in range(256)]
@@ -78,4 +78,4 @@ def test_the_scheduler_learns_on_it():
         loss.backward()
         optimizer.step()
     after = (sampled(4, student, **fixed) - endpoints).square().mean().sqrt()
-    assert after < 0.8 * before  # from noise and classes alone; 0.68 with this seed
+    assert after < 0.8 * before  # from noise and classes alone; 0.73 with this seed

@@ -125,7 +125,7 @@ def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
 
 def test_a_students_windows_are_those_that_its_file_names(tmp_path, student):
     network = MixtureNetwork(Mixture.standard(), width=8)
-    state = StudentState(windows=(1.0, 0.7, 0.0), window_time="host", transform=None, path="linear", prediction="velocity",
+    state = StudentState(windows=(1.0, 0.7, 0.0), transform=None, path="linear", prediction="velocity",
                          guidance={}, teacher=None, teacher_source=None, stage=1)  # fmt: skip
     named = tmp_path / "named.safetensors"
     write_state_dict(named, network.state_dict(), {"format": "pt", METADATA_KEY: state.to_json()})

@@ -14,8 +14,8 @@ from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.randomness import TrainingRandomness, step_generator
 from opensora_perflow.scheduler import PeRFlow
 
-DRAWS = dict(starts="mixed", per_solve=2, edge_mass=0.5)
-"""Every kind of draw in one config: times, positions, edges, noise, starts, text drops; Reference13 adds the reference's."""
+DRAWS = dict(starts="diffused", per_solve=2, edge_mass=0.5)
+"""Every kind of draw in one config: windows, times in them, noise, text drops; Reference13 adds the reference's."""
 
 
 def numbers(*args, **settings):

@@ -1,17 +1,7 @@
 import pytest
 import torch
 
-from opensora_perflow.schedule import (
-    draw_positions,
-    draw_times,
-    fill_evenly,
-    linear_grid,
-    mix_in_edge,
-    redraw_above,
-    sampling_grid,
-    share_below,
-    time_above_share,
-)
+from opensora_perflow.schedule import fill_evenly, linear_grid, mix_in_edge, sampling_grid
 from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
@@ -55,56 +45,6 @@ def test_linear_grid_has_exact_ends():
     torch.testing.assert_close(grid.diff(dim=0), ((end - start) / 7).expand(7, 2), atol=1e-15, rtol=0)
 
 
-def test_logit_normal_has_its_median_and_spread():
-    u = draw_times(20_000, distribution="logit-normal", loc=0.5, scale=2.0)
-    logits = torch.logit(u)
-    # Standard error of the mean is 2 / sqrt(20000) = 0.014, of the deviation 0.01: five of them.
-    assert abs(logits.mean().item() - 0.5) < 0.07 and abs(logits.std().item() - 2.0) < 0.05
-
-
-def test_discrete_times_are_whole_timesteps():
-    u = draw_times(1000, num_levels=50)
-    assert u.dtype == torch.float64 and u.max() < 1
-    torch.testing.assert_close((u * 50).round(), u * 50, atol=1e-13, rtol=0)  # one rounding of k / 50
-
-
-def test_unknown_distribution_is_refused():
-    with pytest.raises(ValueError, match="unknown time distribution 'beta'; known: uniform, logit-normal"):
-        draw_times(2, distribution="beta")
-
-
-def test_redraw_moves_only_times_above_the_threshold():
-    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    redrawn = redraw_above(t, 0.6)
-    assert torch.equal(redrawn[t <= 0.6], t[t <= 0.6])
-    assert (redrawn[t > 0.6] >= 0.6).all() and not torch.equal(redrawn[t > 0.6], t[t > 0.6])
-
-
-def test_draws_follow_the_generator():
-    first, second = (draw_times(5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_places_in_a_window_hold_its_noisy_edge_and_not_its_clean_one():
-    places = draw_positions(3, 1000)
-    assert places.shape == (3, 1000) and places.dtype == torch.float64
-    assert places.min() > 0 and places.max() <= 1
-
-
-@pytest.mark.parametrize("a, b", [(2.0, 1.0), (1.0, 3.0), (0.5, 0.5)])
-def test_beta_places_have_the_moments_of_the_beta_distribution(a, b):
-    places = draw_positions(2, 20_000, distribution="beta", beta=(a, b))
-    mean, variance = a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
-    # 40000 draws: five standard errors of the mean; the variance's own error is below 1% of 1/4.
-    assert abs(places.mean().item() - mean) < 5 * (variance / 40_000) ** 0.5
-    assert abs(places.var().item() - variance) < 0.005
-
-
-def test_an_unknown_distribution_of_places_is_refused():
-    with pytest.raises(ValueError, match="places in a window 'edge'; known: uniform, beta"):
-        draw_positions(1, 2, distribution="edge")
-
-
 @pytest.mark.parametrize("mass", [0.0, 0.3, 1.0])
 def test_one_time_moves_to_the_edge_with_its_share(mass):
     t_start = torch.full((20_000,), 0.75, dtype=torch.float64)
@@ -132,20 +72,7 @@ def test_filling_maps_windows_onto_windows():
     windows = TimeWindows((1.0, 0.9, 0.6, 0.5, 0.0))
     u = torch.tensor([1.0, 0.875, 0.75, 0.625, 0.5, 0.25, 0.125, 0.0], dtype=F64)
     expected = torch.tensor([1.0, 0.95, 0.9, 0.75, 0.6, 0.5, 0.25, 0.0], dtype=F64)
-
-    def fill(values):
-        return fill_evenly(values, torch.tensor(windows.edges, dtype=F64)[:, None].expand(-1, len(values)))
-
-    torch.testing.assert_close(fill(u), expected, rtol=0, atol=1e-15)  # a few operations in float64
+    torch.testing.assert_close(fill_evenly(u, windows), expected, rtol=0, atol=1e-15)  # a few operations in float64
     drawn = torch.rand(1000, dtype=F64)
-    assert torch.equal(windows.lookup(fill(drawn)), TimeWindows.uniform(4).lookup(drawn))
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(distribution="logit-normal", loc=0.5, scale=1.7)])
-def test_shares_are_those_of_the_drawn_times(settings):
-    u = torch.linspace(0, 1, 11, dtype=F64)
-    drawn = draw_times(20000, **settings, generator=torch.Generator().manual_seed(0))
-    counted = (drawn[None] < u[:, None]).double().mean(dim=1)
-    # A share of 20000 draws has a standard deviation of at most .0036; eleven shares.
-    torch.testing.assert_close(share_below(u, **settings), counted, rtol=0, atol=0.013)
-    torch.testing.assert_close(time_above_share(share_below(u, **settings), **settings), u, rtol=0, atol=1e-12)
+    assert torch.equal(windows.lookup(fill_evenly(drawn, windows)), TimeWindows.uniform(4).lookup(drawn))
+    assert torch.equal(fill_evenly(drawn, TimeWindows.uniform(4)), drawn)

@@ -75,7 +75,7 @@ def test_the_objective_is_zero_where_the_teachers_path_is_straight():
 
 def test_the_target_is_the_teachers_window_solution():
     network, seen = tiny_network(), {}
-    scheduler = PeRFlow(windows=2, teacher=dict(steps_per_window=3, solver="heun"), draws=PLAIN["draws"])
+    scheduler = PeRFlow(windows=2, teacher=dict(steps_per_window=3, solver="midpoint"), draws=PLAIN["draws"])
     x, args = batch(network)
     noise = torch.randn_like(x)
 
@@ -92,10 +92,9 @@ def test_the_target_is_the_teachers_window_solution():
     velocity = stdit.velocity_field(network, network, stdit.training_condition(network, args), num_timesteps=1000)
     state, times = pair.x_start, [(1 - i / 3) * pair.t_start + i / 3 * pair.t_end for i in range(4)]
     with torch.no_grad():
-        for t, t_next in zip(times, times[1:]):  # Heun by hand
+        for t, t_next in zip(times, times[1:]):  # midpoint steps by hand
             dt = (t_next - t).float()[:, None, None, None, None]
-            v = velocity(state, t)
-            state = state + dt / 2 * (v + velocity(state + dt * v, t_next))
+            state = state + dt * velocity(state + dt / 2 * velocity(state, t), (t + t_next) / 2)
     torch.testing.assert_close(pair.x_end, state, rtol=1e-5, atol=1e-6)
 
 
@@ -259,37 +258,46 @@ def test_windows_are_warped_per_sample_with_the_hosts_transform():
         assert seen["pair"].t_start[i] in warped and seen["pair"].t_end[i] in warped
         assert seen["pair"].t_end[i] < seen["t"][i] <= seen["pair"].t_start[i]
     assert (unshift_time(seen["t"], ratio) >= 0).all()
-    raw = PeRFlow(use_timestep_transform=True, transform="v1.2", window_time="flow")
-    raw._objective = scheduler._objective
-    raw.training_losses(network, x, args)
-    assert set(seen["pair"].t_start.tolist()) <= {1.0, 0.75, 0.5, 0.25}
 
 
-@pytest.mark.parametrize("transform, seen_in", [("v1.2", "draws"), ("v1.3", "windows")])
-def test_transform_scale_means_what_it_means_upstream(transform, seen_in):
+@pytest.mark.parametrize("transform, warps", [("v1.2", False), ("v1.3", True)])
+def test_transform_scale_warps_windows_under_v1_3_alone(transform, warps):
+    """As upstream when it samples; v1.2 warps drawn times by it, whose distribution has no effect here."""
     network, seen = tiny_network(), {}
 
     def run(scale):
         torch.manual_seed(3)
         warp = dict(use_timestep_transform=True, transform=transform, transform_scale=scale)
-        scheduler = PeRFlow(**warp, windows=1000, draws=dict(windows="time"))
+        scheduler = PeRFlow(**warp, windows=1000)
         scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
         x, args = batch(network)
         scheduler.training_losses(network, x, args)
         return seen["t"], scheduler._sampling_times(x, args)
 
     (t1, grid1), (t2, grid2) = run(1.0), run(3.0)
-    assert torch.equal(t1, t2) == (seen_in == "windows") and torch.equal(grid1, grid2) == (seen_in == "draws")
+    assert torch.equal(t1, t2) == torch.equal(grid1, grid2) == (not warps)
 
 
-def test_drawn_times_of_videos_are_redrawn_above_the_threshold():
-    network, times = tiny_network(), []
-    scheduler = PeRFlow(use_timestep_transform=True, transform="v1.3", uniform_over_threshold=0.0, **PLAIN)
-    scheduler._objective = lambda student, pair, t, w: times.append(t) or torch.zeros(2)
-    for _ in range(200):
-        losses(scheduler, network)
-    # At 64 x 64 the warp's ratio is 1/4: its times have mean .28; those drawn again are uniform, .5 +- .014.
-    assert abs(torch.cat(times).mean().item() - 0.5) < 0.06
+@pytest.mark.parametrize(
+    "transform, keys",
+    [
+        ("v1.2", dict(sample_method="logit-normal")),
+        ("v1.2", dict(sample_method="logit-normal", loc=1.5, scale=0.3)),
+        ("v1.2", dict(transform_scale=3.0)),
+        ("v1.3", dict(uniform_over_threshold=0.0)),
+        ("v1.3", dict(sample_method="logit-normal", loc=-2.0, uniform_over_threshold=0.6)),
+    ],
+)
+def test_the_hosts_keys_for_drawing_times_change_nothing(transform, keys):
+    def drawn(seed, **settings):
+        network = tiny_network().train()
+        scheduler = PeRFlow(
+            windows=[1, 0.9, 0.4, 0], use_timestep_transform=True, transform=transform, draws=dict(seed=seed), **settings
+        )
+        return torch.stack([losses(scheduler, network).detach() for _ in range(3)])
+
+    plain = drawn(7)
+    assert torch.equal(drawn(7, **keys), plain) and not torch.equal(drawn(8), plain)
 
 
 def test_a_resumed_run_without_a_teacher_stops_before_it_trains():
@@ -325,11 +333,10 @@ def test_a_teacher_that_returns_nan_is_named():
     [
         "perflow_direction",
         "perflow_phased",
-        dict(type="perflow_huber", c=0.1),
         "perflow_consistency",
         dict(type="perflow_consistency", target="solution"),
         [dict(type="perflow"), dict(type="perflow_direction", weight=0.1)],
-        ["perflow", dict(type="perflow_continuity", weight=0.1, reach=0.5)],
+        ["perflow", dict(type="perflow_consistency", weight=0.1)],
     ],
 )
 def test_every_objective_trains_through_the_scheduler(objective):
@@ -384,7 +391,7 @@ def test_the_loss_of_several_times_is_their_weighted_mean():
 
 @pytest.mark.parametrize("per_solve", [1, 2])
 def test_a_given_time_is_the_only_one(per_solve):
-    scheduler = PeRFlow(draws=dict(per_solve=per_solve, edge_mass=0.5, distribution="beta"))
+    scheduler = PeRFlow(draws=dict(per_solve=per_solve, edge_mass=0.5))
     seen = recorded(scheduler)
     losses(scheduler, tiny_network(), t=torch.tensor([800.0, 300.0]))
     assert [t.tolist() for _, t in seen] == [[0.8, 0.3]]
@@ -471,17 +478,6 @@ def test_student_starts_keep_frozen_frames_and_references():
     assert len(network.seen) == 4 and all(torch.equal(call["cond"][:, :, 0], x[:, :, 0]) for call in network.seen)
 
 
-def test_mixed_starts_hold_their_share_of_both():
-    network = Reference13().eval()
-    x, args = batch(network, 400)
-    scheduler = PeRFlow(draws=dict(starts="mixed", student_share=0.25), windows=2, teacher=dict(steps_per_window=1))
-    seen = recorded(scheduler)
-    noise = torch.randn_like(x)
-    scheduler.training_losses(network, x, args, noise=noise, t=torch.full((400,), 100.0))
-    diffused = ((x + noise) / 2 - seen[0][0].x_start).flatten(1).abs().amax(dim=1) < 1e-6
-    assert abs(1 - diffused.float().mean().item() - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5  # five standard errors
-
-
 def test_a_rollout_goes_through_the_wrapper_and_leaves_no_gradient():
     network = tiny_network().to(torch.bfloat16).train()
     wrapper = Wrapper(network)
@@ -505,10 +501,18 @@ def sampled(scheduler, network, z=None, **arguments):
 
 
 def test_objectives_show_the_student_frozen_frames_as_they_are():
-    """Continuity takes a step with the student's own velocity, which is put to 0 on them as it is when sampling."""
+    """One that takes a step with the student's own velocity has them stand still, as they do when sampling."""
+
+    def stepping(student, pair, t, frame_weights):
+        dt = (pair.t_end - pair.t_start) / 2
+        v = student(pair.x_start, pair.t_start)
+        x = pair.x_start + dt.float()[:, None, None, None, None] * v
+        return (student(x, pair.t_start + dt) - v).square().flatten(1).mean(dim=1)
+
     network = tiny_network()
     x, args = batch(network)
-    scheduler = PeRFlow(windows=4, objective="perflow_continuity", draws=dict(starts="diffused", edge_mass=0.0))
+    scheduler = PeRFlow(windows=4, draws=dict(starts="diffused", edge_mass=0.0))
+    scheduler._objective = stepping
     mask = torch.tensor([[False] + [True] * 4] * 2)
     seen, forward = [], network.forward
     network.forward = lambda x, *inputs, **named: seen.append(x) or forward(x, *inputs, **named)
@@ -527,11 +531,11 @@ def test_network_evaluations(guidance, evaluations, steps):
     assert (count.calls, count.samples) == (steps, 2 * steps * evaluations) and out.dtype == torch.float32
 
 
-@pytest.mark.parametrize("edit_join, ratio, evaluations", [("exact", 0.6, 5), ("grid", 0.6, 4), ("exact", 0.5, 4)])
-def test_an_edit_ratio_between_two_grid_points_costs_an_evaluation(edit_join, ratio, evaluations):
+@pytest.mark.parametrize("ratio, evaluations", [(0.6, 5), (0.5, 4)])
+def test_an_edit_ratio_between_two_grid_points_costs_an_evaluation(ratio, evaluations):
     network = tiny_network()
     count = CountCalls(network)
-    sampled(PeRFlow(guidance=FIXED, edit_join=edit_join), network, mask=torch.tensor([[ratio] * 2 + [1.0] * 3] * 2))
+    sampled(PeRFlow(guidance=FIXED), network, mask=torch.tensor([[ratio] * 2 + [1.0] * 3] * 2))
     assert count.calls == evaluations
 
 
@@ -651,26 +655,17 @@ def test_discrete_timesteps_are_whole():
     assert torch.equal(times, times.round()) and times[1] == 857
 
 
-@pytest.mark.parametrize("how, shares", [("even", (0.5, 0.5)), ("time", (0.1, 0.9))])
-def test_windows_are_drawn_alike_or_by_their_width(how, shares):
-    scheduler = PeRFlow(windows=[1, 0.9, 0], draws=dict(windows=how), use_timestep_transform=True, transform="v1.2")
-    data, args = torch.zeros(4000, 1, 1, 1, 1), sizes(4000, num_frames=51, side=512)
-    drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
-    first = (drawn.window_idx == 0).double().mean().item()
-    # 4000 draws: standard deviation 0.008 at most. By time the transform is upstream's for drawing and for edges alike.
-    assert abs(first - shares[0]) < 0.03
-
-
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(sample_method="logit-normal"),
-        dict(sample_method="logit-normal", loc=1.0, scale=0.5, windows=[1, 0.9, 0.5, 0.2, 0]),
-        dict(window_time="flow"),
-        dict(transform_scale=2.0),
+        dict(),
+        dict(windows=[1, 0.9, 0.5, 0.2, 0]),
+        dict(windows=[1, 0.9, 0.5, 0.2, 0], sample_method="logit-normal", loc=1.0, scale=0.5),
+        dict(windows=[1, 0.9, 0.5, 0.2, 0], use_timestep_transform=False),
+        dict(transform="v1.3", transform_scale=2.0),
     ],
 )
-def test_windows_are_drawn_alike_however_times_are(settings):
+def test_windows_are_drawn_alike(settings):
     scheduler = PeRFlow(**{**dict(windows=4, use_timestep_transform=True, transform="v1.2"), **settings})
     data, args = torch.zeros(8000, 1, 1, 1, 1), sizes(8000, num_frames=51, side=512)
     drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
@@ -679,13 +674,17 @@ def test_windows_are_drawn_alike_however_times_are(settings):
     assert ((drawn.t_end <= drawn.drawn.times) & (drawn.drawn.times <= drawn.t_start)).all()
 
 
-def test_inside_a_window_times_stay_as_they_were_drawn():
-    """Logit-normal times of the window (.5, 1] are those above their median: their own median is the upper quartile."""
-    scheduler = PeRFlow(windows=[1, 0.5, 0.1, 0], sample_method="logit-normal", draws=dict(edge_mass=0.0, per_solve=1))
+def test_inside_a_window_times_are_even():
+    """The first window's place decides nothing: as many times in each quarter of a wide window and of a narrow one."""
+    scheduler = PeRFlow(windows=[1, 0.5, 0.4, 0], draws=dict(edge_mass=0.0, per_solve=2))
     drawn = scheduler._draw_windows(scheduler._path, torch.zeros(6000, 1, 1, 1, 1), {}, None, torch.Generator().manual_seed(0))
-    times = drawn.drawn.times[0, drawn.window_idx == 0]
-    quartile = torch.sigmoid(torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)))
-    assert times.median().item() == pytest.approx(quartile.item(), abs=0.01)  # 2000 draws: standard deviation .003
+    for k in (0, 1):
+        in_window = drawn.window_idx == k
+        start, end = drawn.t_start[in_window], drawn.t_end[in_window]
+        for times in drawn.drawn.times:  # the one that chose the window, and one more
+            place = (times[in_window] - end) / (start - end)
+            quarters = (place * 4).clamp(max=3.999).long().bincount(minlength=4).double() / len(place)
+            assert quarters.tolist() == pytest.approx([0.25] * 4, abs=0.05)  # 2000 draws: standard deviation .01
 
 
 def test_times_that_a_host_draws_fill_unequal_windows_alike():

@@ -19,7 +19,6 @@ from opensora_perflow.teacher import fingerprint
 
 STATE = StudentState(
     windows=(1.0, 0.6, 0.0),
-    window_time="host",
     transform={"formula": "v1.2", "scale": 1.0, "scale_temporal": True},
     path="linear",
     prediction="velocity",
@@ -27,7 +26,7 @@ STATE = StudentState(
     teacher="ab12",
     teacher_source="weights from original",
     objective=[{"type": "perflow", "weight": 0.5}],
-    draws={"beta": (2.0, 1.0), "seed": 42},
+    draws={"grids": (5, 6), "seed": 42},
     steps=12,
 )
 
@@ -77,6 +76,13 @@ def test_a_later_versions_state_is_refused(tmp_path):
         find_state(tmp_path)
 
 
+def test_a_state_with_a_key_that_left_is_read(tmp_path):
+    """Earlier versions wrote "window_time": "host", the only meaning that edges have now."""
+    values = json.loads(STATE.to_json())
+    (tmp_path / "perflow.json").write_text(json.dumps({"window_time": "host", **values}))
+    assert find_state(tmp_path)[0] == STATE
+
+
 def test_a_state_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
     (tmp_path / "taken").touch()  # a file where the folder should be
     with pytest.raises(OSError, match="nothing of it was saved: see to the disk, and start again .* --load"):
@@ -103,7 +109,6 @@ def test_fingerprints_tell_weights_apart():
     "name, value",
     [
         ("windows", (1.0, 0.5, 0.0)),
-        ("window_time", "flow"),
         ("transform", None),
         ("path", "ddpm"),
         ("prediction", "ddim_eps"),

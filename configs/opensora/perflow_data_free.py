@@ -9,7 +9,7 @@ custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.capti
 
 scheduler = dict(
     teacher=dict(from_pretrained="hpcai-tech/OpenSora-STDiT-v3"),
-    draws=dict(starts="student"),  # as in stage 2; diffused or mixed starts would learn the blank videos
+    draws=dict(starts="student"),  # as in stage 2; diffused starts would learn the blank videos
 )
 dataset = dict(
     _delete_=True,

@@ -53,7 +53,7 @@ def one_graph_a_step(call: Callable[..., Tensor], network: nn.Module) -> Callabl
             raise ValueError(
                 "with grad_checkpoint=True Open-Sora 1.0 and 1.1 train one evaluation of the student a step, and this config "
                 'takes more; use draws=dict(per_solve=1) and objectives that share one evaluation (not "perflow_consistency" '
-                'or "perflow_continuity" beside another), or grad_checkpoint=False'
+                "beside another), or grad_checkpoint=False"
             )
         return call(*inputs, **named)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opensora_perflow.objectives.window_pair import WindowPair
 from opensora_perflow.registry import OBJECTIVES
+from opensora_perflow.removed import refuse_removed_value
 from opensora_perflow.solvers import Velocity
 
 Objective = Callable[[Velocity, WindowPair, Tensor, "Tensor | None"], Tensor]
@@ -58,6 +59,7 @@ def remember_last(velocity: Velocity) -> Velocity:
 def _term(value: Any) -> tuple[float, Objective]:
     settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     name, weight = settings.pop("type", None), settings.pop("weight", 1.0)
+    refuse_removed_value("objective", name)
     objective = OBJECTIVES.get(name) if isinstance(name, str) else None
     if objective is None:
         known = ", ".join(sorted(OBJECTIVES.module_dict))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
@@ -60,10 +59,3 @@ def mean_over_frames(error: Tensor, frame_weights: Tensor | None) -> Tensor:
     weights = frame_weights.to(per_frame.dtype)
     total = weights.sum(dim=1)
     return (per_frame * weights).sum(dim=1) / total.where(total > 0, total.new_ones(()))
-
-
-def counted_frames(x: Tensor, frame_weights: Tensor | None) -> Tensor:
-    """How many frames of [B, C, T, H, W] `mean_over_frames` counts: those of a weight above 0, [B], float32."""
-    if frame_weights is None:
-        return x.new_full((len(x),), x.shape[2], dtype=torch.float32)
-    return (frame_weights > 0).sum(dim=1).float()

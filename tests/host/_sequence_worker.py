@@ -21,7 +21,7 @@ from opensora_perflow.demo.text import TinyTextEncoder
 from opensora_perflow.scheduler import PeRFlow
 
 SIZES = {"height": 64.0, "width": 64.0, "num_frames": 17.0, "fps": 24.0}
-DRAWS = {"starts": "mixed", "per_solve": 2, "edge_mass": 0.5}
+DRAWS = {"starts": "diffused", "per_solve": 2, "edge_mass": 0.5}
 
 
 def set_groups(plugin_name: str, sp_size: int) -> None:

@@ -3,7 +3,6 @@
 scheduler = dict(
     type="perflow",
     windows=8,  # of the first stage: their number, or edges such as [1, ..., 0]
-    window_time="host",
     prediction="auto",
     curriculum=dict(
         windows=[8, 4, 2, 1],  # of each stage; each number divides the one before
@@ -11,12 +10,8 @@ scheduler = dict(
         # "original" = the same teacher in every stage.
         teacher="previous",
         advance=dict(
-            every=50,  # training steps between two measurements of the held-out error, >= 1
-            patience=3,  # measurements in a row without improvement that end a stage, >= 1
-            min_improvement=0.02,  # share of the best error that counts as one, 0..1
             min_steps=500,  # of every stage, >= 1
             max_steps=4000,  # of every stage but the last, >= min_steps
-            batches=1,  # the run's first batches, whose conditions are kept to measure with, >= 1
         ),
     ),
     teacher=dict(
@@ -27,5 +22,4 @@ scheduler = dict(
     guidance=dict(mode="fixed", scale=7.0),  # the scale that the original teacher would be sampled with, >= 0
     objective="perflow",
     use_timestep_transform=True,
-    sample_method="uniform",
 )

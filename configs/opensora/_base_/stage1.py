@@ -3,12 +3,11 @@
 scheduler = dict(
     type="perflow",
     windows=4,  # number of uniform windows, or edges such as [1, 0.75, 0.5, 0.25, 0]
-    window_time="host",  # edges pass through the timestep transform, per resolution and length; "flow" = as they stand
     prediction="auto",  # what the network outputs; velocity for 1.2 and 1.3
     teacher=dict(
         from_pretrained=None,  # None = the student's weights at the first step. To resume: the teacher's checkpoint
         steps_per_window=None,  # ODE steps a window, >= 1; None = 8 over the number of windows
-        solver="midpoint",  # euler, heun or midpoint (these two evaluate twice a step)
+        solver="midpoint",  # or euler (one evaluation a step instead of two)
     ),
     draws=dict(
         starts="student",  # windows start where the student itself arrives from noise; "diffused" = at data with noise
@@ -19,5 +18,4 @@ scheduler = dict(
     cfg_scale=7.0,  # the scale that the student will be sampled with, which its starts are reached with too, >= 0
     objective="perflow",
     use_timestep_transform=True,  # as upstream
-    sample_method="uniform",  # training times: uniform or logit-normal
 )

@@ -3,7 +3,6 @@
 scheduler = dict(
     type="perflow",
     windows=4,
-    window_time="host",
     prediction="auto",
     teacher=dict(
         from_pretrained=None,  # the original model (v1.2: "hpcai-tech/OpenSora-STDiT-v3"), or None as in stage 1
@@ -18,5 +17,4 @@ scheduler = dict(
     guidance=dict(mode="fixed", scale=7.0),  # the scale that the teacher would be sampled with, >= 0
     objective="perflow",
     use_timestep_transform=True,
-    sample_method="uniform",
 )

@@ -4,7 +4,6 @@
 scheduler = dict(
     type="perflow",
     windows=2,
-    window_time="host",
     prediction="auto",
     teacher=dict(
         from_pretrained=None,  # the student's weights at the first step, which are stage 2's
@@ -15,5 +14,4 @@ scheduler = dict(
     guidance=dict(mode="fixed", scale=1.0),  # 1 = a teacher that needs no guidance
     objective="perflow",
     use_timestep_transform=True,
-    sample_method="uniform",
 )
