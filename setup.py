@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # configs/ and patches/ stand at the top level of the repository, and inside the package where it is installed:
-    # `opensora-perflow install` takes them from there (hosts/install.py).
+    # `opensora-perflow install` takes them from there (hosts/v1/install.py).
     packages=[
         *find_packages(include=["opensora_perflow", "opensora_perflow.*"]),
         "opensora_perflow.configs",
@@ -25,7 +25,7 @@ setup(
     ],
     package_dir={"opensora_perflow.configs": "configs", "opensora_perflow.patches": "patches"},
     package_data={
-        "opensora_perflow": ["demo/weights/*"],
+        "opensora_perflow": ["worlds/weights/*"],
         "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py"],
         "opensora_perflow.patches": ["*.patch", "README.md"],
     },
@@ -44,7 +44,7 @@ setup(
         "train": ["colossalai>=0.3.7"],
         "test": ["pytest>=7"],
     },
-    entry_points={"console_scripts": ["opensora-perflow = opensora_perflow.cli:main"]},
+    entry_points={"console_scripts": ["opensora-perflow = opensora_perflow.tools.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

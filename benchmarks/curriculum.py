@@ -28,9 +28,9 @@ from smooth_windows import SCALE, WIDTH, cell, sampler
 from torch.nn.modules.module import register_module_forward_pre_hook
 from worlds import MixtureWorld
 
-from opensora_perflow.demo.mixture import MixtureNetwork
-from opensora_perflow.files import replacing
-from opensora_perflow.metrics import endpoint_error
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.metrics import endpoint_error
+from opensora_perflow.worlds.mixture import MixtureNetwork
 
 STEPS = (1, 2, 4)
 DIRECT = dict(windows=1)

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from worlds import MixtureWorld, VideoWorld, World
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.demo.plots import save_figure
-from opensora_perflow.files import replacing
-from opensora_perflow.metrics import endpoint_error, energy_distance
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.metrics import endpoint_error, energy_distance
+from opensora_perflow.tools.plots import save_figure
 
 REFERENCE_STEPS = 512
 CURVE_POINTS = 15

@@ -1,4 +1,4 @@
-"""One student for a range of guidance scales against one student for each scale, on the mixture of demo/mixture.py.
+"""One student for a range of guidance scales against one student for each scale, on the mixture of worlds/mixture.py.
 
     python benchmarks/guidance_range.py [--iterations 1000] [--seeds 0 1] [--out FOLDER]
 
@@ -23,9 +23,9 @@ from distil import distil
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
-from opensora_perflow.files import replacing
-from opensora_perflow.metrics import endpoint_error, energy_distance
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.metrics import endpoint_error, energy_distance
+from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 
 SCALES = (1.0, 2.0, 4.0)
 BATCH_SIZE, WIDTH, LR, REFERENCE_STEPS = 256, 128, 2e-3, 512

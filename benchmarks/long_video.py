@@ -9,17 +9,17 @@ follows scripts/inference.py of Open-Sora (v1.2.0's loop, v1.3's hand-over in la
     rflow           the host's sampler: PeRFlow with one window and CFG (benchmarks/sampler_parity.py)
     ours            a student of the defaults, distilled with frame masks (PeRFlow.training_losses), guidance folded in
     ours, edit      the same with the host's condition_frame_edit, joined as upstream
-    ours, joined    the same with scheduler=dict(..., long_video=dict(edit=..., frames=...)): see opensora_perflow/long_video.py
+    ours, joined    the same with scheduler=dict(..., long_video=dict(edit=..., frames=...)): see method/long_video.py
     ours, 5 steps   as many evaluations as joined with an --edit between two grid times, without it
 
-Part "scenes": opensora_perflow/demo/scenes.py, a stationary process whose conditional flow is known in closed form, clips of 6
+Part "scenes": worlds/scenes.py, a stationary process whose conditional flow is known in closed form, clips of 6
 frames, 2 shared. The teacher has no error of its own and real videos have drift 0 and seam 1. Every seed draws new noise, data
 and student weights. Part "video": the demo's TinySTDiT and codec on shapes that bounce between walls, clips of 5 latent frames
 (20 pixel frames), 2 shared. The shipped teacher never saw a frame mask, so it is first trained on with the masks that
 Open-Sora's mask_ratios draw (image_head and quarter_head: the first frames are given); its weights and the student's are kept
 in --out and reused when the settings are the same.
 
-Columns (opensora_perflow/metrics.py). NFE: network evaluations a clip and sample; a guided step is 2. Drift: energy distance
+Columns (method/metrics.py). NFE: network evaluations a clip and sample; a guided step is 2. Drift: energy distance
 of each later loop's clips to those of loop 1, mean over loops, and of the last one; in 1/1000. Seam: temporal-difference energy
 at the joints over that inside clips; 1 = cannot be told. Nearest clip: distance of a clip, without reference frames, to the
 nearest other one of its video; larger = less repetition, beyond the real videos' it is noise. The row "real" has what real
@@ -51,7 +51,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.demo.clips import (
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.metrics import drift, nearest_clip_distance, seam
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.tools.plots import save_figure, side_by_side
+from opensora_perflow.tools.train_teacher import save_weights, train_teacher
+from opensora_perflow.worlds.clips import (
     COLORS,
     FPS,
     HEIGHT,
@@ -62,16 +67,11 @@ from opensora_perflow.demo.clips import (
     tensor_to_frames,
     write_video,
 )
-from opensora_perflow.demo.codec import TinyVAE
-from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText
-from opensora_perflow.demo.model import WEIGHTS, TinySTDiT
-from opensora_perflow.demo.plots import save_figure, side_by_side
-from opensora_perflow.demo.scenes import SceneNetwork, Scenes
-from opensora_perflow.demo.text import TinyTextEncoder
-from opensora_perflow.demo.train_teacher import save_weights, train_teacher
-from opensora_perflow.files import replacing
-from opensora_perflow.metrics import drift, nearest_clip_distance, seam
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.worlds.codec import TinyVAE
+from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText
+from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
+from opensora_perflow.worlds.scenes import SceneNetwork, Scenes
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 SHARED = 2
 """condition_frame_length, in latent frames."""

@@ -29,19 +29,19 @@ from distil import distil
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.demo import probes
-from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
-from opensora_perflow.demo.model import load_teacher
-from opensora_perflow.metrics import endpoint_error, energy_distance
+from opensora_perflow.method.grids import linear_grid, sampling_grid
+from opensora_perflow.method.metrics import endpoint_error, energy_distance
+from opensora_perflow.method.solvers import solve
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, step_errors, uniform_grid
 from opensora_perflow.planning.grids import choose_grid, compare
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
-from opensora_perflow.schedule import linear_grid, sampling_grid
-from opensora_perflow.solvers import solve
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.tools import probes
+from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
+from opensora_perflow.worlds.model import load_teacher
 
 PILOT_SEED = 100
 

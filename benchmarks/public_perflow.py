@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_perflow.paths import DDPMPath, alpha_bars
-from opensora_perflow.predictions import target
-from opensora_perflow.schedule import linear_grid, sampling_grid
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.grids import linear_grid, sampling_grid
+from opensora_perflow.method.predictions import target
+from opensora_perflow.method.process import DDPMPath, alpha_bars
+from opensora_perflow.method.windows import TimeWindows
 
 TOLERANCE = 1e-6
 """float64 on our side; the public code rounds times to float32 (6e-8) on the way to its tables."""

@@ -119,7 +119,7 @@ def main() -> int:
 
     import opensora_perflow  # noqa: F401  registers perflow
     from opensora_perflow import portable
-    from opensora_perflow.demo.text import TinyTextEncoder
+    from opensora_perflow.worlds.text import TinyTextEncoder
 
     portable.activate()
     network, text_encoder = build_network(args.seed), TinyTextEncoder()

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from worlds import MixtureWorld
 
 from opensora_perflow import SCHEDULERS, build_module
+from opensora_perflow.atomic import replacing
 from opensora_perflow.conventions import host_to_velocity, to_timestep
-from opensora_perflow.demo.mixture import NUM_TIMESTEPS
-from opensora_perflow.files import replacing
-from opensora_perflow.metrics import endpoint_error, velocity_jump
-from opensora_perflow.sampling import carry_to_windows
+from opensora_perflow.method.metrics import endpoint_error, velocity_jump
+from opensora_perflow.method.sampler import carry_to_windows
+from opensora_perflow.worlds.mixture import NUM_TIMESTEPS
 
 STEPS = (4, 5, 6, 7, 8, 16)
 GRIDS = ("edges", "uniform")

@@ -1,7 +1,7 @@
 """The three small worlds of the benchmarks, behind one interface: a guided teacher, students of it, data and prompts.
 
-mixture  16 dimensions, 24 modes, closed-form teacher (opensora_perflow/demo/mixture.py), MLP students of any width
-video    moving shapes, the demo's tiny text-to-video teacher (opensora_perflow/demo/), students that start as its copy
+mixture  16 dimensions, 24 modes, closed-form teacher (opensora_perflow/worlds/mixture.py), MLP students of any width
+video    moving shapes, the demo's tiny text-to-video teacher (opensora_perflow/worlds/), students that start as its copy
 stdit3   the same weights in Open-Sora's own STDiT3 class, hidden size 96; needs an Open-Sora checkout
 """
 
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.demo.clips import FPS, contents, frames_to_tensor, make_clip
-from opensora_perflow.demo.codec import TinyVAE
-from opensora_perflow.demo.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
-from opensora_perflow.demo.run import build_network
-from opensora_perflow.demo.text import TinyTextEncoder
-from opensora_perflow.metrics import temporal_difference_energy
+from opensora_perflow.method.metrics import temporal_difference_energy
+from opensora_perflow.tools.demo import build_network
+from opensora_perflow.worlds.clips import FPS, contents, frames_to_tensor, make_clip
+from opensora_perflow.worlds.codec import TinyVAE
+from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 
 class World(ABC):

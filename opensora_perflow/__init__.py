@@ -6,8 +6,8 @@ of the same name in this package) and does nothing else. See `conventions` for t
 
 __version__ = "0.1.0"
 
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.registry import OBJECTIVES, SCHEDULERS, build_module
-from opensora_perflow.scheduler import PeRFlow
-from opensora_perflow.windows import TimeWindows
 
 __all__ = ["OBJECTIVES", "PeRFlow", "SCHEDULERS", "TimeWindows", "__version__", "build_module"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from opensora_perflow.cli import main
+from opensora_perflow.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opensora_perflow.files import replacing
+from opensora_perflow.atomic import replacing
 
 FORMS = (
     "an Open-Sora checkpoint folder (epochE-global_stepG, or the model/ folder in it), "

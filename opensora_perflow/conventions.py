@@ -6,7 +6,7 @@ r"""Time, sign and shape: stated once; everything else refers to this page.
 * A field is any callable `velocity(x, t)`: x is [B, ...], t is [B], the result is shaped like x.
 * Latents are [B, C, T, H, W]; `num_frames` says how many pixel frames; times are [B], float64 until a network is called.
 * Untransformed time `u` is what windows and sampling grids are cut in. Where the host warps time for large or long
-  videos, t = shift_time(u, ratio) with a ratio [B] of each sample's own (see hosts/timestep_transform.py).
+  videos, t = shift_time(u, ratio) with a ratio [B] of each sample's own (see hosts/v1/timestep_transform.py).
 
 Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps and their networks answer data - noise, which is
 **minus** dx/dt (v1.2.0 opensora/schedulers/rf/rectified_flow.py, the training target x_start - noise).

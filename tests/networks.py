@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.demo.model import TinySTDiT
-from opensora_perflow.demo.text import TinyTextEncoder
+from opensora_perflow.worlds.model import TinySTDiT
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 PLAIN = dict(teacher=dict(steps_per_window=8, solver="euler"), draws=dict(starts="diffused", edge_mass=0.0, per_solve=1))
 """The recipe of the PeRFlow paper (arXiv:2405.07510): Euler steps, diffused starts, one time a solution. A test whose exact

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from opensora_perflow import SCHEDULERS, PeRFlow, build_module
-from opensora_perflow.config import PeRFlowConfig
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.recipe import PeRFlowConfig
 
 
 def refused(match, **config):

@@ -7,7 +7,7 @@ import pytest
 from mmengine import Config
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.config import PeRFlowConfig
+from opensora_perflow.training.recipe import PeRFlowConfig
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "opensora"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py"))

@@ -9,12 +9,12 @@ import torch
 from networks import PLAIN, CountCalls, Epsilon, batch, sizes, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.curriculum import AdvanceRule, Curriculum, merge_windows
-from opensora_perflow.hosts import stdit
-from opensora_perflow.hosts.timestep_transform import shift_ratio
-from opensora_perflow.solvers import euler_step
-from opensora_perflow.state import write_state
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
+from opensora_perflow.method.solvers import euler_step
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.curriculum import AdvanceRule, Curriculum, merge_windows
+from opensora_perflow.training.state import write_state
 
 F64 = torch.float64
 UNEVEN = TimeWindows((1.0, 0.9, 0.6, 0.5, 0.0))
@@ -266,7 +266,7 @@ def test_a_resumed_run_goes_on_in_its_stage(tmp_path, monkeypatch):
     step(first, network)
     first.curriculum.restore({"stage": 1, "step": 3, "best": 0.5, "stale": 2})
     write_state(tmp_path, first.state())
-    monkeypatch.setattr("opensora_perflow.scheduler.resumed_checkpoint", lambda: (tmp_path, True))
+    monkeypatch.setattr("opensora_perflow.hosts.v1.scheduler.resumed_checkpoint", lambda: (tmp_path, True))
     resumed = PeRFlow(**settings)
     step(resumed, network)
     # Its place in the stage, but no error of the batch that is gone.
@@ -274,7 +274,9 @@ def test_a_resumed_run_goes_on_in_its_stage(tmp_path, monkeypatch):
     assert resumed.state().windows == first.curriculum.current.edges  # of its stage: the check of changed windows passed
     assert "the student, as it came to stage 2" in resumed.state().teacher_source
 
-    monkeypatch.setattr("opensora_perflow.scheduler.resumed_checkpoint", lambda: (tmp_path, False))  # --start-from-scratch
+    monkeypatch.setattr(
+        "opensora_perflow.hosts.v1.scheduler.resumed_checkpoint", lambda: (tmp_path, False)
+    )  # --start-from-scratch
     with pytest.raises(ValueError, match="windows was .*, now .*allow_change=True"):
         step(PeRFlow(**settings), network)
 

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from opensora_perflow import cli
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.demo import run as demo
-from opensora_perflow.demo.clips import write_clips
-from opensora_perflow.demo.model import load_teacher
-from opensora_perflow.state import find_state
-from opensora_perflow.teacher import fingerprint
+from opensora_perflow.tools import cli, demo
+from opensora_perflow.training.state import find_state
+from opensora_perflow.training.teacher import fingerprint
+from opensora_perflow.worlds.clips import write_clips
+from opensora_perflow.worlds.model import load_teacher
 
 SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch-size", "2"]
 

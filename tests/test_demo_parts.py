@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opensora_perflow.demo import clips, codec, model, text, train_teacher
-from opensora_perflow.demo.codec import TinyVAE
-from opensora_perflow.demo.model import TinySTDiT
-from opensora_perflow.demo.text import TinyTextEncoder
+from opensora_perflow.tools import train_teacher
+from opensora_perflow.worlds import clips, codec, model, text
+from opensora_perflow.worlds.codec import TinyVAE
+from opensora_perflow.worlds.model import TinySTDiT
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 # ---------------------------------------------------------------- clips
 

@@ -1,6 +1,6 @@
 import torch
 
-from opensora_perflow import guidance as g
+from opensora_perflow.method import guidance as g
 
 
 def test_scale_one_is_the_conditional_prediction_and_zero_the_unconditional():

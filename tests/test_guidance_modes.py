@@ -9,12 +9,13 @@ from networks import Reference13, batch, tiny_network
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from opensora_perflow import PeRFlow, cli
-from opensora_perflow.guidance import draw_scales, scale_of_window
-from opensora_perflow.hosts import stdit
-from opensora_perflow.hosts.embed import embed
-from opensora_perflow.hosts.negative_text import read_negative, write_negative
-from opensora_perflow.hosts.scale_input import UNIT, direction, told_scale
+from opensora_perflow import PeRFlow
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.embed import embed
+from opensora_perflow.hosts.v1.negative_text import read_negative, write_negative
+from opensora_perflow.hosts.v1.scale_input import UNIT, direction, told_scale
+from opensora_perflow.method.guidance import draw_scales, scale_of_window
+from opensora_perflow.tools import cli
 
 C, TOKENS = 3, 4
 PROMPTS, LENGTHS = ["a cat", "a dog that runs"], [2, 4]

@@ -11,10 +11,10 @@ from problems import Gaussian
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import shift_time
-from opensora_perflow.held_out import HeldOutBatch, Watch, WatchConfig, held_out_error
-from opensora_perflow.hosts.timestep_transform import shift_ratio
-from opensora_perflow.schedule import linear_grid
-from opensora_perflow.solvers import euler_step
+from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.solvers import euler_step
+from opensora_perflow.training.monitor import HeldOutBatch, Watch, WatchConfig, held_out_error
 
 F64 = torch.float64
 

@@ -7,8 +7,8 @@ import torch
 from networks import PLAIN, PROMPTS, Epsilon, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts import host_path
-from opensora_perflow.paths import DDPMPath
+from opensora_perflow.hosts.v1 import host_path
+from opensora_perflow.method.process import DDPMPath
 
 PATH = DDPMPath.from_schedule()
 INDEX = torch.tensor([874, 100])  # int64, as 1.0's and 1.1's train.py draw them

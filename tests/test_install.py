@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from opensora_perflow import cli
-from opensora_perflow.hosts import install as module
-from opensora_perflow.hosts.install import CONFIGS, RECORD, TAGS, check, find_tag, install, uninstall
+from opensora_perflow.hosts.v1 import install as module
+from opensora_perflow.hosts.v1.install import CONFIGS, RECORD, TAGS, check, find_tag, install, uninstall
+from opensora_perflow.tools import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = sorted((REPOSITORY / "patches").glob("*.patch"))
@@ -195,7 +195,7 @@ def test_perflow_is_registered_whoever_is_imported_first(tree: Path, first: str)
     build = "from opensora.registry import SCHEDULERS\nprint(*[SCHEDULERS.build({'type': t}) for t in ('perflow', 'iddpm')])"
     result = python(tree, f"import {first}\n{build}")
     assert result.returncode == 0, result.stderr
-    assert "opensora_perflow.scheduler.PeRFlow object" in result.stdout and "iddpm.IDDPM object" in result.stdout
+    assert "opensora_perflow.hosts.v1.scheduler.PeRFlow object" in result.stdout and "iddpm.IDDPM object" in result.stdout
 
 
 def test_without_the_plugin_the_tree_says_what_to_do(tree: Path) -> None:

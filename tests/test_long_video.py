@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opensora_perflow.long_video import fade_change
+from opensora_perflow.method.long_video import fade_change
 
 
 def clip(*values):

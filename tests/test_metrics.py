@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opensora_perflow.metrics import (
+from opensora_perflow.method.metrics import (
     drift,
     endpoint_error,
     energy_distance,

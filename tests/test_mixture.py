@@ -5,7 +5,7 @@ import torch
 from problems import Gaussian
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.demo.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
+from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 
 
 def velocity(network, x, t, y):

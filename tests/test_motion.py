@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from opensora_perflow.motion import WindowMotion, motion_report
-from opensora_perflow.solvers import solve
+from opensora_perflow.method.motion import WindowMotion, motion_report
+from opensora_perflow.method.solvers import solve
 
 F64 = torch.float64
 

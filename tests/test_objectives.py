@@ -8,7 +8,10 @@ from problems import Constant, Gaussian
 from torch import nn
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.metrics import velocity_jump
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.metrics import velocity_jump
+from opensora_perflow.method.solvers import solve, states
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import (
     WindowPair,
     combine,
@@ -20,9 +23,6 @@ from opensora_perflow.objectives import (
 )
 from opensora_perflow.objectives.combination import remember_last
 from opensora_perflow.registry import OBJECTIVES
-from opensora_perflow.schedule import linear_grid
-from opensora_perflow.solvers import solve, states
-from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
 

@@ -7,11 +7,11 @@ from problems import Gaussian
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import expand_like, unshift_time
-from opensora_perflow.hosts import stdit
-from opensora_perflow.hosts.timestep_transform import shift_ratio
-from opensora_perflow.overlap import place_windows
-from opensora_perflow.schedule import sampling_grid
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.overlap import place_windows
+from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
 UNEVEN = TimeWindows((1.0, 0.7, 0.6, 0.0))  # overlap=0.4 reaches 0.12 above 0.7 and 0.04 above 0.6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from problems import Constant, Gaussian, log_slope
 
-from opensora_perflow.paths import DDPMPath, LinearPath, alpha_bars, check_prediction
-from opensora_perflow.schedule import linear_grid
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.process import DDPMPath, LinearPath, alpha_bars, check_prediction
+from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
 PATH = DDPMPath.from_schedule()
@@ -161,8 +161,8 @@ def test_float32_stays_float32():
 
 @pytest.mark.parametrize("prediction", DDPMPath.predictions)
 def test_a_perfect_student_crosses_each_window_in_any_number_of_steps(prediction):
-    from opensora_perflow.predictions import target
-    from opensora_perflow.sampling import sample
+    from opensora_perflow.method.predictions import target
+    from opensora_perflow.method.sampler import sample
 
     t, t_end = UNEQUAL.bounds(torch.arange(4))
     x_start, x_end = torch.randn(2, 4, 6, dtype=F64)

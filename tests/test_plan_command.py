@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.cli import main
-from opensora_perflow.demo.mixture import Mixture, MixtureNetwork
-from opensora_perflow.hosts.negative_text import write_negative
-from opensora_perflow.metrics import endpoint_error
-from opensora_perflow.plan_file import read_plan
-from opensora_perflow.plan_subjects import Subject, demo_subject
+from opensora_perflow.hosts.v1.negative_text import write_negative
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.metrics import endpoint_error
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.fine_path import follow
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
-from opensora_perflow.schedule import sampling_grid
-from opensora_perflow.state import METADATA_KEY, StudentState
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.tools.cli import main
+from opensora_perflow.tools.subjects import Subject, demo_subject
+from opensora_perflow.training.plan_file import read_plan
+from opensora_perflow.training.state import METADATA_KEY, StudentState
+from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL = ["--model", "mixture", "--samples", "8"]
@@ -31,8 +31,8 @@ SCRIPT = '''
 import sys
 import torch
 from opensora.registry import SCHEDULERS
-from opensora_perflow.demo.model import load_teacher
-from opensora_perflow.demo.text import TinyTextEncoder
+from opensora_perflow.worlds.model import load_teacher
+from opensora_perflow.worlds.text import TinyTextEncoder
 def main():
     model, text_encoder = load_teacher(), TinyTextEncoder()
     text_encoder.y_embedder = model.y_embedder
@@ -83,7 +83,7 @@ def bent(count, seed):
 
 
 def test_a_plan_holds_the_grids_that_beat_uniform_steps(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("opensora_perflow.plan_command.demo_subject", lambda *settings: Subject("bent", bent))
+    monkeypatch.setattr("opensora_perflow.tools.plan.demo_subject", lambda *settings: Subject("bent", bent))
     out = tmp_path / "plans" / "plan.json"
     assert main(["plan", "--steps", "2", "3", "8", "--candidates", "8", "--samples", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -206,7 +206,7 @@ def test_an_inference_script_is_planned_up_to_its_first_sample(checkout):
 
 
 def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
-    from opensora_perflow.demo.model import WEIGHTS
+    from opensora_perflow.worlds.model import WEIGHTS
 
     result = start(checkout, "curve", "--teacher", str(WEIGHTS), "--max-steps", "3", "--out", "c", host=["perflow", "{}"])
     assert result.returncode == 0, result.stderr
@@ -218,8 +218,8 @@ def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
 
 def test_the_teacher_is_led_away_from_the_negative_prompt_that_was_folded_in(checkout):
     """And not, as it was, from the null text whatever the student had learned: the same weights, measured against both."""
-    from opensora_perflow.demo.model import WEIGHTS, load_teacher
-    from opensora_perflow.demo.text import TinyTextEncoder
+    from opensora_perflow.worlds.model import WEIGHTS, load_teacher
+    from opensora_perflow.worlds.text import TinyTextEncoder
 
     encoder, rows = TinyTextEncoder(), {}
     encoder.y_embedder = load_teacher().y_embedder
@@ -235,7 +235,7 @@ def test_the_teacher_is_led_away_from_the_negative_prompt_that_was_folded_in(che
 
 def test_a_hosts_student_is_told_its_scale(checkout):
     """mode range: one evaluation a step, of a network that is told. Told 1 it is the unguided network, to the last bit."""
-    from opensora_perflow.demo.model import WEIGHTS
+    from opensora_perflow.worlds.model import WEIGHTS
 
     found = {}
     for name, changes in {
@@ -261,7 +261,7 @@ def test_a_hosts_student_is_told_its_scale(checkout):
     ],
 )
 def test_students_that_cannot_be_compared_with_a_teacher(checkout, host, message):
-    from opensora_perflow.demo.model import WEIGHTS
+    from opensora_perflow.worlds.model import WEIGHTS
 
     result = start(checkout, "curve", "--teacher", str(WEIGHTS), host=host)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

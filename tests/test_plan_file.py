@@ -6,11 +6,11 @@ import torch
 from networks import CountCalls, sizes, text_encoder, tiny_network
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.hosts import stdit
-from opensora_perflow.plan_file import FORMAT, read_plan, write_plan
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.schedule import sampling_grid
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.training.plan_file import FORMAT, read_plan, write_plan
 
 EDGES, GRIDS = (1.0, 0.7, 0.2, 0.0), ((1.0, 0.7, 0.5, 0.2, 0.0), (1.0, 0.2, 0.0))
 

@@ -6,14 +6,14 @@ import torch
 from problems import Constant, Gaussian, LinearInState, LinearInTime
 
 from opensora_perflow.conventions import shift_time
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, step_errors, uniform_grid
 from opensora_perflow.planning.grids import carried_grid, choose_grid, compare
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import added_errors, local_errors, plan_windows
-from opensora_perflow.schedule import sampling_grid
-from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
 

@@ -10,9 +10,9 @@ import torch.multiprocessing as mp
 from mmengine import Config
 from networks import Reference13, batch, tiny_network
 
-from opensora_perflow.hosts.parallel import data_parallel_rank, shared
-from opensora_perflow.randomness import TrainingRandomness, step_generator
-from opensora_perflow.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.parallel import data_parallel_rank, shared
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.training.randomness import TrainingRandomness, step_generator
 
 DRAWS = dict(starts="diffused", per_solve=2, edge_mass=0.5)
 """Every kind of draw in one config: windows, times in them, noise, text drops; Reference13 adds the reference's."""

@@ -1,7 +1,7 @@
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from opensora_perflow.hosts.parallel import mean_over_ranks
+from opensora_perflow.hosts.v1.parallel import mean_over_ranks
 
 
 def worker(rank, path):

@@ -3,7 +3,7 @@
 import pytest
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.removed import REMOVED_KEYS, REMOVED_VALUES
+from opensora_perflow.training.removed import REMOVED_KEYS, REMOVED_VALUES
 
 SENTENCES = {**REMOVED_KEYS, **{f"{key}={value!r}": text for (key, value), text in REMOVED_VALUES.items()}}
 

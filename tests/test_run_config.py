@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine import Config
 
-from opensora_perflow.config import TeacherConfig
-from opensora_perflow.hosts.run_config import check_teacher_source, is_distilled, running_config
+from opensora_perflow.hosts.v1.run_config import check_teacher_source, is_distilled, running_config
+from opensora_perflow.training.recipe import TeacherConfig
 
 
 def main(call, **values):

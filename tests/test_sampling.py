@@ -2,10 +2,10 @@ import pytest
 import torch
 from problems import Gaussian, LinearInState
 
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.sampler import FrameEdit, carry_to_windows, sample
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import WindowPair
-from opensora_perflow.sampling import FrameEdit, carry_to_windows, sample
-from opensora_perflow.schedule import sampling_grid
-from opensora_perflow.windows import TimeWindows
 
 F64 = torch.float64
 

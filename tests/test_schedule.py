@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from opensora_perflow.schedule import fill_evenly, linear_grid, mix_in_edge, sampling_grid
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.grids import fill_evenly, linear_grid, mix_in_edge, sampling_grid
+from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
 

@@ -9,7 +9,7 @@ from networks import PLAIN, PROMPTS, CountCalls, Reference13, batch, sizes, text
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts import stdit
+from opensora_perflow.hosts.v1 import stdit
 
 FIXED = dict(mode="fixed", scale=3.0)
 
@@ -249,7 +249,7 @@ def test_windows_are_warped_per_sample_with_the_hosts_transform():
     args["height"] = args["width"] = torch.tensor([512.0, 360.0])
     scheduler.training_losses(network, x, args)
     from opensora_perflow.conventions import shift_time, unshift_time
-    from opensora_perflow.hosts.timestep_transform import shift_ratio
+    from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 
     ratio = shift_ratio(args, "v1.2")
     edges = torch.tensor(scheduler.config.windows.edges, dtype=torch.float64)

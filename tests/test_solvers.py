@@ -2,8 +2,8 @@ import pytest
 import torch
 from problems import Constant, Gaussian, LinearInState, LinearInTime, log_slope
 
-from opensora_perflow.schedule import linear_grid
-from opensora_perflow.solvers import SOLVERS, hold_frames, solve
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.solvers import SOLVERS, hold_frames, solve
 
 F64 = torch.float64
 STEPS = [16, 32, 64, 128, 256]

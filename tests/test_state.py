@@ -11,11 +11,18 @@ from mmengine import Config
 from networks import PLAIN, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.checkpoints import before_each_save, resumed_checkpoint
-from opensora_perflow.hosts.run_config import is_distilled
-from opensora_perflow.scheduler import PeRFlow
-from opensora_perflow.state import METADATA_KEY, StudentState, check_resumed, find_state, sampling_mismatch, write_state
-from opensora_perflow.teacher import fingerprint
+from opensora_perflow.hosts.v1.checkpoints import before_each_save, resumed_checkpoint
+from opensora_perflow.hosts.v1.run_config import is_distilled
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.training.state import (
+    METADATA_KEY,
+    StudentState,
+    check_resumed,
+    find_state,
+    sampling_mismatch,
+    write_state,
+)
+from opensora_perflow.training.teacher import fingerprint
 
 STATE = StudentState(
     windows=(1.0, 0.6, 0.0),

@@ -4,9 +4,9 @@ import pytest
 import torch
 from networks import PROMPTS, CountCalls, Reference13, batch, sizes, text_encoder, tiny_network
 
-from opensora_perflow.guidance import classifier_free, text_and_image
-from opensora_perflow.hosts import stdit
-from opensora_perflow.hosts.network import declares, null_text, text_dropout, without_text_dropout
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.network import declares, null_text, text_dropout, without_text_dropout
+from opensora_perflow.method.guidance import classifier_free, text_and_image
 
 T = torch.tensor([0.9, 0.4], dtype=torch.float64)
 

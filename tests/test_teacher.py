@@ -4,7 +4,7 @@ from networks import tiny_network
 from torch import nn
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.teacher import check_finite, copy_frozen, load_teacher
+from opensora_perflow.training.teacher import check_finite, copy_frozen, load_teacher
 
 
 class Subclass(nn.Parameter):

@@ -3,7 +3,7 @@ import torch
 from networks import sizes
 
 from opensora_perflow.conventions import shift_time
-from opensora_perflow.hosts.timestep_transform import installed_formula, shift_ratio
+from opensora_perflow.hosts.v1.timestep_transform import installed_formula, shift_ratio
 
 
 def args(height, width, num_frames, dtype=torch.float32):
@@ -54,5 +54,5 @@ def test_missing_sizes_are_named():
 
 
 def test_without_a_host_the_formula_is_v12(monkeypatch):
-    monkeypatch.setattr("opensora_perflow.hosts.timestep_transform.find_spec", lambda name: None)
+    monkeypatch.setattr("opensora_perflow.hosts.v1.timestep_transform.find_spec", lambda name: None)
     assert installed_formula() == "v1.2"

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.windows import TimeWindows
 
 
 def random_edges(seed):

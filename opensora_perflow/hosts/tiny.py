@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.demo.codec import TinyVAE
-from opensora_perflow.demo.text import TinyTextEncoder
+from opensora_perflow.worlds.codec import TinyVAE
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 try:
     from opensora.registry import MODELS

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.objectives.window_pair import WindowPair
 from opensora_perflow.registry import OBJECTIVES
-from opensora_perflow.removed import refuse_removed_value
-from opensora_perflow.solvers import Velocity
+from opensora_perflow.training.removed import refuse_removed_value
 
 Objective = Callable[[Velocity, WindowPair, Tensor, "Tensor | None"], Tensor]
 """objective(student, pair, t, frame_weights) -> loss [B]."""

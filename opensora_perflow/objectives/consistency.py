@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
+from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
-from opensora_perflow.solvers import Velocity
 
 TARGETS = ("student", "solution")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
-from opensora_perflow.solvers import Velocity
 
 
 @OBJECTIVES.register_module("perflow_direction")

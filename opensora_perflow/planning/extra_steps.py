@@ -10,10 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.metrics import endpoint_error
+from opensora_perflow.method.grids import check_num_steps, sampling_grid
+from opensora_perflow.method.metrics import endpoint_error
+from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.schedule import check_num_steps, sampling_grid
-from opensora_perflow.windows import TimeWindows
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensora_perflow.method.grids import check_num_steps, linear_grid
+from opensora_perflow.method.solvers import solve
 from opensora_perflow.objectives.combination import remember_last
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.schedule import check_num_steps, linear_grid
-from opensora_perflow.solvers import solve
 
 
 @dataclass(frozen=True)

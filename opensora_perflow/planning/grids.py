@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.metrics import endpoint_error
+from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.planning.fine_path import FinePath, step_errors, uniform_grid
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import shift_time
-from opensora_perflow.solvers import Velocity, solve
+from opensora_perflow.method.solvers import Velocity, solve
 
 
 @dataclass(frozen=True)

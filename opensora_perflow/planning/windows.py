@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from opensora_perflow.metrics import endpoint_error
+from opensora_perflow.method.metrics import endpoint_error
+from opensora_perflow.method.solvers import euler_step, solve
 from opensora_perflow.planning.fine_path import FinePath, uniform_grid
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
-from opensora_perflow.solvers import euler_step, solve
 
 POWER = 1.5
 """How a student's error grows with the width of its window: 1 for a velocity that is wrong by as much everywhere, 2 for a bend

@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any] | None:
     from mmengine import Config
     from opensora.registry import SCHEDULERS, build_module
 
-    from opensora_perflow.hosts.host_path import guided_channels
+    from opensora_perflow.hosts.v1.host_path import guided_channels
 
     config = Config.fromfile(str(path))
     if config.get("scheduler") is None:

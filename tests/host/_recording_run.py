@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.paths import DDPMPath, LinearPath
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.method.process import DDPMPath, LinearPath
 from opensora_perflow.run import main
-from opensora_perflow.scheduler import PeRFlow
 
 out, arguments = Path(sys.argv[1]), sys.argv[2:]
 steps: list[dict[str, torch.Tensor]] = []

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_perflow import portable
-from opensora_perflow.demo.model import TinySTDiT
-from opensora_perflow.demo.text import TinyTextEncoder
-from opensora_perflow.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.worlds.model import TinySTDiT
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 SIZES = {"height": 64.0, "width": 64.0, "num_frames": 17.0, "fps": 24.0}
 DRAWS = {"starts": "diffused", "per_solve": 2, "edge_mass": 0.5}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opensora_perflow.demo.model import WEIGHTS, TinySTDiT
+from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
 
 pytestmark = pytest.mark.host
 

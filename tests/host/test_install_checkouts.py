@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from _harness import REPOSITORY, Clips, run_script
 
-from opensora_perflow.hosts.install import CONFIGS, TAGS, check, install, uninstall
+from opensora_perflow.hosts.v1.install import CONFIGS, TAGS, check, install, uninstall
 
 pytestmark = pytest.mark.host
 TRAIN_CONFIGS = {"1.2": "opensora-v1-2/train/stage1.py", "1.3": "opensora-v1-3/train/stage1.py"}

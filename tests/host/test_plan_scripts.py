@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from _harness import REPOSITORY, run_python
 
-from opensora_perflow.demo.model import WEIGHTS, TinySTDiT
-from opensora_perflow.windows import TimeWindows
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
 
 pytestmark = pytest.mark.host
 SIZES = {key: TinySTDiT().host_config()[key] for key in ("hidden_size", "depth", "num_heads")}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from _harness import Clips, checkpoints, inference_config, run_python, run_script, tag_of, train_config
 
-from opensora_perflow.state import find_state
+from opensora_perflow.training.state import find_state
 
 pytestmark = pytest.mark.host
 WORKERS = Path(__file__).parent

@@ -1,0 +1,50 @@
+"""`opensora-perflow embed`: a prompt through the text encoder of an Open-Sora config, to a file for guidance.negative."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora_perflow import portable
+from opensora_perflow.hosts.v1.negative_text import write_negative
+
+
+def embed(config: Path, prompt: str, out: Path, open_sora: Path | None = None) -> None:
+    """Write what the text encoder of `config` makes of `prompt` to `out` (.safetensors).
+
+    Args:
+        config: A training config of Open-Sora's; its text_encoder is built as Open-Sora's inference does, on a GPU if there is
+            one, in float32 (T5-XXL has 4.7 B parameters).
+        prompt: The negative prompt, as it is: Open-Sora's scripts clean prompts before they encode them.
+        out: File to write.
+        open_sora: Checkout that `opensora` is imported from; None: the installed one.
+
+    Raises:
+        ValueError: no Open-Sora, no such config, a config without text_encoder, another suffix.
+    """
+    if out.suffix != ".safetensors":  # before a text encoder of 19 GB is loaded
+        raise ValueError(f"--out must end in .safetensors, got {str(out)!r}")
+    write_negative(out, _text_encoder(config, open_sora), prompt)
+
+
+def _text_encoder(config: Path, open_sora: Path | None) -> Any:
+    if open_sora is not None:
+        root = open_sora.resolve()
+        if not (root / "opensora" / "registry.py").is_file():
+            raise ValueError(f"--open-sora must be the root of an Open-Sora 1.x checkout, got {str(root)!r}")
+        sys.path.insert(0, str(root))
+    portable.activate()
+    try:
+        from opensora.registry import MODELS, build_module
+    except ImportError as error:
+        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+    from mmengine import Config
+
+    settings = dict(Config.fromfile(config).get("text_encoder") or {})
+    if not settings:
+        raise ValueError(f"{str(config)!r} has no text_encoder; name the config that the student will be trained with")
+    settings.pop("shardformer", None)  # for training in many processes
+    return build_module(settings, MODELS, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,67 @@
+"""Which path a host's networks were trained on, and what its iddpm guides: the questions that a config may leave open."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.util import find_spec
+
+from torch import nn
+
+from opensora_perflow.hosts.v1.network import declares
+
+ADVICE = (
+    'write path="ddpm" for a network that iddpm trained (and iddpm or dpm-solver samples), or path="linear" for one that '
+    "rflow trained"
+)
+
+
+def offered_paths() -> tuple[str, ...]:
+    """Paths that the installed Open-Sora has schedulers for; empty where none is installed."""
+    if find_spec("opensora") is None:
+        return ()
+    try:
+        has_rflow = find_spec("opensora.schedulers.rf") is not None
+    except ImportError:  # Open-Sora 2.0: no schedulers; or a host that cannot be imported here
+        return ()
+    return ("linear", "ddpm") if has_rflow else ("ddpm",)
+
+
+def find_path(path: str, network: nn.Module | None = None) -> str | None:
+    """The path, "linear" or "ddpm"; None while only the network could tell.
+
+    In this order: what the config says (`path`, or its keys: see config.path_of_keys); the only path that the host offers (1.0
+    and 1.1 have no rflow); linear where no host is installed; and where the host offers both (1.2, 1.3), the network: STDiT3
+    was only ever trained as a rectified flow, while the others (STDiT, PixArt) come with configs for both.
+
+    Raises:
+        ValueError: the network is one of the others.
+    """
+    if path != "auto":
+        return path
+    offered = offered_paths()
+    if len(offered) < 2:
+        return offered[0] if offered else "linear"
+    if network is None:
+        return None
+    if declares(network, "fps") and not declares(network, "ar"):  # STDiT3's forward, and no other's
+        return "linear"
+    raise ValueError(
+        f"cannot tell whether {type(network).__name__} was trained as a diffusion or as a rectified flow: this Open-Sora has "
+        f"both, and the scheduler's keys belong to both; {ADVICE}"
+    )
+
+
+def guided_channels(cfg_channel: int | str | None) -> int | None:
+    """How many channels text guidance acts on; None: all.
+
+    "auto" is the host's own choice: v1.0 guides the first 3 of 4 (written into its opensora/schedulers/iddpm/__init__.py,
+    forward_with_cfg), later ones all, unless their config says cfg_channel.
+    """
+    if cfg_channel != "auto":
+        return cfg_channel
+    try:  # not registry.SCHEDULERS: through opensora_perflow.run the package is imported before the host can be
+        from opensora.registry import SCHEDULERS as host_schedulers
+    except ImportError:
+        return None
+    iddpm = host_schedulers.get("iddpm")
+    return 3 if iddpm is not None and "cfg_channel" not in inspect.signature(iddpm).parameters else None

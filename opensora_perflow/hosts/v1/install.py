@@ -1,0 +1,302 @@
+"""Put the plugin into an Open-Sora checkout, say what of it is there, and take it out again.
+
+Two things go in: the patch of the tag (one line that registers `perflow`, see patches/), and this package's configs, as links
+or copies, beside the host's own. What was put in is written to a record in the tree, so that a later version of this package
+takes out what an earlier one put in. Nothing that the record does not name is ever removed, and nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+import opensora_perflow
+from opensora_perflow.atomic import replacing
+
+TAGS = {
+    "v1.3": "scripts/inference_i2v.py",
+    "v1.2.0": "opensora/models/stdit/stdit3.py",
+    "v1.1.0": "opensora/models/stdit/stdit2.py",
+    "v1.0.0": "opensora/models/stdit/stdit.py",
+}
+"""Open-Sora's tags, newest first, each with a file that the older ones lack. Its setup.py says 1.2.0 in v1.3 too."""
+
+CONFIGS = "configs/opensora"
+"""Folder of the host that takes our configs: `configs/opensora` of this package, under the same names."""
+
+RECORD = f"{CONFIGS}/.perflow_install.json"
+"""What was put into a tree: the fields of `Record`."""
+
+_COMMON = ("opensora/registry.py", "opensora/schedulers/__init__.py", "scripts/train.py", CONFIGS)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `install` put into a tree."""
+
+    version: str
+    """Of this package."""
+    patch: str
+    """Text of the patch."""
+    copied: bool
+    """Whether the configs are copies; else they are links."""
+    configs: Mapping[str, str]
+    """Path below CONFIGS -> what was put there, as `_content` tells it."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What of the plugin is in a tree."""
+
+    tag: str
+    registers: bool
+    """Whether the line that registers `perflow` is there."""
+    conflict: str
+    """Why the patch can neither be applied nor taken out, naming the file; empty if it can."""
+    record: Record | None
+    """None where nothing was installed."""
+    missing: tuple[str, ...]
+    """Configs that are to be there and are not, or are links to nothing; paths in the tree."""
+    edited: tuple[str, ...]
+    """Configs that were changed since they were put there; paths in the tree."""
+    outdated: bool
+    """Whether another version of this package, or the same at another place, put them there."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is there, as this version of the package would put it. Edited copies are the user's right."""
+        return self.record is not None and self.registers and not self.missing and not self.outdated
+
+
+def find_tag(root: Path) -> str:
+    """Which of Open-Sora's tags a tree is, by the files that it has.
+
+    Raises:
+        ValueError: none of them (Open-Sora 2.0 has no schedulers to register with).
+    """
+    missing = [name for name in _COMMON if not (root / name).exists()]
+    tag = next((tag for tag, newest in TAGS.items() if (root / newest).is_file()), None)
+    if missing or tag is None:
+        raise ValueError(
+            f"ROOT must be a checkout of hpcaitech/Open-Sora at {', '.join(reversed(TAGS))}, got {str(root)!r}, which has no "
+            f"{(missing or [TAGS['v1.0.0']])[0]}; clone one of these tags, for example with --branch v1.3"
+        )
+    return tag
+
+
+def check(root: str | os.PathLike) -> Status:
+    """What of the plugin is in the tree at `root`. Changes nothing.
+
+    Raises:
+        ValueError: a tree that is none of Open-Sora's tags, a damaged record, no git.
+    """
+    root = Path(root).resolve()
+    tag, record = find_tag(root), _read_record(root)
+    patch = _patch_for(tag)
+    registers, conflict = _patch_state(root, record.patch if record else patch)
+    wanted = _wanted(copy=record is not None and record.copied)
+    if record is None:
+        return Status(tag, registers, conflict, None, tuple(f"{CONFIGS}/{name}" for name in wanted), (), False)
+    missing = tuple(f"{CONFIGS}/{name}" for name in record.configs if not (root / CONFIGS / name).exists())
+    changed = (f"{CONFIGS}/{name}" for name, content in record.configs.items() if _content(root / CONFIGS / name) != content)
+    edited = tuple(name for name in changed if name not in missing)
+    outdated = (record.patch, dict(record.configs)) != (patch, wanted)
+    return Status(tag, registers, conflict, record, missing, edited, outdated)
+
+
+def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
+    """Apply the tag's patch to the tree at `root` and put the configs into it; after a failure nothing of them is left.
+
+    Args:
+        root: Folder of an Open-Sora checkout; need not be a git repository.
+        copy: Copy the configs, to be edited or to be used where this package is not; else link them. A tree that has them the
+            other way, or from another version of this package, is changed over.
+
+    Returns:
+        Whether anything had to be done.
+
+    Raises:
+        ValueError: see `check`; edits where the patch goes; files in the way of configs; edited configs that would have to be
+            replaced (the message names the files).
+    """
+    root = Path(root).resolve()
+    status = check(root)
+    if status.complete and status.record.copied == copy:
+        return False
+    if status.conflict:
+        raise ValueError(status.conflict)
+    record = Record(opensora_perflow.__version__, _patch_for(status.tag), copy, _wanted(copy))
+    ours = status.record.configs if status.record else {}
+    taken = [f"{CONFIGS}/{name}" for name in record.configs if name not in ours and os.path.lexists(root / CONFIGS / name)]
+    if status.edited:
+        raise ValueError(f"nothing was installed, because {_names(status.edited)} was edited; move it away, then install again")
+    if taken:
+        raise ValueError(
+            f"nothing was installed, because {_names(taken)} would be overwritten; move it away, then install again"
+        )
+    if status.record:
+        uninstall(root)
+    try:
+        _write_record(root, record)
+        for name in record.configs:
+            _put(_shipped("configs") / "opensora" / name, root / CONFIGS / name, copy)
+        if not _patch_state(root, record.patch)[0]:  # a line that was there before, put in by hand, is taken as ours
+            _git_apply(root, record.patch)
+    except BaseException:
+        _remove_configs(root, record)
+        raise
+    return True
+
+
+def uninstall(root: str | os.PathLike) -> bool:
+    """Take everything that `install` put into the tree at `root` out again.
+
+    Returns:
+        Whether there was anything.
+
+    Raises:
+        ValueError: see `check`; edits around the registering line, or edited configs, which are not thrown away. Then nothing
+            was removed.
+    """
+    root = Path(root).resolve()
+    status = check(root)
+    if status.conflict:
+        raise ValueError(status.conflict)
+    if status.edited:
+        raise ValueError(f"nothing was removed, because {_names(status.edited)} was edited; move it away, then uninstall again")
+    if status.registers:
+        _git_apply(root, status.record.patch if status.record else _patch_for(status.tag), "--reverse")
+    if status.record:
+        _remove_configs(root, status.record)
+    return status.registers or status.record is not None
+
+
+def imported_tree() -> Path | None:
+    """Folder of the Open-Sora that this Python imports as `opensora`; None if it imports none."""
+    spec = find_spec("opensora")
+    return None if spec is None or spec.origin is None else Path(spec.origin).resolve().parents[1]
+
+
+def _shipped(name: str) -> Path:
+    """The folder `patches` or `configs`: inside the package where it was built, beside it in a checkout of its source."""
+    package = Path(opensora_perflow.__file__).resolve().parent
+    for folder in (package / name, package.parent / name):
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"this installation of opensora-perflow has no folder {name} in {package}; install the package again")
+
+
+def _patch_for(tag: str) -> str:
+    (path,) = _shipped("patches").glob(f"*-{tag}.patch")
+    return path.read_text(encoding="utf-8")
+
+
+def _wanted(copy: bool) -> dict[str, str]:
+    """Every config by its path below CONFIGS, and what `_content` is to say of it."""
+    source = _shipped("configs") / "opensora"
+    paths = sorted([*source.glob("perflow_*.py"), *source.glob("_base_/*.py")])
+    return {path.relative_to(source).as_posix(): _content(path) if copy else f"link {path}" for path in paths}
+
+
+def _content(path: Path) -> str | None:
+    """What stands at a path: "link TARGET" or "sha256 DIGEST"; None for nothing, or for what is no file."""
+    if path.is_symlink():
+        return f"link {os.readlink(path)}"
+    return f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else None
+
+
+def _put(source: Path, path: Path, copy: bool) -> None:
+    path.parent.mkdir(exist_ok=True)
+    if copy:
+        with replacing(path) as temporary:
+            shutil.copyfile(source, temporary)
+    else:
+        path.symlink_to(source)
+
+
+def _remove_configs(root: Path, record: Record) -> None:
+    """Remove what the record names, where it is still what was put there; the record itself last."""
+    for name, content in record.configs.items():
+        path = root / CONFIGS / name
+        if _content(path) == content:
+            path.unlink()
+    for folder in {(root / CONFIGS / name).parent for name in record.configs} - {root / CONFIGS}:
+        with suppress(OSError):  # it is not there, or holds files of the user's
+            folder.rmdir()
+    (root / RECORD).unlink(missing_ok=True)
+
+
+def _write_record(root: Path, record: Record) -> None:
+    with replacing(root / RECORD) as temporary:
+        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+
+
+def _read_record(root: Path) -> Record | None:
+    path = root / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = Record(**json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(record.configs, dict):
+            raise TypeError("configs must be an object")
+        for name in record.configs:  # they will be removed: none may lead out of the folder
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} leads out of {CONFIGS}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{RECORD} cannot be read ({error}); it says what was put into this tree, so restore it, or remove it and the "
+            f"perflow configs in {CONFIGS} by hand"
+        ) from error
+    return record
+
+
+def _patch_state(root: Path, patch: str) -> tuple[bool, str]:
+    """Whether the patch is in the tree; and if it neither is nor could be, why."""
+    try:
+        _git_apply(root, patch, "--check", "--reverse")
+        return True, ""
+    except ValueError:
+        pass
+    try:
+        _git_apply(root, patch, "--check")
+        return False, ""
+    except ValueError as error:
+        return False, str(error)
+
+
+def _git_apply(root: Path, patch: str, *options: str) -> None:
+    """Run `git apply` on a tree, which does the whole patch or nothing.
+
+    Git is kept away from every repository: the tree need not be one, and may lie inside another one, relative to whose top git
+    would then take the patch's paths. Neither may the user's settings (apply.whitespace and such) change what is applied.
+
+    Raises:
+        ValueError: there is no git; or the patch does not fit, because of edits (the message names the files).
+    """
+    git = shutil.which("git")
+    if git is None:
+        raise ValueError("patches are applied by git, and there is no `git` on PATH; install it")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment |= {"GIT_DIR": os.devnull, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
+    command = [git, "apply", *options, "-"]
+    result = subprocess.run(command, cwd=root, env=environment, input=patch.encode(), capture_output=True)
+    if result.returncode != 0:
+        files = re.findall(r"^\+\+\+ b/(.+)$", patch, re.M)
+        reason = result.stderr.decode(errors="replace").strip().replace("\n", "; ")
+        raise ValueError(
+            f"{_names(files)} has edits where perflow is registered; take them out (git diff shows them), then try again. Git "
+            f"says: {reason}"
+        )
+
+
+def _names(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

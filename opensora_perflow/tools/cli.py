@@ -1,0 +1,203 @@
+"""`opensora-perflow`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opensora_perflow.hosts.v1.install import Status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. A user's mistake is one line on stderr and status 2, not a traceback."""
+    from opensora_perflow.tools import plan as plan_command
+
+    parser = argparse.ArgumentParser(
+        prog="opensora-perflow",
+        description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510).",
+        epilog="Training and sampling inside Open-Sora go through its own scripts; see README.md.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_install(commands)
+    _add_embed(commands)
+    plan_command.add_commands(commands)
+    args = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return _COMMANDS[args.pop("command")](args)
+    except (ValueError, OSError) as error:
+        print(f"opensora-perflow: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    defaults = {
+        "iterations": "training steps, >= 1; more is better",
+        "batch_size": "clips per training step, >= 1",
+        "lr": "peak learning rate, > 0",
+        "num_clips": "clips to write where no --videos are given, >= 1",
+        "num_samples": "samples that are compared, >= 2",
+        "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
+        "seed": "of clips, noise and training",
+    }
+    parser = commands.add_parser(
+        "demo",
+        help="train a 4-step student of a tiny video model and compare it with its teacher (minutes, no GPU)",
+        description=(
+            "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network "
+            "evaluations, through the same scheduler object that Open-Sora uses. Writes side_by_side.mp4, frames.png, "
+            "training.png, results.json and student.safetensors. About 6 minutes on 2 CPU cores."
+        ),
+        epilog="example: opensora-perflow demo --out my_demo --iterations 600",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--videos", type=Path, help="folder of videos, or a CSV with path and text (default: write moving shapes)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("perflow_demo"), help="folder to write to (default perflow_demo)")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="use the real STDiT3 class of this Open-Sora checkout")
+    from opensora_perflow.tools.demo import DemoSettings
+
+    for field in dataclasses.fields(DemoSettings):
+        if field.name in defaults:
+            option = "--" + field.name.replace("_", "-")
+            parser.add_argument(
+                option,
+                type=type(field.default),
+                default=field.default,
+                help=f"{defaults[field.name]} (default {field.default})",
+            )
+
+
+def _demo(args: dict) -> int:
+    from opensora_perflow.tools.demo import DemoSettings, run, table
+
+    settings = DemoSettings(**args)
+    result = run(settings)
+    print(f"\n{table(result)}\n")
+    print(f"{result['seconds']:.0f} s in all. Written to {settings.out}/:")
+    for name, what in {
+        "side_by_side.mp4": "the same noise and prompts through each sampler",
+        "frames.png": "some of their frames",
+        "training.png": "the loss, and the error and the motion of one step across each window",
+        "results.json": "the numbers above and more",
+        "student.safetensors": "the student's weights",
+    }.items():
+        print(f"  {name:20} {what}")
+    return 0
+
+
+def _add_install(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "install",
+        help="register perflow in an Open-Sora checkout and put the configs into it, or undo that",
+        description=(
+            "Puts two things into an Open-Sora checkout (v1.0.0, v1.1.0, v1.2.0 or v1.3; which one is found out):\n"
+            "  1. one line in opensora/schedulers/__init__.py that registers perflow, so that any config may change its\n"
+            '     scheduler to type="perflow" and nothing else. From then on Open-Sora needs this package to be installed;\n'
+            "  2. this package's configs, as configs/opensora/perflow_*.py and configs/opensora/_base_/*.py.\n"
+            "No file is overwritten, a second run changes nothing, after a failure nothing is left, and --uninstall leaves\n"
+            "`git status` as it was before. Needs git on PATH; ROOT itself need not be a repository."
+        ),
+        epilog=(
+            "examples:\n"
+            "  opensora-perflow install ../Open-Sora\n"
+            "  cd ../Open-Sora && torchrun scripts/train.py configs/opensora/perflow_stage1.py --data-path videos.csv\n"
+            "  opensora-perflow install --check ../Open-Sora && echo ready\n"
+            "  opensora-perflow install --uninstall ../Open-Sora\n"
+            "status: 0 done, or --check found everything; 1 --check found something missing; 2 refused, with the reason"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder of the checkout, the one that holds opensora/")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--copy", action="store_true", help="copy the configs, to edit them there (default: link them)")
+    action.add_argument("--check", action="store_true", help="say what is installed; change nothing")
+    action.add_argument("--uninstall", action="store_true", help="take everything out that this command put in")
+
+
+def _install(args: dict) -> int:
+    from opensora_perflow.hosts.v1 import install
+
+    root = args["root"]
+    if args["check"]:
+        return _print_status(root, install.check(root))
+    tag = install.find_tag(root)
+    if args["uninstall"]:
+        done = install.uninstall(root)
+        print(f"Open-Sora {tag} at {root}: perflow was {'taken out' if done else 'not installed, nothing to do'}")
+        return 0
+    done = install.install(root, copy=args["copy"])
+    print(f"Open-Sora {tag} at {root}: perflow was {'installed' if done else 'installed already, nothing to do'}")
+    imported = install.imported_tree()
+    if imported is not None and imported != root.resolve():
+        print(
+            f"note: this Python imports opensora from {imported}, which is another tree; change that by `pip install -e {root}`"
+        )
+    return 0
+
+
+def _print_status(root: Path, status: Status) -> int:
+    present = "not installed" if status.record is None else "copied" if status.record.copied else "linked"
+    number = 0 if status.record is None else len(status.record.configs) - len(status.missing)
+    print(f"Open-Sora {status.tag} at {root}: perflow is {'' if status.complete else 'not (fully) '}installed")
+    print(f"  registering line  {'there' if status.registers else status.conflict or 'not there'}")
+    print(f"  configs           {present}" + (f", {number} of {len(status.record.configs)}" if status.record else ""))
+    if status.record is not None:
+        for what, names in {"missing": status.missing, "edited": status.edited}.items():
+            for name in names:
+                print(f"  {what:17} {name}")
+        if status.outdated:
+            print(f"  outdated          from version {status.record.version} or another folder of this package; install again")
+    return 0 if status.complete else 1
+
+
+def _add_embed(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "embed",
+        help="write a negative prompt's embedding, to fold it into a student",
+        description=(
+            "Encodes a prompt with the text encoder of an Open-Sora config and writes it as safetensors, for\n"
+            'scheduler = dict(type="perflow", guidance=dict(mode="fixed", scale=7.0, negative="negative.safetensors"), ...).\n'
+            "In training the teacher is then guided away from that prompt instead of from the empty one."
+        ),
+        epilog='example: opensora-perflow embed train_config.py "blurry, low quality" --open-sora ../Open-Sora',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="config that the student will be trained with")
+    parser.add_argument("prompt", metavar="PROMPT", help="the negative prompt")
+    parser.add_argument("--out", type=Path, default=Path("negative.safetensors"), help="file (default negative.safetensors)")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
+
+
+def _embed(args: dict) -> int:
+    from opensora_perflow.hosts.v1.embed import embed
+
+    embed(**args)
+    print(f"written to {args['out']}")
+    return 0
+
+
+def _plan(args: dict) -> int:
+    from opensora_perflow.tools import plan as plan_command
+
+    return plan_command.plan(args)
+
+
+def _curve(args: dict) -> int:
+    from opensora_perflow.tools import plan as plan_command
+
+    return plan_command.curve(args)
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "plan": _plan, "curve": _curve}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""`opensora-perflow plan` and `opensora-perflow curve`: measure, decide, write what `windows=` reads, draw a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.grids import check_num_steps, sampling_grid
+from opensora_perflow.method.metrics import endpoint_error, energy_distance
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.planning.extra_steps import grids_by_steps
+from opensora_perflow.planning.fine_path import follow, uniform_grid
+from opensora_perflow.planning.grids import Comparison, choose_grid, compare
+from opensora_perflow.planning.windows import CRITERIA, RESOLUTION, plan_windows
+from opensora_perflow.tools.plots import STUDENT, TEACHER, save_figure
+from opensora_perflow.tools.subjects import Subject, demo_subject, host_subject
+from opensora_perflow.training.plan_file import write_plan
+from opensora_perflow.training.recipe import check_number
+from opensora_perflow.training.state import find_state
+
+FRESH = 1000
+"""Added to the seed for the noise that results are compared on."""
+
+_HOST_ARGUMENTS = (
+    "  opensora-perflow {command} --script ../Open-Sora/scripts/inference.py {options} -- \\\n"
+    "      {config} --ckpt-path {weights} --prompt-path prompts.txt --batch-size 2\n"
+    "A script's own command line follows `--`; it runs up to its first sample, so everything is loaded as it loads it.\n"
+)
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="find better sampling times for a checkpoint, or better windows for a student; write a plan for windows=",
+        description=(
+            "Without --windows: measures the teacher's fine path, plans a grid for each --steps by dynamic programming, and\n"
+            "compares it with as many uniform steps on fresh noise. The file gets the grids that beat uniform steps; if none\n"
+            "does, this says so, writes no file and exits with 1. Nothing is trained.\n"
+            "With --windows K: measures what each window of a pilot student (any short run, any windows) adds to its error at\n"
+            "the end, and plans K windows that should add the least, for the training that follows. Whether they do, a second\n"
+            "pilot tells: the command prints how far a pilot ends from its teacher."
+        ),
+        epilog=(
+            "examples:\n"
+            "  opensora-perflow plan --steps 4 8 --out plan.json                 the demo's tiny video model\n"
+            "  opensora-perflow plan --windows 8 --student pilot.safetensors --student-windows 4\n"
+            + _HOST_ARGUMENTS.format(
+                command="plan", options="--steps 8", config="configs/opensora-v1-2/inference/sample.py", weights="CKPT"
+            )
+            + 'then: scheduler = dict(type="perflow", windows="plan.json", num_sampling_steps=8, ...)'
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_subject(plan)
+    plan.add_argument("--steps", type=int, nargs="+", default=[8], help="step counts to plan grids for (default 8)")
+    plan.add_argument("--windows", type=int, metavar="K", help="plan K windows from what a pilot student measures")
+    plan.add_argument(
+        "--criterion", choices=tuple(CRITERIA), default="added",
+        help="what windows are planned by: what each adds to the error at the end, or errs by itself (default added)",
+    )  # fmt: skip
+    plan.add_argument("--candidates", type=int, default=32, help="candidate times are multiples of 1/this (default 32)")
+    plan.add_argument("--out", type=Path, default=Path("plan.json"), help="file to write; a .png lies beside it")
+    curve = commands.add_parser(
+        "curve",
+        help="quality against network evaluations for 1..N steps of one checkpoint; places the extra steps of a student",
+        description=(
+            "Samples with 1..--max-steps steps. For a student, grids are grown from its windows by what each further step\n"
+            "does to the measured error, compared with the default grids on fresh noise, and written into a plan, so that\n"
+            "num_sampling_steps=N uses them. Writes plan.json (student only), curve.json and curve.png."
+        ),
+        epilog=(
+            "examples:\n"
+            "  opensora-perflow curve --student perflow_demo/student.safetensors --student-windows 4 --out curve\n"
+            + _HOST_ARGUMENTS.format(
+                command="curve",
+                options="--teacher TEACHER",
+                config="../opensora_perflow/configs/opensora/perflow_inference_stage2.py",
+                weights="STUDENT",
+            )
+            + "Without --teacher the script's network is measured against its own fine path.\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_subject(curve)
+    curve.add_argument("--max-steps", type=int, default=16, help="largest number of steps (default 16)")
+    curve.add_argument("--out", type=Path, default=Path("perflow_curve"), help="folder to write to (default perflow_curve)")
+
+
+def _add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("video", "mixture"), default="video", help="a model of the demo (default video)")
+    parser.add_argument("--student", type=Path, help="weights of a student of that model")
+    parser.add_argument(
+        "--student-windows",
+        nargs="+",
+        metavar="K|EDGE|PLAN",
+        help="its windows: a number, edges, or a plan's file (default: those that its file names, else 4)",
+    )
+    parser.add_argument("--guidance-scale", type=float, help="of that model's teacher (default video 3, mixture 2)")
+    parser.add_argument(
+        "--script", metavar="SCRIPT", help="instead: an Open-Sora inference script, with its arguments after --"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, help="with --script: weights that the script's perflow student was distilled from"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="noises to measure on, and as many fresh ones (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("host_arguments", nargs="*", metavar="-- ARGS", help="the script's own command line")
+
+
+def plan(args: dict[str, Any]) -> int:
+    """Run `plan` with parsed arguments; returns the exit status.
+
+    Raises:
+        ValueError: invalid settings; see plan_subjects.
+    """
+    for name in ("samples", "candidates"):
+        check_num_steps(args[name], f"--{name}")
+    for steps in args["steps"]:
+        check_num_steps(steps, "--steps")
+        if steps > args["candidates"]:
+            raise ValueError(f"--steps {steps} needs as many candidate times, got --candidates {args['candidates']}")
+    if args["windows"] is not None:
+        check_num_steps(args["windows"], "--windows")
+        if args["windows"] > RESOLUTION:
+            raise ValueError(f"--windows must be at most {RESOLUTION}, got {args['windows']}")
+    if args["out"].suffix != ".json":
+        raise ValueError(f"--out must end in .json, by which windows= knows a plan, got {str(args['out'])!r}")
+    subject = _subject(args)
+    return _plan_windows(subject, args) if args["windows"] is not None else _plan_grids(subject, args)
+
+
+def _subject(args: dict[str, Any]) -> Subject:
+    if args["guidance_scale"] is not None:
+        check_number("--guidance-scale", args["guidance_scale"], low=0)
+    if args["script"] is not None:
+        if args["student"] is not None:
+            raise ValueError("with --script the student is the script's own --ckpt-path; name its teacher with --teacher")
+        return host_subject(args["script"], args["host_arguments"], args["teacher"])
+    if args["host_arguments"] or args["teacher"] is not None:
+        raise ValueError(f"{args['host_arguments'] or '--teacher'} belongs to an inference script; name it with --script")
+    windows = _windows(args["student_windows"], args["student"])
+    return demo_subject(args["model"], args["student"], windows, args["guidance_scale"])
+
+
+def _windows(words: Sequence[str] | None, student: Path | None) -> TimeWindows:
+    """Windows as the command line writes them, or as the student's file says."""
+    if words is None:
+        found = None if student is None else find_state(student)
+        return TimeWindows.uniform(4) if found is None else TimeWindows(found[0].windows)
+    if len(words) == 1 and words[0].isdecimal():
+        return TimeWindows.from_config(int(words[0]))
+    if len(words) == 1:
+        return TimeWindows.from_config(words[0])
+    try:
+        return TimeWindows.from_config([float(word) for word in words])
+    except ValueError as error:
+        raise ValueError(f"--student-windows: {error}") from error
+
+
+def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
+    probe, fresh = (subject.teacher(args["samples"], args["seed"] + offset) for offset in (0, FRESH))
+    fine = dict(substeps=max(2, 64 // args["candidates"]), method="heun", progress=True)
+    path = follow(probe, args["candidates"], **fine)
+    endpoints = follow(fresh, args["candidates"], **fine).endpoints
+    found = {}
+    for steps in args["steps"]:
+        grid, predicted = choose_grid(probe, path, steps, progress=True)
+        found[steps] = compare(grid, predicted, fresh, endpoints)
+    print(f"\n{'steps':>5}{'NFE':>5}{'uniform':>10}{'planned':>10}{'predicted':>11}{'gain / se':>11}   grid")
+    for steps, row in found.items():
+        grid = " ".join(f"{time:.4g}" for time in row.grid)
+        errors = f"{row.uniform:10.4f}{row.error:10.4f}{row.predicted:11.4f}{row.gain:11.1f}"
+        print(f"{steps:5d}{steps * subject.branches[0]:5d}{errors}   {grid}")
+    print("Endpoint errors on noise that no grid was chosen with; predicted: on the noise that it was chosen with.\n")
+    kept = {steps: row for steps, row in found.items() if row.better}
+    for steps in found.keys() - kept.keys():
+        print(f"{steps} steps: no grid was found that beats uniform steps; keep num_sampling_steps={steps} as it is")
+    _grids_figure(found, args["out"].with_suffix(".png"))
+    if not kept:
+        print(f"no plan was written; {args['out'].with_suffix('.png')} shows what was tried")
+        return 1
+    report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}
+    write_plan(
+        args["out"], (1.0, 0.0), [row.grid for row in kept.values()],
+        {**report, "grids": {str(steps): asdict(row) for steps, row in found.items()}},
+    )  # fmt: skip
+    first = next(iter(kept))
+    print(
+        f'written to {args["out"]}: scheduler = dict(type="perflow", windows="{args["out"]}", num_sampling_steps={first}, ...)'
+    )
+    return 0
+
+
+def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
+    if subject.student is None or subject.windows is None:
+        raise ValueError(
+            "windows are planned from what a pilot student measures: train one for a short while with any windows and name it "
+            "with --student (with --script: its --ckpt-path, and --teacher)"
+        )
+    edges = subject.windows.edges
+    teacher, student = (probe(args["samples"], args["seed"]) for probe in (subject.teacher, subject.student))
+    path = follow(teacher, edges, substeps=max(2, -(-64 // (len(edges) - 1))), method="heun", progress=True)
+    errors = CRITERIA[args["criterion"]](student, path)
+    planned, expected = plan_windows(edges, errors, args["windows"])
+    end = endpoint_error(student.sample(edges), path.endpoints)
+    meaning = {"added": "adds to its error at the end", "local": "errs by, from the teacher's state"}[args["criterion"]]
+    print(f"\nthe pilot ends {end:.4f} from the teacher; its windows, and what each {meaning}")
+    _print_windows(edges, errors)
+    print("planned windows, and what is expected of each")
+    _print_windows(planned, expected)
+    report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}
+    report |= {"criterion": args["criterion"], "pilot_edges": edges, "pilot_error": end}
+    report |= {"pilot_errors": errors, "expected_errors": expected}
+    write_plan(args["out"], planned, [], report)
+    _windows_figure({"pilot": (edges, errors), "planned": (planned, expected)}, args["out"].with_suffix(".png"))
+    print(f'written to {args["out"]}: train with scheduler = dict(type="perflow", windows="{args["out"]}", ...)')
+    return 0
+
+
+def _print_windows(edges: Sequence[float], errors: Sequence[float]) -> None:
+    for start, end, error in zip(edges, edges[1:], errors):
+        print(f"  {start:7.4f} -> {end:7.4f}{error:10.4f}")
+
+
+def curve(args: dict[str, Any]) -> int:
+    """Run `curve` with parsed arguments; returns the exit status.
+
+    Raises:
+        ValueError: invalid settings; see plan_subjects.
+    """
+    check_num_steps(args["samples"], "--samples")
+    check_num_steps(args["max_steps"], "--max-steps")
+    if args["samples"] < 2:
+        raise ValueError("--samples must be >= 2, to compare distributions, got 1")
+    subject = _subject(args)
+    make, windows = (subject.student or subject.teacher), subject.windows or TimeWindows.uniform(1)
+    endpoints = {
+        offset: follow(subject.teacher(args["samples"], args["seed"] + offset), 64, substeps=2, method="heun", progress=True)
+        .endpoints
+        for offset in (0, FRESH)
+    }  # fmt: skip
+    grids = {}
+    if subject.student is not None:
+        probe = make(args["samples"], args["seed"])
+        grown = grids_by_steps(probe, endpoints[0], windows.edges, args["max_steps"], places=(0.5,), progress=True)
+        grids = {steps: found.grid for steps, found in grown.items()}
+    fresh, rows = make(args["samples"], args["seed"] + FRESH), []
+    default_windows = TimeWindows(windows.edges)
+    for steps in range(1, args["max_steps"] + 1):
+        x = fresh.sample(sampling_grid(default_windows, steps))
+        row = {"steps": steps, "nfe": steps * subject.branches[subject.student is not None]}
+        row |= {"error": endpoint_error(x, endpoints[FRESH]), "energy_distance": energy_distance(x, endpoints[FRESH])}
+        if steps in grids:
+            x = fresh.sample(grids[steps])
+            row |= {"planned": endpoint_error(x, endpoints[FRESH]), "planned_energy": energy_distance(x, endpoints[FRESH])}
+        rows.append(row)
+    print(curve_table(rows))
+    out = args["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"], "rows": rows}
+    with replacing(out / "curve.json") as temporary:
+        temporary.write_text(json.dumps({**report, "grids": list(grids.values())}, indent=1) + "\n")
+    _curve_figure(rows, out / "curve.png")
+    if grids:
+        write_plan(out / "plan.json", windows.edges, list(grids.values()), report)
+        print(f'written to {out}/: scheduler = dict(type="perflow", windows="{out}/plan.json", num_sampling_steps=N, ...)')
+    return 0
+
+
+def curve_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Steps, evaluations, and the errors of the default and of the planned grids."""
+    lines = ["", f"{'steps':>5}{'NFE':>5}{'error':>10}{'energy':>10}{'planned error':>16}{'energy':>10}"]
+    for row in rows:
+        line = f"{row['steps']:5d}{row['nfe']:5d}{row['error']:10.4f}{row['energy_distance']:10.5f}"
+        lines.append(line + (f"{row['planned']:16.4f}{row['planned_energy']:10.5f}" if "planned" in row else ""))
+    return "\n".join([*lines, ""])
+
+
+def _grids_figure(found: dict[int, Comparison], path: Path) -> None:
+    figure = Figure(figsize=(10, 1.6 + 0.7 * len(found)), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    for place, (steps, row) in enumerate(found.items()):
+        left.plot(uniform_grid(steps), [place + 0.14] * (steps + 1), "|-", color=TEACHER, markersize=14, linewidth=0.6)
+        left.plot(row.grid, [place - 0.14] * (steps + 1), "|-", color=STUDENT, markersize=14, linewidth=0.6)
+    left.set(
+        xlim=(1.02, -0.02), ylim=(-0.5, len(found) - 0.5), xlabel="untransformed time (1 is noise)", title="Sampling times"
+    )
+    left.set_yticks(range(len(found)), [f"{steps} steps" for steps in found])
+    places = range(len(found))
+    right.barh([p + 0.18 for p in places], [row.uniform for row in found.values()], 0.32, color=TEACHER, label="uniform")
+    right.barh([p - 0.18 for p in places], [row.error for row in found.values()], 0.32, color=STUDENT, label="planned")
+    right.set(ylim=left.get_ylim(), yticks=[], xlabel="endpoint error", title="On fresh noise")
+    right.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _windows_figure(windows: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+    figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    for (name, (edges, errors)), color in zip(windows.items(), (TEACHER, STUDENT)):
+        axis.stairs(errors[::-1], edges[::-1], color=color, label=f"{name} windows", linewidth=2)
+    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="error of a window", title="Windows")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def _curve_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
+    columns = (("endpoint error", "error", "planned"), ("energy distance", "energy_distance", "planned_energy"))
+    for axis, (name, default, planned) in zip(figure.subplots(1, 2), columns):
+        axis.plot([row["nfe"] for row in rows], [row[default] for row in rows], "o-", color=TEACHER, label="default grid")
+        shown = [row for row in rows if planned in row]
+        if shown:
+            axis.plot([row["nfe"] for row in shown], [row[planned] for row in shown], "o-", color=STUDENT, label="planned grid")
+        axis.set(xlabel="network evaluations a sample (NFE)", title=name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(bottom=min(0, *axis.get_ylim()))
+        axis.legend(frameon=False)
+    save_figure(figure, path)

@@ -1,0 +1,177 @@
+"""What `opensora-perflow plan` and `curve` measure: a teacher, perhaps its student, and noise for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.inference_call import InferenceCall, first_call
+from opensora_perflow.hosts.v1.network import unwrap
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.planning.probe import Probe, join
+from opensora_perflow.registry import SCHEDULERS, build_module
+from opensora_perflow.run import prepare
+from opensora_perflow.tools.probes import mixture_probe, video_probe
+from opensora_perflow.training.recipe import PeRFlowConfig
+from opensora_perflow.training.teacher import load_teacher
+from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
+from opensora_perflow.worlds.model import load_teacher as load_video_teacher
+
+GUIDANCE = {"video": 3.0, "mixture": 2.0}
+"""Scales of the demo's and of the benchmark's teacher."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A guided teacher, and a student of it if there is one; each makes a probe of (number of samples, seed).
+
+    windows: the student's. branches: network evaluations of a (teacher's, student's) step.
+    """
+
+    name: str
+    teacher: Callable[[int, int], Probe]
+    student: Callable[[int, int], Probe] | None = None
+    windows: TimeWindows | None = None
+    branches: tuple[int, int] = (2, 1)
+
+
+def demo_subject(model: str, student: str | os.PathLike | None, windows: TimeWindows, guidance_scale: float | None) -> Subject:
+    """The demo's tiny video model or the mixture; a student of it has its guidance folded in.
+
+    Raises:
+        ValueError: weights that are not there or do not fit.
+    """
+    scale = GUIDANCE[model] if guidance_scale is None else guidance_scale
+    probe = {"video": video_probe, "mixture": mixture_probe}[model]
+    branches = (1 if scale == 1.0 else 2, 1)
+    if student is None:
+        return Subject(model, lambda count, seed: probe(count, seed, scale), branches=branches)
+    network = load_teacher(_demo_network(model, student), student)
+    return Subject(
+        model,
+        lambda count, seed: probe(count, seed, scale),
+        lambda count, seed: probe(count, seed, 1.0, network),
+        windows,
+        branches,
+    )
+
+
+def _demo_network(model: str, weights: str | os.PathLike) -> nn.Module:
+    if model == "video":
+        return load_video_teacher()
+    state = read_state_dict(weights)
+    width = state["layers.0.weight"].shape[0] if "layers.0.weight" in state else 128
+    return MixtureNetwork(Mixture.standard(), width)
+
+
+def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLike | None) -> Subject:
+    """What an Open-Sora inference script would sample.
+
+    With scheduler type rflow its network is the teacher. With type perflow it is a student if `teacher` names the weights
+    that it was distilled from, and else a teacher too, sampled as the config says.
+
+    Raises:
+        ValueError: a scheduler other than rflow and perflow, a perflow of the ddpm path, a teacher for an rflow, or scales that
+            differ from window to window; see run.prepare, first_call and teacher.load_teacher.
+    """
+    prepare(script)
+    call = first_call(script, arguments)
+    config = dict(call.scheduler)
+    kind = config.pop("type", None)
+    if kind not in ("rflow", "perflow"):
+        raise ValueError(f"plans are made for rectified flows: scheduler type rflow or perflow, got {kind!r}")
+    if kind == "rflow" and teacher is not None:
+        raise ValueError(
+            "the script's config has scheduler type rflow, which is a teacher itself, and --teacher names another; give the "
+            "config that the student is sampled with, such as configs/opensora/perflow_inference_stage2.py, or leave "
+            "out --teacher"
+        )
+    if kind == "rflow":
+        config = {**config, "windows": 1, "path": "linear"}
+    scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
+    settings, ratio = scheduler.config, scheduler._window_ratio(call.additional_args)
+    if settings.path == "ddpm":
+        raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
+    scale = _one_scale("cfg_scale", scheduler._step_scales(None))
+    own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[settings.guidance.mode]
+    own_negative = None if settings.guidance.folded else call.neg_prompts  # the student's are in its weights
+    own = _host_probes(call, call.model, own_guidance, own_negative, settings, ratio)
+    if teacher is None:
+        return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
+    if settings.guidance.mode == "fixed":
+        scale = _one_scale("guidance.scale", settings.guidance.scale)
+    guidance = Guided(scale)
+    frozen = load_teacher(unwrap(call.model), teacher)
+    negative = scheduler._negative_text() if settings.guidance.folded else call.neg_prompts
+    by_teacher = _host_probes(call, frozen, guidance, negative, settings, ratio)
+    return Subject(kind, by_teacher, own, settings.windows, (guidance.branches, own_guidance.branches))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Guidance of a network: by a scale from outside (1 = none), or by one that it is told."""
+
+    scale: float = 1.0
+    told: float | None = None
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.scale == 1.0 else 2
+
+
+def _one_scale(name: str, scales: float | Sequence[float]) -> float:
+    """The scale that is the same in every window."""
+    distinct = list(dict.fromkeys(scales if isinstance(scales, Sequence) else [scales]))
+    if len(distinct) > 1:
+        raise ValueError(f"plan and curve measure at one guidance scale in all windows, got {name} {distinct}; set one number")
+    return distinct[0]
+
+
+def _host_probes(
+    call: InferenceCall,
+    network: nn.Module,
+    guidance: Guided,
+    negative: Sequence[str] | Mapping[str, Tensor] | None,
+    settings: PeRFlowConfig,
+    ratio: Tensor | None,
+) -> Callable[[int, int], Probe]:
+    """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own.
+
+    negative: prompts in place of the null text, or one that was embedded before training (see hosts/v1/negative_text.py).
+    """
+    embedded = isinstance(negative, Mapping)
+    told = None if guidance.told is None else torch.full((len(call.prompts),), guidance.told, dtype=torch.float64)
+    condition = stdit.sampling_condition(
+        unwrap(network),
+        call.text_encoder,
+        call.prompts,
+        negative_prompts=None if embedded else negative,
+        additional_args=call.additional_args,
+        reference=None,
+        needs_null=guidance.branches > 1,
+    )
+    if embedded and guidance.branches > 1:
+        condition = stdit.with_negative(condition, negative)
+    velocity = stdit.velocity_field(
+        network,
+        unwrap(network),
+        condition,
+        num_timesteps=int(settings.num_timesteps),
+        text_scale=guidance.scale,
+        flaw_fix=settings.use_flaw_fix and guidance.branches > 1,
+        told=told,
+    )
+
+    def probe(count: int, seed: int) -> Probe:
+        generator = torch.Generator().manual_seed(seed)
+        batches = -(-count // len(call.prompts))
+        noise = [torch.randn(call.z.shape, generator=generator).to(call.device) for _ in range(batches)]
+        return join([Probe(velocity, own, ratio) for own in noise])
+
+    return probe

@@ -1,0 +1,1 @@
+"""One training step, and what a run remembers. Knows no host."""

@@ -1,0 +1,178 @@
+"""How far the student is from its teacher, on batches that the run keeps from its beginning: is training still helping?
+
+A training loss cannot tell: its times, states and batches are drawn anew, and its states move with the student. Here the
+teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since that is what samples
+show: errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all
+are what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.conventions import shift_time
+from opensora_perflow.method.grids import check_num_steps
+from opensora_perflow.method.process import Bounds
+from opensora_perflow.method.sampler import carry_to_windows
+from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.objectives import WindowPair, mean_over_frames, perflow
+
+FieldWithin = Callable[[Bounds], Velocity]
+"""A student's field, given where the window of a time begins and ends."""
+
+
+@dataclass
+class HeldOutBatch:
+    """Noise and conditions of one batch, and the teacher's path from there.
+
+    Args:
+        start: States at t = 1, [B, ...].
+        solve: (x [B, ...], times [S + 1, B], k) -> the teacher's states at those times in window k, [S + 1, B, ...].
+        student: The student's field on this batch.
+        untrained: The field that a student has which is still its teacher's copy.
+        frame_weights: [B, T], see `objectives.mean_over_frames`.
+        ratio: [B], the warp of the windows' edges; None where there is none.
+    """
+
+    start: Tensor
+    solve: Callable[[Tensor, Tensor, int], Tensor]
+    student: FieldWithin
+    untrained: FieldWithin
+    frame_weights: Tensor | None = None
+    ratio: Tensor | None = None
+    states: Tensor | None = None
+    """The teacher's at the window edges, [K + 1, B, ...]; None before they are needed."""
+    untrained_end: float | None = None
+    """The untrained network's `end_errors`; None before it is needed."""
+
+    @torch.no_grad()
+    def velocity_error(self, grids: Tensor) -> float:
+        """`held_out_error` of the student.
+
+        Args:
+            grids: The teacher's steps in each window, [K, S + 1], float64, untransformed. The path is solved along them at the
+                first call only; `forget` it where they, or the teacher, change.
+        """
+        edges = self._solve(grids)
+        return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
+
+    @torch.no_grad()
+    def end_errors(self, grids: Tensor) -> tuple[float, float]:
+        """How far from the teacher's end one step a window leads, the student's and an untrained network's: root mean square
+        over samples and elements. `grids` as above."""
+        edges = self._solve(grids)
+        if self.untrained_end is None:
+            self.untrained_end = self._end_error(self.untrained, edges)
+        return self._end_error(self.student, edges), self.untrained_end
+
+    def forget(self) -> None:
+        """The windows or the teacher have changed."""
+        self.states = self.untrained_end = None
+
+    def _solve(self, grids: Tensor) -> Tensor:
+        """The edges of each sample, [K + 1, B]; `states` hold the teacher's states there."""
+        times = shift_time(grids.to(self.start.device)[:, :, None].expand(-1, -1, len(self.start)), self.ratio)  # [K, S + 1, B]
+        if self.states is None:
+            states = [self.start]
+            for k, window_times in enumerate(times):
+                states.append(self.solve(states[-1], window_times, k)[-1])
+            self.states = torch.stack(states)
+        return torch.cat([times[:, 0], times[-1:, -1]])
+
+    @staticmethod
+    def _bounds(edges: Tensor) -> Bounds:
+        def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
+            window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
+            return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
+
+        return bounds
+
+    def _end_error(self, field_within: FieldWithin, edges: Tensor) -> float:
+        last = torch.full((len(self.start),), len(edges) - 1)
+        x = carry_to_windows(field_within(self._bounds(edges)), self.start, edges, last)
+        return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).mean().sqrt().item()
+
+
+def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weights: Tensor | None = None) -> float:
+    """How far one step of the student across each window ends from the teacher, per unit of time: a velocity's error.
+
+    Args:
+        student: The student's field, called once a window; callers wrap in no_grad.
+        states: The teacher's states at the edges of a stage, [K + 1, B, ...], on its way down from noise.
+        times: The edges, [K + 1, B], float64.
+        frame_weights: [B, T], see `objectives.mean_over_frames`.
+
+    Returns:
+        Root mean square over samples, windows and elements.
+    """
+    losses = [
+        perflow(student, WindowPair(x_start, x_end, t_start, t_end), t_start, frame_weights).mean()
+        for x_start, x_end, t_start, t_end in zip(states, states[1:], times, times[1:])
+    ]
+    return torch.stack(losses).mean().sqrt().item()
+
+
+TIE = 0.02
+"""Share by which an error may exceed an untrained network's without a word: the first steps of a warm-up change nothing yet."""
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """When a run measures itself, and what it warns of."""
+
+    every: int = 200
+    """Training steps between two measurements, >= 1; the first ones come after a quarter and a half of that, as a learning rate
+    that is too high shows early (not earlier: a good one may lose a little at first). One costs an evaluation of the student
+    for each window; the first also the teacher's path through all windows."""
+    tolerance: float = 0.25
+    """Share by which the error may rise above its least before a warning, >= 0."""
+
+    def __post_init__(self) -> None:
+        check_num_steps(self.every, "watch.every")
+        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not self.tolerance >= 0:
+            raise ValueError(f"watch.tolerance must be a share >= 0, got {self.tolerance!r}")
+
+
+@dataclass
+class Watch:
+    """What is to be said of a run's held-out errors: a warning where training makes the student worse."""
+
+    rule: WatchConfig
+    best: float = math.inf
+    """Least error so far."""
+
+    def wants_measurement(self, steps: int) -> bool:
+        """After so many training steps of the run? A rule of steps alone, so that all ranks measure together."""
+        every = self.rule.every
+        return steps > 0 and (steps % every == 0 or steps in (every // 4, every // 2))
+
+    def observe(self, steps: int, error: float, untrained: float) -> tuple[int, str]:
+        """Take note of a measurement, see `HeldOutBatch.end_errors`; NaN and infinity are worse than any number.
+
+        Returns:
+            Level (logging.INFO or logging.WARNING) and text of what the run's log should say.
+        """
+        text = f"PeRFlow after {steps} training steps: held-out error {error:.4g}, of an untrained network {untrained:.4g}"
+        best, self.best = self.best, min(self.best, error) if math.isfinite(error) else self.best
+        if error > (1 + TIE) * untrained or not math.isfinite(error):
+            return logging.WARNING, (
+                f"{text}. The student ends further from its teacher than a network that was not trained at all: lower the "
+                "learning rate, or check grad_clip and the warm-up; samples will be poor"
+            )
+        if error > (1 + self.rule.tolerance) * best:
+            return logging.WARNING, (
+                f"{text}, best so far {best:.4g}. It rises: the learning rate is probably too high; keep the checkpoint of the "
+                "best"
+            )
+        return logging.INFO, text
+
+    def restart(self) -> None:
+        """Other windows or another teacher: errors from here on do not compare with those before."""
+        self.best = math.inf

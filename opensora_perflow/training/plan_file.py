@@ -1,0 +1,59 @@
+"""The file that carries a plan: window edges, and a sampling grid for each number of steps it was made for.
+
+    {"format": "opensora_perflow.plan/1", "edges": [1.0, ..., 0.0], "grids": [[1.0, ..., 0.0], ...], "report": {...}}
+
+All times are untransformed and descend from 1 (noise) to 0 (data). `report` says what was measured; nothing reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opensora_perflow.atomic import replacing
+
+FORMAT = "opensora_perflow.plan/1"
+
+
+def write_plan(
+    path: str | os.PathLike, edges: Sequence[float], grids: Sequence[Sequence[float]], report: Mapping[str, Any]
+) -> None:
+    """Write a plan, atomically. `report` must be what JSON can hold."""
+    plan = {"format": FORMAT, "edges": list(edges), "grids": [list(grid) for grid in grids], "report": dict(report)}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(plan, indent=1) + "\n")
+
+
+def read_plan(path: str | os.PathLike) -> tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]:
+    """(edges, grids) of a plan, as they stand in the file; TimeWindows checks the numbers.
+
+    Args:
+        path: Relative paths start at the working directory.
+
+    Raises:
+        ValueError: no such file, or not a plan.
+    """
+    name = os.fspath(path)
+    try:
+        plan = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(
+            f"windows names the plan {name!r}, which cannot be read from {os.getcwd()} ({error.strerror}); "
+            "write one with `opensora-perflow plan`, or give its full path"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"windows names {name!r}, which is not JSON ({error}); write a plan with `opensora-perflow plan`"
+        ) from error
+    found = plan.get("format") if isinstance(plan, Mapping) else None
+    if found != FORMAT:
+        raise ValueError(
+            f'{name!r} is no plan: expected "format": "{FORMAT}", got {found!r}; write one with `opensora-perflow plan`'
+        )
+    edges, grids = plan.get("edges"), plan.get("grids", [])
+    if not isinstance(edges, list) or not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
+        raise ValueError(f"{name!r} is no whole plan: it needs edges, a list of times, and grids, a list of such lists")
+    return tuple(edges), tuple(tuple(grid) for grid in grids)

@@ -1,0 +1,163 @@
+"""What a student's weights do not say: the windows that they belong to, who taught them, and how far the training has come.
+
+Kept as perflow.json in the checkpoint folder of Open-Sora (epochE-global_stepG), beside running_states.json: what that folder
+holds (model/, ema.pt) shares it, and no loader of any tag looks there. A .safetensors file has the same text in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from opensora_perflow import __version__
+from opensora_perflow.atomic import replacing
+from opensora_perflow.method.windows import TimeWindows
+
+logger = logging.getLogger("opensora_perflow")
+
+FILE_NAME = "perflow.json"
+METADATA_KEY = "perflow"
+FORMAT = 1
+
+FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher")
+"""What must not change within one training."""
+FOR_SAMPLING = ("windows", "transform", "path", "prediction")
+"""What the sampler must share with the training; of the guidance, its mode."""
+
+
+@dataclass(frozen=True)
+class StudentState:
+    """All of it survives JSON.
+
+    Raises:
+        ValueError: windows that are none.
+    """
+
+    windows: Sequence[float]
+    """Edges in untransformed time, from 1 to 0."""
+    transform: dict[str, Any] | None
+    """The host's timestep transform that the edges pass through: formula, scale, scale_temporal; None: they do not."""
+    path: str
+    """linear or ddpm."""
+    prediction: str
+    guidance: dict[str, Any]
+    """The keys of config.GuidanceConfig."""
+    teacher: str | None = None
+    """teacher.fingerprint of its weights; None before there is one."""
+    teacher_source: str | None = None
+    """Where they came from, in words."""
+    stage: int = 1
+    """1: the teacher is an original model; 2: it is a student of stage 1; and so on."""
+    curriculum: dict[str, Any] | None = None
+    """curriculum.Curriculum.state, where there is one; `windows` are those of its stage."""
+    objective: Any = None
+    draws: dict[str, Any] = field(default_factory=dict)
+    """The keys of config.DrawsConfig, and the seed that was really used."""
+    steps: int = 0
+    """Training steps so far: calls of training_losses, in each process."""
+    version: str = __version__
+    """Of the package that wrote it."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", TimeWindows.from_config(self.windows).edges)
+        for name in ("transform", "guidance", "objective", "draws"):  # as they come back: lists for tuples, dict for ConfigDict
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> StudentState:
+        """Raises ValueError where the text is not what `to_json` writes."""
+        try:
+            values = json.loads(text)
+            found = values.pop("format")
+            if found == FORMAT:
+                known = {f.name for f in fields(cls)}
+                return cls(**{key: value for key, value in values.items() if key in known})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where} is not a state that opensora_perflow wrote ({type(error).__name__}: {error}); restore it, or "
+                "remove it to use the weights without it"
+            ) from error
+        raise ValueError(f"{where} has format {found!r}, this version reads {FORMAT}; update opensora_perflow")
+
+    def differences(self, other: StudentState, names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """name -> (this one's value, the other's), of those that are not the same."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def write_state(folder: str | os.PathLike, state: StudentState) -> None:
+    """Write `folder`/perflow.json, atomically.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(state.to_json() + "\n")
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path} ({error}), without which the checkpoint would not say which windows its weights belong to; "
+            "nothing of it was saved: see to the disk, and start again from the last checkpoint with --load"
+        ) from error
+
+
+def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
+    """The state that belongs to weights, and the file that holds it; None if there is none.
+
+    Args:
+        weights: A checkpoint folder, the model/ folder in it, a file in it (ema.pt), a .safetensors file of its own, or
+            anything else that a host takes for weights (a repository id has no state).
+
+    Raises:
+        ValueError: there is one, and it is unreadable.
+    """
+    path = Path(weights)
+    if path.is_file() and path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is not None:
+            return StudentState.from_json(text, f"the metadata of {path}"), path
+    folders = [path, path.resolve().parent] if path.resolve().name == "model" else [path if path.is_dir() else path.parent]
+    for folder in folders if path.exists() else ():
+        if (folder / FILE_NAME).is_file():
+            return StudentState.from_json((folder / FILE_NAME).read_text(), str(folder / FILE_NAME)), folder / FILE_NAME
+    return None
+
+
+def check_resumed(found: StudentState, now: StudentState, where: str | os.PathLike, allow_change: bool) -> None:
+    """Raises ValueError if a training would go on with other settings than it began with, and that is not allowed."""
+    changed = found.differences(now, FOR_RESUMING)
+    if not changed:
+        return
+    if "teacher" in changed:
+        changed["teacher"] = tuple(f"{state.teacher} ({state.teacher_source})" for state in (found, now))
+    listed = "; ".join(f"{name} was {old}, now {new}" for name, (old, new) in changed.items())
+    if not allow_change:
+        raise ValueError(
+            f"the run that is resumed ({where}) was trained with other settings: {listed}. Set them as they were, or accept "
+            'the change with scheduler = dict(type="perflow", allow_change=True, ...)'
+        )
+    logger.warning("PeRFlow goes on with changed settings (allow_change): %s", listed)
+
+
+def sampling_mismatch(found: StudentState, now: StudentState, where: str | os.PathLike) -> str | None:
+    """A warning where a student is sampled with other settings than it was trained with; None where all is well."""
+    different = found.differences(now, FOR_SAMPLING)
+    modes = found.guidance.get("mode"), now.guidance.get("mode")
+    if modes[0] != modes[1]:
+        different["guidance mode"] = modes
+    if not different:
+        return None
+    listed = "; ".join(f"{name} trained {old}, asked {new}" for name, (old, new) in different.items())
+    return f"the student is sampled with other settings than it was trained with ({where}): {listed}"

@@ -1,0 +1,1 @@
+"""Small models with known answers, for the demo, tests and benchmarks."""
