@@ -17,15 +17,12 @@ import argparse
 import json
 import logging
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import Evaluation, Recipe, train
+from few_step import Evaluation, Recipe, teacher_evaluations, train
 from smooth_windows import SCALE, WIDTH, cell, sampler
-from torch.nn.modules.module import register_module_forward_pre_hook
 from worlds import MixtureWorld
 
 from opensora_perflow.atomic import replacing
@@ -45,22 +42,6 @@ def staged(teacher: str, iterations: int) -> dict[str, Any]:
     )
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """Evaluations of frozen networks, in samples."""
-    samples = [0]
-
-    def count(module: Any, inputs: Any) -> None:
-        if isinstance(module, MixtureNetwork) and not next(module.parameters()).requires_grad:
-            samples[0] += len(inputs[0])
-
-    handle = register_module_forward_pre_hook(count)
-    try:
-        yield samples
-    finally:
-        handle.remove()
-
-
 class StageLog(logging.Handler):
     """Keeps the curriculum's lines."""
 
@@ -76,7 +57,7 @@ class StageLog(logging.Handler):
 def measure(name: str, settings: dict[str, Any], iterations: int, seed: int, evaluation: Evaluation) -> dict[str, Any]:
     log = StageLog()
     logging.getLogger("opensora_perflow").addHandler(log)
-    with counted() as samples:
+    with teacher_evaluations(MixtureNetwork) as samples:
         result = train(Recipe(name, settings, iterations, WIDTH, steps=()), evaluation.world, seed, evaluation, SCALE)
     logging.getLogger("opensora_perflow").removeHandler(log)
     curriculum = result["scheduler"].curriculum

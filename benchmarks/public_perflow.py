@@ -30,16 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_perflow.method.ddpm import DDPM, alpha_bars, target
 from opensora_perflow.method.grids import linear_grid, sampling_grid
-from opensora_perflow.method.predictions import target
-from opensora_perflow.method.process import DDPMPath, alpha_bars
 from opensora_perflow.method.windows import TimeWindows
 
 TOLERANCE = 1e-6
 """float64 on our side; the public code rounds times to float32 (6e-8) on the way to its tables."""
 LOSS_TYPES = {"velocity": "velocity_matching", "ddim_eps": "noise_matching", "diff_eps": "noise_matching"}
 TABLE = alpha_bars()
-PATH = DDPMPath(TABLE, final_alpha_bar=TABLE[0].item())
+PATH = DDPM(TABLE, final_alpha_bar=TABLE[0].item())
 N = len(TABLE)
 
 

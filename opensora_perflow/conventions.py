@@ -6,13 +6,13 @@ r"""Time, sign and shape: stated once; everything else refers to this page.
 * A field is any callable `velocity(x, t)`: x is [B, ...], t is [B], the result is shaped like x.
 * Latents are [B, C, T, H, W]; `num_frames` says how many pixel frames; times are [B], float64 until a network is called.
 * Untransformed time `u` is what windows and sampling grids are cut in. Where the host warps time for large or long
-  videos, t = shift_time(u, ratio) with a ratio [B] of each sample's own (see hosts/v1/timestep_transform.py).
+  videos, t = shift_time(u, ratio) with a ratio [B] of each sample's own.
 
 Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps and their networks answer data - noise, which is
 **minus** dx/dt (v1.2.0 opensora/schedulers/rf/rectified_flow.py, the training target x_start - noise).
 
-Open-Sora 1.0 and 1.1 train on another path, a diffusion, with integer timesteps and networks that answer the noise: paths.py
-has that path, its times and its way to a velocity.
+Open-Sora 1.0 and 1.1 train another process, a diffusion, with integer timesteps and networks that answer the noise:
+method/ddpm.py has that process, its times and its way to a velocity.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def shift_time(u: Tensor, ratio: Tensor | float | None) -> Tensor:
 def unshift_time(t: Tensor, ratio: Tensor | float | None) -> Tensor:
     """Inverse of `shift_time`: u = t / (r - (r - 1) t), written as t / (t + r (1 - t))."""
     return t if ratio is None else t / (t + ratio * (1.0 - t))
+
+
+def shift_grid(u: Tensor, batch_size: int, ratio: Tensor | None) -> Tensor:
+    """Untransformed times [n] -> flow times of each of `batch_size` samples, [n, B]; `ratio` [B] as in `shift_time`."""
+    return shift_time(u[:, None].expand(-1, batch_size), ratio)
 
 
 def to_timestep(t: Tensor, num_timesteps: int) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 from mmengine import Config
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.training.recipe import PeRFlowConfig
+from opensora_perflow.hosts.v1.keys import read_config
+from opensora_perflow.training.recipe import Recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "opensora"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py"))
@@ -29,7 +30,7 @@ def test_config_loads_builds_and_dumps(path, load):
     assert "opensora_perflow" in config.custom_imports["imports"] and not config.custom_imports["allow_failed_imports"]
     scheduler = build_module(config.scheduler, SCHEDULERS)
     json.dumps(config.to_dict())  # train.py writes its config as JSON
-    assert scheduler.config.use_timestep_transform
+    assert scheduler.keys.use_timestep_transform
     if "inference" not in path.stem:
         assert {"model", "vae", "text_encoder", "dataset", "bucket_config", "outputs"} <= set(config)
     else:
@@ -37,7 +38,7 @@ def test_config_loads_builds_and_dumps(path, load):
 
 
 def test_stages_are_what_they_say(load):
-    one, two, three = (build_module(load(FOLDER / f"perflow_stage{n}.py").scheduler, SCHEDULERS).config for n in (1, 2, 3))
+    one, two, three = (build_module(load(FOLDER / f"perflow_stage{n}.py").scheduler, SCHEDULERS).recipe for n in (1, 2, 3))
     assert (one.windows.num_windows, one.guidance.mode) == (4, "sync")
     assert (two.windows.num_windows, two.guidance.mode, two.guidance.scale) == (4, "fixed", 7.0)
     assert (three.windows.num_windows, three.guidance.scale, three.teacher.allow_distilled) == (2, 1.0, True)
@@ -54,11 +55,10 @@ def test_checkpoint_folders_can_be_given(path, load):
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage1_v1_3", "stage2_v1_3", "data_free", "curriculum"])
 def test_what_configs_write_out_are_the_defaults(name, load):
-    written, default = (PeRFlowConfig(**c).draws for c in (scheduler_keys(load, name), {}))
-    assert (written.starts, written.edge_mass) == (default.starts, default.edge_mass)
-    config = PeRFlowConfig(**scheduler_keys(load, name))
-    assert config.times_a_solve == PeRFlowConfig().times_a_solve
-    assert (config.teacher.steps_per_window, config.teacher.solver) == (None, PeRFlowConfig().teacher.solver)
+    (written, _), default = read_config(scheduler_keys(load, name)), Recipe()
+    assert (written.draws.starts, written.draws.edge_mass) == (default.draws.starts, default.draws.edge_mass)
+    assert written.times_a_solve == default.times_a_solve
+    assert (written.teacher.steps_per_window, written.teacher.solver) == (None, default.teacher.solver)
 
 
 @pytest.mark.parametrize("version", ["", "_v1_3"])
@@ -76,15 +76,15 @@ def test_guidance_of_1_3_is_upstreams(load):
 
 def test_the_data_free_config_is_data_free(load):
     config = load(FOLDER / "perflow_data_free.py")
-    scheduler = build_module(config.scheduler, SCHEDULERS).config
-    assert scheduler.draws.starts == "student" and scheduler.guidance.mode == "fixed" and "mask_ratios" not in config
+    recipe = build_module(config.scheduler, SCHEDULERS).recipe
+    assert recipe.draws.starts == "student" and recipe.guidance.mode == "fixed" and "mask_ratios" not in config
 
 
 @pytest.mark.parametrize("version", ["", "_v1_3"])
 def test_the_curriculum_ends_with_one_window(load, version):
     scheduler = build_module(load(FOLDER / f"perflow_curriculum{version}.py").scheduler, SCHEDULERS)
     assert [windows.num_windows for windows in scheduler.curriculum.stages] == [8, 4, 2, 1]
-    assert scheduler.config.guidance.mode == "fixed" and scheduler.config.teacher.from_pretrained
+    assert scheduler.recipe.guidance.mode == "fixed" and scheduler.recipe.teacher.from_pretrained
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)

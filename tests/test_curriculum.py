@@ -9,7 +9,9 @@ import torch
 from networks import PLAIN, CountCalls, Epsilon, batch, sizes, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.hosts.v1 import conditions, stdit
+from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.solvers import euler_step
 from opensora_perflow.method.windows import TimeWindows
@@ -139,11 +141,11 @@ def step(scheduler, network, **arguments):
 def watched(scheduler):
     seen = []
 
-    def objective(student, pair, t, frame_weights):
-        seen.append(pair)
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def objective(student, segment, t, frame_weights):
+        seen.append(segment)
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = objective
+    scheduler.objective = objective
     return seen
 
 
@@ -154,14 +156,14 @@ def test_the_scheduler_merges_windows_and_keeps_the_original_teacher(quick, capl
     with caplog.at_level(logging.INFO, logger="opensora_perflow"):
         for _ in range(6):
             step(scheduler, network)
-    teacher = scheduler._teacher
+    teacher = scheduler.run.teacher.network
     # Stages of 1 step each, and a measurement after it: the third window count from the fifth step on.
-    lengths = [round(1 / (pair.t_start - pair.t_end).mean().item()) for pair in seen]
-    assert lengths == [4, 4, 2, 2, 1, 1] and [len(pair.path) for pair in seen] == [3, 3, 5, 5, 9, 9]
-    assert scheduler._teacher is teacher and scheduler.curriculum.is_last
+    lengths = [round(1 / (segment.t_start - segment.t_end).mean().item()) for segment in seen]
+    assert lengths == [4, 4, 2, 2, 1, 1] and [len(segment.states) for segment in seen] == [3, 3, 5, 5, 9, 9]
+    assert scheduler.run.teacher.network is teacher and scheduler.curriculum.is_last
     lines = [record.getMessage() for record in caplog.records if "curriculum" in record.getMessage()]
     assert len(lines) == 2 and "4 windows -> 2 after 1 steps" in lines[0] and "2 windows -> 1 after 1 steps" in lines[1]
-    assert scheduler._sampling_times(torch.zeros(1, 4, 5, 4, 4), {})[:, 0].tolist() == [1.0, 0.0]
+    assert scheduler.warped({}, torch.zeros(1, 4, 5, 4, 4)).times(scheduler.grid)[:, 0].tolist() == [1.0, 0.0]
 
 
 def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windows(quick, monkeypatch):
@@ -170,20 +172,21 @@ def test_the_student_of_a_stage_teaches_the_next_one_unguided_with_its_own_windo
     scheduler = PeRFlow(windows=4, curriculum=dict(STAGES, teacher="previous"), **settings)
     seen = watched(scheduler)
     step(scheduler, network)
-    original = CountCalls(scheduler._teacher)
+    original = CountCalls(scheduler.run.teacher.network)
     with torch.no_grad():
         network.final_layer.linear.bias += 0.5
     step(scheduler, network)  # measures at its end, and begins the second stage
     assert scheduler.curriculum.progress.stage == 1 and original.samples > 0
-    assert torch.equal(scheduler._teacher.final_layer.linear.bias, network.final_layer.linear.bias)
-    assert not scheduler._teacher.training and not any(p.requires_grad for p in scheduler._teacher.parameters())
-    count = CountCalls(scheduler._teacher)
+    teacher = scheduler.run.teacher.network
+    assert torch.equal(teacher.final_layer.linear.bias, network.final_layer.linear.bias)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    count = CountCalls(teacher)
     before = original.calls
     monkeypatch.setattr(AdvanceRule, "every", 100)  # no more measurements
     scheduler.curriculum.progress.step = 1
     step(scheduler, network)
     assert (count.calls, count.samples) == (2, 4)  # two Euler steps of two unguided samples
-    assert original.calls == before and len(seen[-1].path) == 3
+    assert original.calls == before and len(seen[-1].states) == 3
 
 
 def test_measuring_changes_neither_the_draws_nor_the_loss():
@@ -206,8 +209,8 @@ def test_the_first_batch_is_kept_and_measured(quick):
         scheduler.training_losses(network, x, args)
         measured.append(scheduler.curriculum.state()["best"] is not None)
     assert measured == [True, True, True]
-    assert [len(held.start) for held in scheduler._held_out] == [2]
-    assert scheduler._held_out[0].states.shape == (3, 2, 4, 5, 4, 4)
+    assert [len(held.start) for held in scheduler.run.monitor.batches] == [2]
+    assert scheduler.run.monitor.batches[0].states.shape == (3, 2, 4, 5, 4, 4)
 
 
 def test_a_repeated_init_keeps_the_progress_unless_the_training_settings_change():
@@ -219,6 +222,33 @@ def test_a_repeated_init_keeps_the_progress_unless_the_training_settings_change(
     assert scheduler.curriculum.progress.stage == 0
     scheduler.__init__(windows=4)
     assert scheduler.curriculum is None
+
+
+def test_another_curriculum_keeps_the_original_teacher(quick):
+    scheduler, network = PeRFlow(windows=4, curriculum=STAGES), tiny_network()
+    for _ in range(3):
+        step(scheduler, network)
+    teacher = scheduler.run.teacher
+    assert scheduler.curriculum.progress.stage == 1
+    scheduler.__init__(windows=4, curriculum=dict(STAGES, windows=[4, 1]))
+    assert scheduler.run.teacher is teacher and scheduler.run.curriculum is scheduler.curriculum
+    assert scheduler.curriculum.progress.stage == 0 and not scheduler.run.monitor.batches
+
+
+@pytest.mark.parametrize("curriculum", [None, dict(STAGES, windows=[4, 1], teacher="previous"), STAGES])
+def test_another_curriculum_is_refused_where_the_original_teacher_is_gone(quick, curriculum):
+    stages = dict(STAGES, teacher="previous")
+    scheduler, network = PeRFlow(windows=4, curriculum=stages), tiny_network()
+    for _ in range(2):
+        step(scheduler, network)
+    before = scheduler.run.teacher, scheduler.curriculum, scheduler.recipe
+    with pytest.raises(
+        ValueError, match="taught by the student, as it came to stage 2 .*another curriculum needs a new scheduler"
+    ):
+        scheduler.__init__(windows=4, curriculum=curriculum)
+    assert before == (scheduler.run.teacher, scheduler.curriculum, scheduler.recipe)
+    scheduler.__init__(windows=4, curriculum=stages, cfg_scale=2.0)
+    assert scheduler.run.teacher is before[0] and scheduler.curriculum is before[1]
 
 
 def test_only_students_whose_output_is_a_ddim_steps_teach_on_the_ddpm_path(quick):
@@ -240,45 +270,59 @@ def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window(quick):
     args = {"y": torch.zeros(2, 1, 10, 32), "mask": torch.ones(2, 10, dtype=torch.int64)}
     for _ in range(3):
         scheduler.training_losses(network, x, args)
-    pair = seen[-1]
-    assert scheduler.curriculum.progress.stage == 1 and len(pair.path) == 3
-    path, prediction = scheduler._path_of(network)
-    edges = pair.path_times
+    segment = seen[-1]
+    assert scheduler.curriculum.progress.stage == 1 and len(segment.states) == 3
+    path, prediction = scheduler.process_of(network)
+    edges = segment.times
     output = stdit.prediction_field(
-        network, network, stdit.training_condition(network, args), to_timestep=path.to_timestep, frame_mask=None
+        network, network, conditions.training_condition(network, args), to_timestep=path.to_timestep, frame_mask=None
     )
     student = path.student(output, prediction, lambda t: (edges[0], edges[1]))
     with torch.no_grad():
-        reached = euler_step(student, pair.path[0], edges[0], edges[1])
-    torch.testing.assert_close(pair.path[1], reached, rtol=1e-4, atol=1e-5)  # float32, two ways of writing the step
+        reached = euler_step(student, segment.states[0], edges[0], edges[1])
+    torch.testing.assert_close(segment.states[1], reached, rtol=1e-4, atol=1e-5)  # float32, two ways of writing the step
 
 
 def test_evaluating_losses_moves_nothing():
     scheduler = PeRFlow(windows=4, curriculum=STAGES)
     with torch.no_grad():
         step(scheduler, tiny_network())
-    assert scheduler.curriculum.state()["step"] == 0 and not scheduler._held_out
+    assert scheduler.curriculum.state()["step"] == 0 and not scheduler.run.monitor.batches
 
 
-def test_a_resumed_run_goes_on_in_its_stage(tmp_path, monkeypatch):
-    settings = dict(windows=4, curriculum=dict(windows=[4, 2, 1], teacher="previous"))
-    first, network = PeRFlow(**settings), tiny_network()
+class Resuming(OpenSora):
+    """A script that was told to --load a checkpoint."""
+
+    def __init__(self, checkpoint, counted):
+        self.checkpoint, self.counted = checkpoint, counted
+
+    def resumed(self):
+        return str(self.checkpoint), self.counted
+
+
+def test_a_resumed_run_goes_on_in_its_stage(tmp_path):
+    network, weights = tiny_network(), tmp_path / "teacher" / "original.safetensors"
+    weights.parent.mkdir()
+    write_state_dict(weights, network.state_dict())
+    settings = dict(
+        windows=4, curriculum=dict(windows=[4, 2, 1], teacher="previous"), teacher=dict(from_pretrained=str(weights))
+    )
+    first = PeRFlow(**settings)
     step(first, network)
     first.curriculum.restore({"stage": 1, "step": 3, "best": 0.5, "stale": 2})
     write_state(tmp_path, first.state())
-    monkeypatch.setattr("opensora_perflow.hosts.v1.scheduler.resumed_checkpoint", lambda: (tmp_path, True))
     resumed = PeRFlow(**settings)
+    resumed.host = Resuming(tmp_path, counted=True)
     step(resumed, network)
     # Its place in the stage, but no error of the batch that is gone.
     assert resumed.curriculum.state() == {"stage": 1, "step": 4, "best": None, "stale": 0}
     assert resumed.state().windows == first.curriculum.current.edges  # of its stage: the check of changed windows passed
     assert "the student, as it came to stage 2" in resumed.state().teacher_source
 
-    monkeypatch.setattr(
-        "opensora_perflow.hosts.v1.scheduler.resumed_checkpoint", lambda: (tmp_path, False)
-    )  # --start-from-scratch
+    again = PeRFlow(**settings)
+    again.host = Resuming(tmp_path, counted=False)  # --start-from-scratch
     with pytest.raises(ValueError, match="windows was .*, now .*allow_change=True"):
-        step(PeRFlow(**settings), network)
+        step(again, network)
 
 
 def test_sizes_of_videos_pass_through_the_held_out_batch():
@@ -287,7 +331,7 @@ def test_sizes_of_videos_pass_through_the_held_out_batch():
     x, args = batch(network)
     scheduler.training_losses(network, x, {**args, **sizes(2, num_frames=51, side=512)})
     expected = shift_ratio(sizes(2, num_frames=51, side=512), "v1.2")
-    torch.testing.assert_close(scheduler._held_out[0].ratio, expected)
+    torch.testing.assert_close(scheduler.run.monitor.batches[0].ratio, expected)
 
 
 # --- config ---
@@ -327,5 +371,6 @@ def test_a_curriculums_settings_are_checked(settings, message):
 
 def test_a_curriculum_survives_copy_and_json():
     config = dict(windows=8, curriculum=dict(windows=[8, 4, 2, 1], teacher="previous", advance=dict(min_steps=10)))
-    assert PeRFlow(**json.loads(json.dumps(config))).config == PeRFlow(**config).config
-    assert PeRFlow(**config).config.stages().rule.min_steps == 10
+    again, scheduler = PeRFlow(**json.loads(json.dumps(config))), PeRFlow(**config)
+    assert (again.recipe, again.keys) == (scheduler.recipe, scheduler.keys)
+    assert PeRFlow(**config).recipe.stages().rule.min_steps == 10

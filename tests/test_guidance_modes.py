@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.embed import embed
 from opensora_perflow.hosts.v1.negative_text import read_negative, write_negative
 from opensora_perflow.hosts.v1.scale_input import UNIT, direction, told_scale
@@ -100,25 +100,25 @@ def inputs(network, prompts=PROMPTS):
     return x, encoded, texts, nulls
 
 
-def trained_pair(scheduler, network, x, encoded, t):
+def trained_segment(scheduler, network, x, encoded, t):
     seen = {}
 
-    def record(student, pair, t, frame_weights):
-        seen["pair"] = pair
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def record(student, segment, t, frame_weights):
+        seen["segment"] = segment
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = record
+    scheduler.objective = record
     seen["loss"] = scheduler.training_losses(network, x, encoded, t=t)["loss"]
-    return seen["pair"]
+    return seen["segment"]
 
 
-def assert_solved(pair, matrix, b, steps):
+def assert_solved(segment, matrix, b, steps):
     """x_end is what `steps` Euler steps across the window make of x_start, for each sample's b [B, C]."""
     for i in range(len(b)):
-        h = torch.full((steps,), (pair.t_end[i] - pair.t_start[i]).item() / steps, dtype=torch.float64)
-        exact = euler_steps(pair.x_start[i, :, 1, 0, 1], matrix, b[i].expand(steps, C), h)
+        h = torch.full((steps,), (segment.t_end[i] - segment.t_start[i]).item() / steps, dtype=torch.float64)
+        exact = euler_steps(segment.x_start[i, :, 1, 0, 1], matrix, b[i].expand(steps, C), h)
         # float32 against float64, values of order 1
-        torch.testing.assert_close(pair.x_end[i, :, 1, 0, 1].double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(segment.x_end[i, :, 1, 0, 1].double(), exact, rtol=1e-5, atol=1e-5)
 
 
 T = torch.tensor([900.0, 100.0])  # windows 0 and 3 of 4
@@ -128,16 +128,16 @@ def test_sync_learns_the_unguided_flow_and_that_of_the_null_text():
     network = Linear().train()
     x, encoded, texts, nulls = inputs(network)
     scheduler = PeRFlow(teacher=dict(steps_per_window=3, solver="euler"))
-    assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, texts, 3)
+    assert_solved(trained_segment(scheduler, network, x, encoded, T), network.matrix, texts, 3)
     network.y_embedder.uncond_prob = 1.0
-    assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls, 3)
+    assert_solved(trained_segment(scheduler, network, x, encoded, T), network.matrix, nulls, 3)
 
 
 def test_fixed_learns_the_guided_flow():
     network = Linear().train()
     x, encoded, texts, nulls = inputs(network)
     scheduler = PeRFlow(guidance=dict(mode="fixed", scale=7.0), teacher=dict(steps_per_window=3, solver="euler"))
-    assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls + 7 * (texts - nulls), 3)
+    assert_solved(trained_segment(scheduler, network, x, encoded, T), network.matrix, nulls + 7 * (texts - nulls), 3)
 
 
 def test_fixed_guides_each_window_with_its_own_scale():
@@ -145,7 +145,7 @@ def test_fixed_guides_each_window_with_its_own_scale():
     x, encoded, texts, nulls = inputs(network)
     scheduler = PeRFlow(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), teacher=dict(steps_per_window=3, solver="euler"))
     scale = torch.tensor([[9.0], [3.0]])
-    assert_solved(trained_pair(scheduler, network, x, encoded, T), network.matrix, nulls + scale * (texts - nulls), 3)
+    assert_solved(trained_segment(scheduler, network, x, encoded, T), network.matrix, nulls + scale * (texts - nulls), 3)
 
 
 def test_range_guides_each_sample_with_a_drawn_scale_and_tells_the_student():
@@ -153,16 +153,17 @@ def test_range_guides_each_sample_with_a_drawn_scale_and_tells_the_student():
     prompts = PROMPTS * 8
     x, encoded, texts, nulls = inputs(network, prompts)
     scheduler = PeRFlow(guidance=dict(mode="range", scale=(1.0, 9.0)), teacher=dict(steps_per_window=3, solver="euler"))
-    pair = trained_pair(scheduler, network, x, encoded, torch.linspace(50, 950, 16))
+    segment = trained_segment(scheduler, network, x, encoded, torch.linspace(50, 950, 16))
     told = network.told[-1].detach()
     assert told.min() >= 1 and told.max() <= 9 and told.std() > 1
     # The scale is read off float32 features of norm 11: 1e-5 of it.
     b = nulls + told[:, None] * (texts - nulls)
     for i in range(16):
-        h = torch.full((3,), (pair.t_end[i] - pair.t_start[i]).item() / 3, dtype=torch.float64)
-        exact = euler_steps(pair.x_start[i, :, 0, 0, 0], network.matrix, b[i].expand(3, C), h)
-        torch.testing.assert_close(pair.x_end[i, :, 0, 0, 0].double(), exact, rtol=1e-4, atol=1e-4)
-    assert all(torch.equal(told, torch.ones(32)) for told in scheduler._teacher.told)  # the teacher is guided, not told
+        h = torch.full((3,), (segment.t_end[i] - segment.t_start[i]).item() / 3, dtype=torch.float64)
+        exact = euler_steps(segment.x_start[i, :, 0, 0, 0], network.matrix, b[i].expand(3, C), h)
+        torch.testing.assert_close(segment.x_end[i, :, 0, 0, 0].double(), exact, rtol=1e-4, atol=1e-4)
+    # The teacher is guided, not told.
+    assert all(torch.equal(told, torch.ones(32)) for told in scheduler.run.teacher.network.told)
 
 
 def test_a_student_that_answers_its_scale_has_no_loss():
@@ -183,12 +184,12 @@ def test_a_negative_prompt_takes_the_place_of_the_null_text(tmp_path):
     for mode, scale in ("fixed", 4.0), ("fixed", [4.0, 1.0, 1.0, 4.0]), ("range", (4.0, 4.0001)):
         guidance = dict(mode=mode, scale=scale, negative=str(tmp_path / "ugly.safetensors"))
         scheduler = PeRFlow(guidance=json.loads(json.dumps(guidance)), teacher=dict(steps_per_window=2, solver="euler"))
-        pair = trained_pair(scheduler, network, x, encoded, T)
+        segment = trained_segment(scheduler, network, x, encoded, T)
         b = away + 4 * (texts - away)
         for i in range(2):
             h = torch.full((2,), -0.125, dtype=torch.float64)
-            exact = euler_steps(pair.x_start[i, :, 0, 0, 0], network.matrix, b[i].expand(2, C), h)
-            torch.testing.assert_close(pair.x_end[i, :, 0, 0, 0].double(), exact, rtol=1e-4, atol=1e-3)
+            exact = euler_steps(segment.x_start[i, :, 0, 0, 0], network.matrix, b[i].expand(2, C), h)
+            torch.testing.assert_close(segment.x_end[i, :, 0, 0, 0].double(), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_negative_files_are_checked(tmp_path):
@@ -286,7 +287,7 @@ def test_student_starts_are_guided_as_the_student_is_sampled(guidance):
     cfg = [9, 7, 5, 3] if guidance["mode"] == "sync" else 5.0
     scheduler = PeRFlow(draws=dict(starts="student"), guidance=guidance, cfg_scale=cfg)
     noise, seen = torch.randn_like(x), []
-    scheduler._objective = lambda student, pair, t, w: seen.append(pair) or torch.zeros(2)
+    scheduler.objective = lambda student, segment, t, w: seen.append(segment) or torch.zeros(2)
     scheduler.training_losses(network, x, encoded, noise=noise, t=torch.tensor([100.0, 400.0]))
     scales = torch.tensor([9.0, 7.0, 5.0] if guidance["mode"] == "sync" else [5.0] * 3)
     for i, steps in enumerate((3, 2)):  # windows 3 and 2
@@ -301,8 +302,8 @@ def test_student_starts_are_guided_as_the_student_is_sampled(guidance):
 def test_reference_frames_are_guided_with_the_scale_of_each_sample():
     network = Reference13().eval()
     x, args = batch(network)
-    reference = stdit.Reference.of(x, [0])
-    condition = stdit.with_reference(stdit.training_condition(network, args), reference, (False, False))
+    reference = conditions.Reference.of(x, [0])
+    condition = conditions.with_reference(conditions.training_condition(network, args), reference, (False, False))
     t, scales = torch.tensor([0.9, 0.4], dtype=torch.float64), [2.0, 5.0]
 
     def output(text, image):

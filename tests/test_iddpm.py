@@ -7,10 +7,10 @@ import torch
 from networks import PLAIN, PROMPTS, Epsilon, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1 import host_path
-from opensora_perflow.method.process import DDPMPath
+from opensora_perflow.hosts.v1 import iddpm
+from opensora_perflow.method.ddpm import DDPM
 
-PATH = DDPMPath.from_schedule()
+PATH = DDPM.from_schedule()
 INDEX = torch.tensor([874, 100])  # int64, as 1.0's and 1.1's train.py draw them
 
 
@@ -21,11 +21,11 @@ def epsilon_network():
 def recorded(scheduler):
     seen = {}
 
-    def record(student, pair, t, frame_weights):
-        seen.update(pair=pair, t=t, weights=frame_weights, student=student)
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def record(student, segment, t, frame_weights):
+        seen.update(segment=segment, t=t, weights=frame_weights, student=student)
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = record
+    scheduler.objective = record
     return seen
 
 
@@ -65,17 +65,17 @@ def test_windows_start_on_the_diffusion_path_and_end_where_ddim_does():
     args["y"] = torch.zeros_like(args["y"])
     noise = torch.randn_like(x)
     scheduler.training_losses(network, x, args, noise=noise, t=INDEX)
-    pair = seen["pair"]
+    segment = seen["segment"]
     assert seen["t"].tolist() == [0.875, 0.101]
-    assert pair.t_start.tolist() == [1.0, 0.2] and pair.t_end.tolist() == [0.6, 0.0]
-    state = PATH.add_noise(x, noise, pair.t_start)
-    torch.testing.assert_close(pair.x_start, state)
+    assert segment.t_start.tolist() == [1.0, 0.2] and segment.t_end.tolist() == [0.6, 0.0]
+    state = PATH.add_noise(x, noise, segment.t_start)
+    torch.testing.assert_close(segment.x_start, state)
     for i in range(3):  # DDIM by hand on each sample's own times, with epsilon = sigma x
-        t, t_next = (pair.t_start + (pair.t_end - pair.t_start) * j / 3 for j in (i, i + 1))
+        t, t_next = (segment.t_start + (segment.t_end - segment.t_start) * j / 3 for j in (i, i + 1))
         a, a_next, s, s_next = (f(v) for f in (PATH.alpha, PATH.sigma) for v in (t, t_next))
         state = state * (a_next / a * (1 - s * s) + s_next * s).float()[:, None, None, None, None]
     # The clock runs to 157 on the way down: some hundred float32 roundings of 6e-8.
-    torch.testing.assert_close(pair.x_end, state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(segment.x_end, state, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_in_units_of_the_networks_output():
@@ -102,7 +102,7 @@ def test_frozen_frames_have_upstreams_noise_of_index_zero():
     noise, mask = torch.randn_like(x), torch.tensor([[True] * 5, [False, False] + [True] * 3])
     scheduler.training_losses(network, x, args, noise=noise, t=INDEX, mask=mask)
     still = PATH.add_noise(x, noise, torch.full((2,), 0.001, dtype=torch.float64))
-    for state in (seen["pair"].x_start, seen["pair"].x_end):
+    for state in (seen["segment"].x_start, seen["segment"].x_end):
         assert torch.equal(state[1, :, :2], still[1, :, :2]) and not torch.equal(state[1, :, 2:], still[1, :, 2:])
 
 
@@ -119,7 +119,7 @@ def test_the_variance_half_is_kept_as_the_teachers():
         losses[kept] = scheduler.training_losses(network, x, INDEX, args)["loss"]
         losses[kept].sum().backward()
         assert (network.variance.grad != 0) == kept
-        assert scheduler._teacher.variance.grad is None
+        assert scheduler.run.teacher.network.variance.grad is None
     torch.testing.assert_close(losses[True] - losses[False], torch.full((2,), 0.5**2), rtol=1e-3, atol=1e-4)
 
 
@@ -156,7 +156,7 @@ def test_re_entrant_checkpointing_takes_one_evaluation(settings, refused):
 @pytest.mark.parametrize("settings", [dict(prediction="velocity"), dict(learn_sigma=False)])
 def test_no_variance_is_kept_where_iddpm_could_not_use_it(settings):
     network, scheduler = epsilon_network(), PeRFlow(path="ddpm", **settings)
-    scheduler._objective = lambda student, pair, t, w: student(pair.point(t), t).flatten(1).mean(dim=1)
+    scheduler.objective = lambda student, segment, t, w: student(segment.point(t), t).flatten(1).mean(dim=1)
     x, args = batch(network)
     scheduler.training_losses(network, x, INDEX, args)["loss"].sum().backward()
     assert network.variance.grad == 0 and network.gain.grad != 0
@@ -171,7 +171,7 @@ def test_fixed_guidance_folds_in_the_guided_channels_only():
         torch.manual_seed(0)
         x, args = batch(network)
         scheduler.training_losses(network, x, args, noise=torch.ones_like(x), t=INDEX)
-        ends[cfg_channel] = seen["pair"].x_end
+        ends[cfg_channel] = seen["segment"].x_end
     assert torch.equal(ends[None], ends["auto"])  # no host installed: all channels
     torch.testing.assert_close(ends[3][:, :3], ends[None][:, :3])
     assert not torch.allclose(ends[3][:, 3], ends[None][:, 3])
@@ -183,13 +183,13 @@ def test_a_student_start_is_what_its_own_sampler_reaches():
     x, args = batch(network)
     noise = torch.randn_like(x)
     scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([999, 100]))
-    pair = seen["pair"]
-    assert pair.t_start.tolist() == [1.0, 0.25]
-    torch.testing.assert_close(pair.x_start[0], noise[0])  # the solver divides by alpha and multiplies again
+    segment = seen["segment"]
+    assert segment.t_start.tolist() == [1.0, 0.25]
+    torch.testing.assert_close(segment.x_start[0], noise[0])  # the solver divides by alpha and multiplies again
     network.seen.clear()
     sampled(scheduler, network, z=noise)
     # The fourth step of the sampler starts at the last window's edge. Same arithmetic, in float32.
-    torch.testing.assert_close(pair.x_start[1], network.seen[3]["x"][1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(segment.x_start[1], network.seen[3]["x"][1], rtol=1e-5, atol=1e-5)
 
 
 # --- sampling ---
@@ -221,7 +221,7 @@ def test_an_undistilled_ddim_eps_step_across_a_window_is_a_ddim_step(windows):
     encoder = text_encoder(network)
     encoder.encode = lambda **tokens: {"y": torch.zeros(2, 1, 10, 32), "mask": torch.ones(2, 10)}
     got = scheduler.sample(network, encoder, z, PROMPTS, "cpu", additional_args=sizes(2), progress=False)
-    state, edges = z.double(), torch.tensor(scheduler.config.windows.edges, dtype=torch.float64)
+    state, edges = z.double(), torch.tensor(scheduler.recipe.windows.edges, dtype=torch.float64)
     for t, t_next in zip(edges, edges[1:]):
         a, a_next, s, s_next = (f(v) for f in (PATH.alpha, PATH.sigma) for v in (t, t_next))
         state = state * (a_next / a * (1 - s * s) + s_next * s)
@@ -267,15 +267,15 @@ def test_reference_frames_stay_and_edited_ones_join_on_the_path():
     ],
 )
 def test_the_path_is_told_by_keys_host_and_network(monkeypatch, offered, network, keys, path):
-    monkeypatch.setattr(host_path, "offered_paths", lambda: offered)
+    monkeypatch.setattr(iddpm, "offered_processes", lambda: offered)
     scheduler = PeRFlow(**keys)
-    found, prediction = scheduler._path_of(Epsilon() if network is None else network())
+    found, prediction = scheduler.process_of(Epsilon() if network is None else network())
     assert prediction == {"linear": "velocity", "ddpm": "ddim_eps"}[path]
-    assert isinstance(found, DDPMPath) == (path == "ddpm")
+    assert isinstance(found, DDPM) == (path == "ddpm")
 
 
 def test_a_path_that_cannot_be_told_is_asked_for(monkeypatch):
-    monkeypatch.setattr(host_path, "offered_paths", lambda: ("linear", "ddpm"))
+    monkeypatch.setattr(iddpm, "offered_processes", lambda: ("linear", "ddpm"))
     network = epsilon_network()
     x, args = batch(network)
     with pytest.raises(
@@ -322,11 +322,10 @@ def test_iddpms_keys_are_refused_with_what_replaces_them(keys, message):
 
 
 def test_iddpms_keys_keep_their_meaning():
-    assert PeRFlow(timestep_respacing="20").config.sampling_steps == 20
-    assert PeRFlow(timestep_respacing="").config.sampling_steps == 4
+    assert len(PeRFlow(timestep_respacing="20").grid) == 20 + 1
+    assert len(PeRFlow(timestep_respacing="").grid) == 4 + 1
     assert PeRFlow(diffusion_steps=500).num_timesteps == 500
-    assert PeRFlow(noise_schedule="squaredcos_cap_v2")._path.alpha(torch.tensor([0.5])).item() ** 2 == pytest.approx(
-        0.4938, 1e-3
-    )
+    process, _ = PeRFlow(noise_schedule="squaredcos_cap_v2").process_of(Epsilon())
+    assert process.alpha(torch.tensor([0.5])).item() ** 2 == pytest.approx(0.4938, 1e-3)
     accepted = dict(use_kl=False, sigma_small=False, predict_xstart=False, learn_sigma=True, rescale_learned_sigmas=False)
-    assert PeRFlow(**accepted, timestep_respacing=None, cfg_channel=None).config.path == "ddpm"
+    assert PeRFlow(**accepted, timestep_respacing=None, cfg_channel=None).keys.path == "ddpm"

@@ -10,10 +10,10 @@ from torch import nn
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.metrics import velocity_jump
-from opensora_perflow.method.solvers import solve, states
+from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.solvers import remember_last, solve, states
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import (
-    WindowPair,
     combine,
     mean_over_frames,
     perflow,
@@ -21,32 +21,31 @@ from opensora_perflow.objectives import (
     perflow_direction,
     perflow_phased,
 )
-from opensora_perflow.objectives.combination import remember_last
 from opensora_perflow.registry import OBJECTIVES
 
 F64 = torch.float64
 
 
 @pytest.fixture
-def pair():
+def segment():
     start, end = torch.tensor([[1.0, 0.6], [0.6, 0.1]], dtype=F64)
-    return WindowPair(torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), start, end)
+    return Segment(torch.randn(2, 3, 4, 2, 2), torch.randn(2, 3, 4, 2, 2), start, end)
 
 
-def test_the_line_ends_at_the_edges(pair):
-    torch.testing.assert_close(pair.point(pair.t_start), pair.x_start, atol=0, rtol=0)
-    torch.testing.assert_close(pair.point(pair.t_end), pair.x_end)  # float32: x + (y - x)
+def test_the_line_ends_at_the_edges(segment):
+    torch.testing.assert_close(segment.point(segment.t_start), segment.x_start, atol=0, rtol=0)
+    torch.testing.assert_close(segment.point(segment.t_end), segment.x_end)  # float32: x + (y - x)
 
 
-def test_the_right_velocity_has_no_loss_and_no_gradient(pair):
+def test_the_right_velocity_has_no_loss_and_no_gradient(segment):
     bias = torch.zeros((), requires_grad=True)
-    loss = perflow(lambda x, t: pair.velocity + bias, pair, pair.t_start)
+    loss = perflow(lambda x, t: segment.velocity + bias, segment, segment.t_start)
     loss.sum().backward()
     assert loss.tolist() == [0.0, 0.0] and bias.grad == 0
 
 
-def test_a_constant_error_counts_squared(pair):
-    loss = perflow(lambda x, t: pair.velocity + 0.5, pair, pair.t_start)
+def test_a_constant_error_counts_squared(segment):
+    loss = perflow(lambda x, t: segment.velocity + 0.5, segment, segment.t_start)
     torch.testing.assert_close(loss, torch.full((2,), 0.25))
     assert loss.dtype == torch.float32 and loss.shape == (2,)
 
@@ -90,7 +89,7 @@ def test_training_on_a_gaussian_teacher_converges_to_the_closed_form():
         with torch.no_grad():
             x_end = solve(teacher, x_start, linear_grid(start, end, 16), method="heun")
         optimizer.zero_grad()
-        perflow(student, WindowPair(x_start, x_end, start, end), u).mean().backward()
+        perflow(student, Segment(x_start, x_end, start, end), u).mean().backward()
         optimizer.step()
     u = torch.linspace(0.01, 1, 50, dtype=F64)
     start, end = windows.bounds(windows.lookup(u))
@@ -101,48 +100,48 @@ def test_training_on_a_gaussian_teacher_converges_to_the_closed_form():
     torch.testing.assert_close(student(x_t, u).detach(), exact, atol=2e-3, rtol=0)
 
 
-def middle(pair):
-    return (pair.t_start + pair.t_end) / 2
+def middle(segment):
+    return (segment.t_start + segment.t_end) / 2
 
 
 @pytest.mark.parametrize("objective", [perflow_direction, perflow_phased])
-def test_every_objective_is_least_at_the_windows_velocity(objective, pair):
+def test_every_objective_is_least_at_the_windows_velocity(objective, segment):
     bias = torch.zeros((), requires_grad=True)
-    loss = objective(lambda x, t: pair.velocity + bias, pair, middle(pair))
+    loss = objective(lambda x, t: segment.velocity + bias, segment, middle(segment))
     loss.sum().backward()
     # The cosine of a vector with itself is 1 up to the rounding of three float32 sums; the others are exactly 0.
     assert loss.abs().max() < 1e-6 and bias.grad.abs() < 1e-6 and loss.dtype == torch.float32
 
 
-def test_direction_is_the_angle_whatever_the_length(pair):
-    across = torch.randn_like(pair.velocity)
-    dots = ((across * pair.velocity).flatten(1).sum(1) / pair.velocity.square().flatten(1).sum(1)).reshape(-1, 1, 1, 1, 1)
-    across = across - dots * pair.velocity
-    across *= (pair.velocity.flatten(1).norm(dim=1) / across.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1, 1)
+def test_direction_is_the_angle_whatever_the_length(segment):
+    across = torch.randn_like(segment.velocity)
+    dots = ((across * segment.velocity).flatten(1).sum(1) / segment.velocity.square().flatten(1).sum(1)).reshape(-1, 1, 1, 1, 1)
+    across = across - dots * segment.velocity
+    across *= (segment.velocity.flatten(1).norm(dim=1) / across.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1, 1)
     for angle, length in ((0.0, 3.0), (0.3, 0.1), (1.5, 1.0), (3.0, 5.0)):
-        turned = length * (math.cos(angle) * pair.velocity + math.sin(angle) * across)
-        loss = perflow_direction(lambda x, t, v=turned: v, pair, middle(pair))
+        turned = length * (math.cos(angle) * segment.velocity + math.sin(angle) * across)
+        loss = perflow_direction(lambda x, t, v=turned: v, segment, middle(segment))
         torch.testing.assert_close(loss, torch.full((2,), 1 - math.cos(angle)), atol=2e-6, rtol=0)  # float32 sums of 48
 
 
-def test_direction_leaves_out_masked_frames(pair):
+def test_direction_leaves_out_masked_frames(segment):
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    wrong = pair.velocity.clone()
+    wrong = segment.velocity.clone()
     wrong[0, :, 0] = -7.0
-    loss = perflow_direction(lambda x, t: wrong, pair, middle(pair), mask.float())
+    loss = perflow_direction(lambda x, t: wrong, segment, middle(segment), mask.float())
     torch.testing.assert_close(loss, torch.zeros(2), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("place", [1.0, 0.5, 0.1])
-def test_the_phased_loss_is_the_error_at_the_windows_end(pair, place):
-    t = pair.t_end + place * (pair.t_start - pair.t_end)
-    loss = perflow_phased(lambda x, t: pair.velocity + 0.5, pair, t)
+def test_the_phased_loss_is_the_error_at_the_windows_end(segment, place):
+    t = segment.t_end + place * (segment.t_start - segment.t_end)
+    loss = perflow_phased(lambda x, t: segment.velocity + 0.5, segment, t)
     torch.testing.assert_close(loss, torch.full((2,), 0.25 * place**2))
     # The form in which the paper writes it: one step to the clean edge against the teacher's state there.
-    step = (pair.t_end - t).float().reshape(-1, 1, 1, 1, 1)
-    ends = pair.point(t) + step * (pair.velocity + 0.5)
-    length = (pair.t_start - pair.t_end).float().reshape(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(loss, (((ends - pair.x_end) / length) ** 2).flatten(1).mean(1), rtol=1e-4, atol=1e-7)
+    step = (segment.t_end - t).float().reshape(-1, 1, 1, 1, 1)
+    ends = segment.point(t) + step * (segment.velocity + 0.5)
+    length = (segment.t_start - segment.t_end).float().reshape(-1, 1, 1, 1, 1)
+    torch.testing.assert_close(loss, (((ends - segment.x_end) / length) ** 2).flatten(1).mean(1), rtol=1e-4, atol=1e-7)
 
 
 def gaussian_path(teacher, steps=16):
@@ -151,58 +150,58 @@ def gaussian_path(teacher, steps=16):
     times = linear_grid(start, end, steps)
     x = teacher.std(start)[:, None] * torch.randn(2, 1, dtype=F64) + (1 - start)[:, None] * teacher.m
     path = torch.stack([teacher.exact(x, start, t) for t in times])
-    return WindowPair(path[0], path[-1], start, end, path, times)
+    return Segment(path[0], path[-1], start, end, path, times)
 
 
 @pytest.mark.parametrize("target", ["student", "solution"])
 @pytest.mark.parametrize("place", [1.0, 0.7, 0.31, 0.01])
 def test_a_student_that_knows_the_flow_is_consistent(target, place):
     teacher = Gaussian()
-    pair = gaussian_path(teacher)
+    segment = gaussian_path(teacher)
 
     def student(x, t):  # the mean velocity to the window's end: what consistency asks for
-        rest = pair.t_end - t
-        exact = (teacher.exact(x, t, pair.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None]
+        rest = segment.t_end - t
+        exact = (teacher.exact(x, t, segment.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None]
         return exact
 
-    loss = perflow_consistency(student, pair, pair.t_end + place * (pair.t_start - pair.t_end), target=target)
+    loss = perflow_consistency(student, segment, segment.t_end + place * (segment.t_start - segment.t_end), target=target)
     assert loss.max() < 1e-12  # float64 algebra, returned as float32
 
 
 def test_a_constant_error_is_inconsistent_by_the_step_it_is_made_in():
-    pair = gaussian_path(Gaussian(), steps=4)
+    segment = gaussian_path(Gaussian(), steps=4)
 
     def student(x, t):
-        rest = pair.t_end - t
-        return (Gaussian().exact(x, t, pair.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None] + 0.5
+        rest = segment.t_end - t
+        return (Gaussian().exact(x, t, segment.t_end) - x) / rest.where(rest != 0, torch.ones_like(rest))[:, None] + 0.5
 
-    length = pair.t_start - pair.t_end
+    length = segment.t_start - segment.t_end
     for place, i in ((1.0, 0), (0.76, 0), (0.75, 1), (0.1, 3)):
-        t = pair.t_end + place * length
+        t = segment.t_end + place * length
         # f is off by 0.5 times the rest of the window: neighbours differ by a quarter of it, the solution by all of it.
-        loss = perflow_consistency(student, pair, t)
+        loss = perflow_consistency(student, segment, t)
         torch.testing.assert_close(loss, torch.full((2,), (0.5 / 4) ** 2))
-        loss = perflow_consistency(student, pair, t, target="solution")
+        loss = perflow_consistency(student, segment, t, target="solution")
         torch.testing.assert_close(loss, torch.full((2,), (0.5 * (1 - i / 4)) ** 2))
 
 
 def test_consistency_takes_no_gradient_through_its_target():
-    pair, gain = gaussian_path(Gaussian(), steps=2), torch.ones((), requires_grad=True, dtype=F64)
+    segment, gain = gaussian_path(Gaussian(), steps=2), torch.ones((), requires_grad=True, dtype=F64)
     calls = []
 
     def student(x, t):
         calls.append(torch.is_grad_enabled())
         return gain * x
 
-    perflow_consistency(student, pair, pair.t_start).sum().backward()
+    perflow_consistency(student, segment, segment.t_start).sum().backward()
     assert calls == [False, True] and gain.grad != 0
 
 
-def test_consistency_says_what_it_needs(pair):
+def test_consistency_says_what_it_needs(segment):
     with pytest.raises(ValueError, match="needs the teacher's states inside the window"):
-        perflow_consistency(Constant(), pair, pair.t_start)
+        perflow_consistency(Constant(), segment, segment.t_start)
     with pytest.raises(ValueError, match="unknown target 'teacher' of perflow_consistency; known: student, solution"):
-        perflow_consistency(Constant(), pair, pair.t_start, target="teacher")
+        perflow_consistency(Constant(), segment, segment.t_start, target="teacher")
 
 
 @pytest.mark.parametrize(
@@ -214,25 +213,25 @@ def test_consistency_says_what_it_needs(pair):
     ],
 )
 def test_keywords_are_refused_before_there_is_a_teacher(value, message, monkeypatch):
-    def of_ones_own(student, pair, t, frame_weights=None, *, c=1.0):
+    def of_ones_own(student, segment, t, frame_weights=None, *, c=1.0):
         if not c > 0:
             raise ValueError("c must be > 0")
-        return c * perflow(student, pair, t, frame_weights)
+        return c * perflow(student, segment, t, frame_weights)
 
     monkeypatch.setitem(OBJECTIVES.module_dict, "of_ones_own", of_ones_own)
     with pytest.raises(ValueError, match=message):
         combine(value)
 
 
-def test_weighted_objectives_add_up_with_one_evaluation(pair):
+def test_weighted_objectives_add_up_with_one_evaluation(segment):
     student = Constant(0.3)
-    t = middle(pair)
+    t = middle(segment)
     both = combine([dict(type="perflow", weight=2.0), dict(type="perflow_direction", weight=0.1), "perflow_phased"])
-    loss = both(student, pair, t)
+    loss = both(student, segment, t)
     assert student.calls == 1
-    parts = 2 * perflow(student, pair, t) + 0.1 * perflow_direction(student, pair, t) + perflow_phased(student, pair, t)
-    torch.testing.assert_close(loss, parts)
-    torch.testing.assert_close(combine("perflow")(student, pair, t), perflow(student, pair, t), rtol=0, atol=0)
+    square, angle, phased = (f(student, segment, t) for f in (perflow, perflow_direction, perflow_phased))
+    torch.testing.assert_close(loss, 2 * square + 0.1 * angle + phased)
+    torch.testing.assert_close(combine("perflow")(student, segment, t), perflow(student, segment, t), rtol=0, atol=0)
 
 
 def test_an_evaluation_is_remembered_for_the_same_state_time_and_graph_alone():
@@ -276,19 +275,20 @@ def test_the_jump_of_a_piecewise_linear_field_is_its_own():
     assert velocity_jump(field, x, t, delta) == pytest.approx(jump.square().mean().sqrt().item(), rel=1e-5)  # float32
 
 
-def test_losses_are_in_units_of_the_networks_output(pair):
+def test_losses_are_in_units_of_the_networks_output(segment):
     """Where the network outputs something else, an error of its output counts the same at every time; angles have no units."""
-    pair = replace(pair, path=torch.stack([pair.x_start, pair.x_end]), path_times=torch.stack([pair.t_start, pair.t_end]))
-    told = replace(pair, units=lambda t: 1 / (2 + 10 * t))  # velocity = (2 + 10 t) output
+    ends, edges = torch.stack([segment.x_start, segment.x_end]), torch.stack([segment.t_start, segment.t_end])
+    segment = replace(segment, states=ends, times=edges)
+    told = replace(segment, units=lambda t: 1 / (2 + 10 * t))  # velocity = (2 + 10 t) output
 
     def off(output_error):
-        return lambda x, t: pair.velocity + expand_like((2 + 10 * t) * output_error, x)
+        return lambda x, t: segment.velocity + expand_like((2 + 10 * t) * output_error, x)
 
-    t = middle(pair)
+    t = middle(segment)
     for objective, expected in (
         (perflow, 0.3**2),
         (perflow_phased, 0.3**2 / 4),
         (partial(perflow_consistency, target="solution"), 0.3**2),  # evaluated at the noisy edge
     ):
         assert objective(off(0.3), told, t).tolist() == pytest.approx([expected] * 2, rel=1e-3)
-    torch.testing.assert_close(perflow_direction(off(0.3), told, t), perflow_direction(off(0.3), pair, t), rtol=0, atol=0)
+    torch.testing.assert_close(perflow_direction(off(0.3), told, t), perflow_direction(off(0.3), segment, t), rtol=0, atol=0)

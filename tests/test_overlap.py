@@ -7,7 +7,7 @@ from problems import Gaussian
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import expand_like, unshift_time
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.overlap import place_windows
@@ -133,11 +133,11 @@ def test_an_overlap_over_two_windows_is_refused(overlap):
 def record(scheduler):
     seen = []
 
-    def objective(student, pair, t, frame_weights):
-        seen.append((pair, t))
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def objective(student, segment, t, frame_weights):
+        seen.append((segment, t))
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = objective
+    scheduler.objective = objective
     return seen
 
 
@@ -154,10 +154,10 @@ def test_overlaps_change_the_times_and_not_the_windows():
         tiny_network(), use_timestep_transform=True, transform="v1.2",
         draws=dict(overlap=0.5, edge_mass=0.5, per_solve=3, starts="student"),
     )  # fmt: skip
-    (pair, t_edge), *rest = seen
-    assert torch.equal(t_edge, pair.t_start) and all(other is pair for other, _ in rest)
+    (segment, t_edge), *rest = seen
+    assert torch.equal(t_edge, segment.t_start) and all(other is segment for other, _ in rest)
     ratio = shift_ratio(args, "v1.2")
-    u_start, u_end = (unshift_time(v, ratio) for v in (pair.t_start, pair.t_end))
+    u_start, u_end = (unshift_time(v, ratio) for v in (segment.t_start, segment.t_end))
     torch.testing.assert_close(u_start - u_end, torch.full((32,), 0.25, dtype=F64))
     u = torch.stack([unshift_time(t, ratio) for _, t in rest])
     inner = u_start < 1 - 1e-9
@@ -172,18 +172,18 @@ def test_grids_give_windows_of_every_grid_and_start_where_that_grids_sampler_arr
     x, args = batch(network, 64)
     noise = torch.randn_like(x)
     scheduler.training_losses(network, x, args, noise=noise)
-    pair = seen[0][0]
-    assert {round(1 / v) for v in (pair.t_start - pair.t_end).tolist()} == {4, 5, 6}
-    row = int(((pair.t_start - 0.8).abs() < 1e-9).nonzero()[0])  # the second window of grid 5
+    segment = seen[0][0]
+    assert {round(1 / v) for v in (segment.t_start - segment.t_end).tolist()} == {4, 5, 6}
+    row = int(((segment.t_start - 0.8).abs() < 1e-9).nonzero()[0])  # the second window of grid 5
     times = torch.tensor(sampling_grid(TimeWindows.uniform(1), 5), dtype=F64)
     with torch.no_grad():
         reached = first_step(network, args, noise, times)
-    torch.testing.assert_close(pair.x_start[row], reached[row], rtol=1e-5, atol=1e-6)  # float32
+    torch.testing.assert_close(segment.x_start[row], reached[row], rtol=1e-5, atol=1e-6)  # float32
 
 
 def first_step(network, args, noise, times):
     """Of a sampler, guided as student starts are."""
-    condition = stdit.training_condition(network, args)
+    condition = conditions.training_condition(network, args)
     field = stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=4.0, image_scale=4.0)
     t = torch.full((len(noise),), 1.0, dtype=F64)
     return noise + expand_like(times[1] - t, noise) * field(noise, t)
@@ -207,7 +207,9 @@ def test_epsilon_predictions_do_not_blend(draws):
 
 def test_the_uniform_grid_is_the_hosts_own():
     x = torch.zeros(2, 4, 5, 4, 4)
-    times = PeRFlow(windows=4, num_sampling_steps=5, sampling_grid="uniform")._sampling_times(x, {})
+    scheduler = PeRFlow(windows=4, num_sampling_steps=5, sampling_grid="uniform")
+    times = scheduler.warped({}, x).times(scheduler.grid)
     torch.testing.assert_close(times[:, 0], 1 - torch.arange(6, dtype=F64) / 5)
-    edges = PeRFlow(windows=4, num_sampling_steps=5)._sampling_times(x, {})
+    scheduler = PeRFlow(windows=4, num_sampling_steps=5)
+    edges = scheduler.warped({}, x).times(scheduler.grid)
     assert edges[:, 1].tolist() == [1.0, 0.875, 0.75, 0.5, 0.25, 0.0]

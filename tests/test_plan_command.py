@@ -19,7 +19,7 @@ from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.tools.cli import main
 from opensora_perflow.tools.subjects import Subject, demo_subject
-from opensora_perflow.training.plan_file import read_plan
+from opensora_perflow.training.plan_file import read_plan, windows_of
 from opensora_perflow.training.state import METADATA_KEY, StudentState
 from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 
@@ -111,7 +111,7 @@ def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
     options = ["--windows", "3", "--student", str(student), "--student-windows", "1", "0.5", "0", "--out", str(out)]
     options += ["--criterion", criterion]
     assert main(["plan", *SMALL, *options]) == 0
-    windows = TimeWindows.from_config(str(out))
+    windows = windows_of(str(out))
     assert windows.num_windows == 3 and windows.grids == () and out.with_suffix(".png").is_file()
     report = json.loads(out.read_text())["report"]
     assert report["criterion"] == criterion and report["pilot_edges"] == [1.0, 0.5, 0.0]
@@ -135,13 +135,13 @@ def test_a_students_windows_are_those_that_its_file_names(tmp_path, student):
         (student, [], [1.0, 0.75, 0.5, 0.25, 0.0]),
     ):
         assert main(["curve", *SMALL, "--student", str(file), *windows, "--max-steps", "1", "--out", str(tmp_path / "c")]) == 0
-        assert list(TimeWindows.from_config(str(tmp_path / "c" / "plan.json")).edges) == edges
+        assert list(windows_of(str(tmp_path / "c" / "plan.json")).edges) == edges
 
 
 def test_a_curve_writes_a_grid_for_every_number_of_steps(tmp_path, student, capsys):
     options = ["--student", str(student), "--student-windows", "2", "--max-steps", "5", "--out", str(tmp_path / "curve")]
     assert main(["curve", *SMALL, *options]) == 0
-    windows = TimeWindows.from_config(str(tmp_path / "curve" / "plan.json"))
+    windows = windows_of(str(tmp_path / "curve" / "plan.json"))
     assert windows.edges == (1.0, 0.5, 0.0) and [len(grid) - 1 for grid in windows.grids] == [1, 2, 3, 4, 5]
     rows = json.loads((tmp_path / "curve" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3, 4, 5] and "planned error" in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
 
     result = start(checkout, "curve", "--teacher", str(WEIGHTS), "--max-steps", "3", "--out", "c", host=["perflow", "{}"])
     assert result.returncode == 0, result.stderr
-    windows = TimeWindows.from_config(str(checkout.parent / "c" / "plan.json"))
+    windows = windows_of(str(checkout.parent / "c" / "plan.json"))
     assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
     rows = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3]

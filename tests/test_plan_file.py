@@ -6,11 +6,12 @@ import torch
 from networks import CountCalls, sizes, text_encoder, tiny_network
 
 from opensora_perflow import SCHEDULERS, build_module
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1 import conditions, stdit
+from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe
-from opensora_perflow.training.plan_file import FORMAT, read_plan, write_plan
+from opensora_perflow.training.plan_file import FORMAT, read_plan, windows_of, write_plan
 
 EDGES, GRIDS = (1.0, 0.7, 0.2, 0.0), ((1.0, 0.7, 0.5, 0.2, 0.0), (1.0, 0.2, 0.0))
 
@@ -24,11 +25,11 @@ def plan(tmp_path):
 def test_what_was_written_is_read(plan, monkeypatch):
     assert read_plan(plan) == (EDGES, GRIDS)
     monkeypatch.chdir(plan.parent)
-    assert TimeWindows.from_config("plan.json") == TimeWindows(EDGES, GRIDS) == TimeWindows.from_config(plan)
+    assert windows_of("plan.json") == TimeWindows(EDGES, GRIDS) == windows_of(plan)
 
 
 def test_a_planned_grid_serves_its_number_of_steps_and_no_other(plan):
-    windows = TimeWindows.from_config(str(plan))
+    windows = windows_of(str(plan))
     assert sampling_grid(windows, 4) == GRIDS[0] and sampling_grid(windows, 2) == GRIDS[1]
     for steps in (1, 3, 5, 6):
         assert sampling_grid(windows, steps) == sampling_grid(TimeWindows(EDGES), steps)
@@ -38,16 +39,17 @@ def test_the_config_stays_as_the_host_wrote_it(plan):
     config = dict(type="perflow", windows=str(plan))
     again = json.loads(json.dumps(deepcopy(config)))
     scheduler = build_module(again, SCHEDULERS)
-    assert again == config and scheduler.config.windows.edges == EDGES
-    assert deepcopy(scheduler.config).windows == scheduler.config.windows
+    assert again == config and scheduler.recipe.windows.edges == EDGES
+    assert deepcopy(scheduler.recipe).windows == scheduler.recipe.windows
 
 
 @pytest.mark.parametrize("grids, steps", [((), 3), (GRIDS[:1], 4), (GRIDS, 3)])
 def test_default_number_of_steps(tmp_path, grids, steps):
     write_plan(tmp_path / "plan.json", EDGES, grids, {})
     config = dict(type="perflow", windows=str(tmp_path / "plan.json"))
-    assert build_module(config, SCHEDULERS).config.sampling_steps == steps
-    assert build_module(dict(config, num_sampling_steps=7), SCHEDULERS).config.sampling_steps == 7
+    for changes, expected in ({}, steps), (dict(num_sampling_steps=7), 7):
+        scheduler = build_module({**config, **changes}, SCHEDULERS)
+        assert scheduler.keys.steps_over(scheduler.windows) == expected == len(scheduler.grid) - 1
 
 
 @pytest.mark.parametrize("warped", [False, True])
@@ -62,11 +64,11 @@ def test_a_checkpoint_is_sampled_on_its_planned_grid_with_guidance(tmp_path, war
     with torch.no_grad():
         out = scheduler.sample(network, encoder, z, prompts, "cpu", additional_args=arguments, progress=False)
     assert (counter.calls, counter.samples) == (8, 2 * 2 * 8)  # 8 steps without being told so, both branches each
-    condition = stdit.sampling_condition(
+    condition = conditions.sampling_condition(
         network, encoder, prompts, negative_prompts=None, additional_args=arguments, reference=None, needs_null=True
     )
     velocity = stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=3.0)
-    ratio = scheduler._window_ratio(arguments)
+    ratio = window_ratio(arguments, scheduler.keys)
     assert (ratio is not None) == warped
     torch.testing.assert_close(out, Probe(velocity, z, ratio).sample(grid), atol=1e-6, rtol=0)  # the same float32 steps
 
@@ -94,4 +96,4 @@ def test_a_missing_plan_is_named_with_where_it_was_looked_for(tmp_path, monkeypa
 def test_what_is_no_plan_is_refused(tmp_path, text, message):
     (tmp_path / "plan.json").write_text(text.replace("%s", FORMAT))
     with pytest.raises(ValueError, match=message):
-        TimeWindows.from_config(str(tmp_path / "plan.json"))
+        windows_of(str(tmp_path / "plan.json"))

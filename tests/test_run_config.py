@@ -6,14 +6,20 @@ import pytest
 import torch
 from mmengine import Config
 
-from opensora_perflow.hosts.v1.run_config import check_teacher_source, is_distilled, running_config
-from opensora_perflow.training.recipe import TeacherConfig
+from opensora_perflow.hosts.v1.host import OpenSora
+from opensora_perflow.hosts.v1.run_config import running_config, trained_students
+from opensora_perflow.training.recipe import TeacherSettings
+from opensora_perflow.training.teacher import check_source
 
 
 def main(call, **values):
     """Stands for main() of a host script: its config lies in `cfg`."""
     cfg = Config(dict(scheduler=dict(type="perflow"), model=dict(from_pretrained="teacher"), **values))
     return call(), cfg
+
+
+def source(settings):
+    return check_source(settings, OpenSora())
 
 
 def test_the_calling_scripts_config_is_found():
@@ -42,18 +48,18 @@ def test_the_scripts_variables_are_not_kept_alive():
 
 def test_outside_a_script_there_is_none():
     assert running_config() is None
-    assert "first step" in check_teacher_source(TeacherConfig())
+    assert "first step" in source(TeacherSettings())
 
 
 def test_a_fresh_run_may_copy_the_student():
-    assert main(lambda: check_teacher_source(TeacherConfig()), load=None)[0].endswith("(loaded from teacher)")
+    assert main(lambda: source(TeacherSettings()), load=None)[0].endswith("(loaded from teacher)")
 
 
 def test_a_resumed_student_never_becomes_its_own_teacher():
     with pytest.raises(ValueError, match=r'resumes from .*ckpt.*teacher=dict\(from_pretrained="teacher"\)'):
-        main(lambda: check_teacher_source(TeacherConfig(allow_distilled=True)), load="outputs/000/ckpt")
-    named = TeacherConfig(from_pretrained="elsewhere")
-    assert main(lambda: check_teacher_source(named), load="outputs/000/ckpt")[0] == "weights from elsewhere"
+        main(lambda: source(TeacherSettings(allow_distilled=True)), load="outputs/000/ckpt")
+    named = TeacherSettings(from_pretrained="elsewhere")
+    assert main(lambda: source(named), load="outputs/000/ckpt")[0] == "weights from elsewhere"
 
 
 @pytest.fixture
@@ -65,20 +71,20 @@ def run_folder(tmp_path):
 
 def test_checkpoints_of_a_perflow_run_are_recognised(run_folder, tmp_path_factory):
     for path in ("epoch0-global_step8", "epoch0-global_step8/model", "epoch0-global_step8/ema.pt"):
-        assert is_distilled(run_folder / path)
+        assert trained_students(run_folder / path)
     other = tmp_path_factory.mktemp("rflow")
     (other / "config.txt").write_text(json.dumps({"scheduler": {"type": "rflow"}}))
-    assert not is_distilled(other / "epoch0-global_step8")
-    assert not is_distilled("hpcai-tech/OpenSora-STDiT-v3")
+    assert not trained_students(other / "epoch0-global_step8")
+    assert not trained_students("hpcai-tech/OpenSora-STDiT-v3")
 
 
 def test_a_later_stage_that_starts_from_no_student_says_so(run_folder, caplog):
-    expected = TeacherConfig(allow_distilled=True)
-    main(lambda: check_teacher_source(TeacherConfig()), load=None)
-    check_teacher_source(TeacherConfig(from_pretrained=str(run_folder / "epoch0-global_step8"), allow_distilled=True))
+    expected = TeacherSettings(allow_distilled=True)
+    main(lambda: source(TeacherSettings()), load=None)
+    source(TeacherSettings(from_pretrained=str(run_folder / "epoch0-global_step8"), allow_distilled=True))
     assert not caplog.records
-    main(lambda: check_teacher_source(expected), load=None)
-    check_teacher_source(expected)
+    main(lambda: source(expected), load=None)
+    source(expected)
     first, second = (record.getMessage() for record in caplog.records)
     assert "the weights 'teacher' are one" in first and "this run's first weights are one" in second
 
@@ -86,5 +92,5 @@ def test_a_later_stage_that_starts_from_no_student_says_so(run_folder, caplog):
 def test_a_distilled_teacher_must_be_meant(run_folder):
     weights = str(run_folder / "epoch0-global_step8")
     with pytest.raises(ValueError, match="allow_distilled=True"):
-        check_teacher_source(TeacherConfig(from_pretrained=weights))
-    assert check_teacher_source(TeacherConfig(from_pretrained=weights, allow_distilled=True)) == f"weights from {weights}"
+        source(TeacherSettings(from_pretrained=weights))
+    assert source(TeacherSettings(from_pretrained=weights, allow_distilled=True)) == f"weights from {weights}"

@@ -9,7 +9,7 @@ from networks import PLAIN, PROMPTS, CountCalls, Reference13, batch, sizes, text
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1 import conditions, stdit
 
 FIXED = dict(mode="fixed", scale=3.0)
 
@@ -79,38 +79,38 @@ def test_the_target_is_the_teachers_window_solution():
     x, args = batch(network)
     noise = torch.randn_like(x)
 
-    def record(student, pair, t, frame_weights):
-        seen.update(pair=pair, t=t)
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def record(student, segment, t, frame_weights):
+        seen.update(segment=segment, t=t)
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = record
+    scheduler.objective = record
     scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([800.0, 300.0]))
-    pair = seen["pair"]
-    assert pair.t_start.tolist() == [1.0, 0.5] and pair.t_end.tolist() == [0.5, 0.0] and seen["t"].tolist() == [0.8, 0.3]
-    torch.testing.assert_close(pair.x_start[0], noise[0])
-    torch.testing.assert_close(pair.x_start[1], (x[1] + noise[1]) / 2)
-    velocity = stdit.velocity_field(network, network, stdit.training_condition(network, args), num_timesteps=1000)
-    state, times = pair.x_start, [(1 - i / 3) * pair.t_start + i / 3 * pair.t_end for i in range(4)]
+    segment = seen["segment"]
+    assert segment.t_start.tolist() == [1.0, 0.5] and segment.t_end.tolist() == [0.5, 0.0] and seen["t"].tolist() == [0.8, 0.3]
+    torch.testing.assert_close(segment.x_start[0], noise[0])
+    torch.testing.assert_close(segment.x_start[1], (x[1] + noise[1]) / 2)
+    velocity = stdit.velocity_field(network, network, conditions.training_condition(network, args), num_timesteps=1000)
+    state, times = segment.x_start, [(1 - i / 3) * segment.t_start + i / 3 * segment.t_end for i in range(4)]
     with torch.no_grad():
         for t, t_next in zip(times, times[1:]):  # midpoint steps by hand
             dt = (t_next - t).float()[:, None, None, None, None]
             state = state + dt * velocity(state + dt / 2 * velocity(state, t), (t + t_next) / 2)
-    torch.testing.assert_close(pair.x_end, state, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(segment.x_end, state, rtol=1e-5, atol=1e-6)
 
 
 def test_frozen_frames_stay_clean_and_do_not_count():
     network, seen = tiny_network(), {}
     scheduler = PeRFlow()
 
-    def record(student, pair, t, frame_weights):
-        seen.update(pair=pair, weights=frame_weights)
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def record(student, segment, t, frame_weights):
+        seen.update(segment=segment, weights=frame_weights)
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = record
+    scheduler.objective = record
     x, args = batch(network)
     mask = torch.tensor([[True] * 5, [False, False] + [True] * 3])
     scheduler.training_losses(network, x, args, mask=mask)
-    for state in (seen["pair"].x_start, seen["pair"].x_end):
+    for state in (seen["segment"].x_start, seen["segment"].x_end):
         assert torch.equal(state[1, :, :2], x[1, :, :2]) and not torch.equal(state[1, :, 2:], x[1, :, 2:])
     assert torch.equal(seen["weights"], mask.float())
 
@@ -128,7 +128,7 @@ def test_noise_of_half_precision_latents_is_drawn_in_float32():
     network, seen = tiny_network(), {}
     x, args = batch(network)
     scheduler = PeRFlow()
-    scheduler._objective = lambda student, pair, t, frame_weights: seen.update(x=pair.x_start) or torch.zeros(2)
+    scheduler.objective = lambda student, segment, t, frame_weights: seen.update(x=segment.x_start) or torch.zeros(2)
     scheduler.training_losses(network, x.bfloat16(), args, t=torch.tensor([1000.0, 1000.0]))  # windows start at pure noise
     assert seen["x"].dtype == torch.float32 and not torch.equal(seen["x"], seen["x"].bfloat16().float())
 
@@ -136,15 +136,15 @@ def test_noise_of_half_precision_latents_is_drawn_in_float32():
 def test_windows_start_from_the_clean_latents_above_the_threshold():
     network, seen = tiny_network(), {}
     scheduler = PeRFlow(windows=2, **PLAIN)
-    scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair) or torch.zeros(2)
+    scheduler.objective = lambda student, segment, t, w: seen.update(segment=segment) or torch.zeros(2)
     x, args = batch(network)
     zero = torch.zeros_like(x)
     arguments = dict(noise=zero, x_gt=torch.ones_like(x), noise_disable_threshold=600, t=torch.tensor([900.0, 100.0]))
     scheduler.training_losses(network, x, args, **arguments)
-    assert seen["pair"].x_start[0].unique().tolist() == [0.0]  # t_start = 1: pure noise
-    torch.testing.assert_close(seen["pair"].x_start[1], x[1] / 2)  # starts at 500 < 600: the degraded latents
+    assert seen["segment"].x_start[0].unique().tolist() == [0.0]  # t_start = 1: pure noise
+    torch.testing.assert_close(seen["segment"].x_start[1], x[1] / 2)  # starts at 500 < 600: the degraded latents
     scheduler.training_losses(network, x, args, **{**arguments, "noise_disable_threshold": 400})
-    torch.testing.assert_close(seen["pair"].x_start[1], torch.full_like(x[1], 0.5))
+    torch.testing.assert_close(seen["segment"].x_start[1], torch.full_like(x[1], 0.5))
 
 
 def test_weights_are_per_timestep():
@@ -166,7 +166,8 @@ def test_the_wrapper_is_what_is_trained_and_waited_for():
     x, args = batch(network)
     loss = scheduler.training_losses(wrapper, x.bfloat16(), args)["loss"]
     assert (wrapper.waited, count.calls) == (1, 1) and loss.dtype == torch.float32
-    assert scheduler._teacher is not network and next(scheduler._teacher.parameters()).dtype == torch.bfloat16
+    teacher = scheduler.run.teacher.network
+    assert teacher is not network and next(teacher.parameters()).dtype == torch.bfloat16
     scheduler.training_losses(wrapper, x.bfloat16(), args)
     assert wrapper.waited == 1  # the teacher is made once
 
@@ -176,10 +177,12 @@ def test_the_teacher_stays_what_it_was_while_the_student_trains():
     scheduler = PeRFlow()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     losses(scheduler, network).mean().backward()
-    before = {key: value.clone() for key, value in scheduler._teacher.state_dict().items()}
+    teacher = scheduler.run.teacher.network
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
     optimizer.step()
-    assert all(torch.equal(before[key], value) for key, value in scheduler._teacher.state_dict().items())
-    assert not any(p.requires_grad for p in scheduler._teacher.parameters()) and not scheduler._teacher.training
+    assert scheduler.run.teacher.network is teacher
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.training
 
 
 def test_sync_shows_teacher_and_student_the_same_dropped_text():
@@ -190,7 +193,7 @@ def test_sync_shows_teacher_and_student_the_same_dropped_text():
         network.seen.clear()
         x, args = batch(network, 8)
         scheduler.training_losses(network, x, args)
-        student, teacher = network.seen[-1]["y"], scheduler._teacher.seen[-1]["y"]
+        student, teacher = network.seen[-1]["y"], scheduler.run.teacher.network.seen[-1]["y"]
         assert torch.equal(student, teacher)
         dropped = (student == network.y_embedder.y_embedding).all(dim=(1, 2, 3)) if student.dim() == 4 else None
         assert 0 < dropped.sum() < 8
@@ -211,7 +214,7 @@ def test_text_to_video_trains_as_it_is_sampled(mask_index):
     network = Reference13().train()
     scheduler = PeRFlow(teacher=dict(steps_per_window=1))
     losses(scheduler, network, mask_index=mask_index)
-    assert network.seen[-1]["mask_index"] is None and scheduler._teacher.seen[-1]["mask_index"] is None
+    assert network.seen[-1]["mask_index"] is None and scheduler.run.teacher.network.seen[-1]["mask_index"] is None
 
 
 @pytest.mark.parametrize("index, has", [([0], True), ([], True), (None, False)])
@@ -234,7 +237,7 @@ def test_reference_frames_reach_both_networks():
     x, args = batch(network)
     noisy = x + 1
     scheduler.training_losses(network, x, args, mask_index=[0, 2], x_noisy_ref=noisy)
-    student, teacher = network.seen[-1], scheduler._teacher.seen[-1]
+    student, teacher = network.seen[-1], scheduler.run.teacher.network.seen[-1]
     assert student["mask_index"] == teacher["mask_index"] == [0, 2]
     assert torch.equal(student["cond"][:, :, 0], noisy[:, :, 0]) and student["cond"][:, :, 1].abs().sum() == 0
     assert len(student["x"]) == 2 and len(teacher["x"]) == 6
@@ -243,7 +246,7 @@ def test_reference_frames_reach_both_networks():
 def test_windows_are_warped_per_sample_with_the_hosts_transform():
     network, seen = tiny_network(), {}
     scheduler = PeRFlow(use_timestep_transform=True, transform="v1.2")
-    scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
+    scheduler.objective = lambda student, segment, t, w: seen.update(segment=segment, t=t) or torch.zeros(2)
     x, args = batch(network)
     args["num_frames"] = torch.tensor([17.0, 102.0])
     args["height"] = args["width"] = torch.tensor([512.0, 360.0])
@@ -252,11 +255,11 @@ def test_windows_are_warped_per_sample_with_the_hosts_transform():
     from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 
     ratio = shift_ratio(args, "v1.2")
-    edges = torch.tensor(scheduler.config.windows.edges, dtype=torch.float64)
+    edges = torch.tensor(scheduler.recipe.windows.edges, dtype=torch.float64)
     for i in range(2):
         warped = shift_time(edges, ratio[i])
-        assert seen["pair"].t_start[i] in warped and seen["pair"].t_end[i] in warped
-        assert seen["pair"].t_end[i] < seen["t"][i] <= seen["pair"].t_start[i]
+        assert seen["segment"].t_start[i] in warped and seen["segment"].t_end[i] in warped
+        assert seen["segment"].t_end[i] < seen["t"][i] <= seen["segment"].t_start[i]
     assert (unshift_time(seen["t"], ratio) >= 0).all()
 
 
@@ -269,10 +272,10 @@ def test_transform_scale_warps_windows_under_v1_3_alone(transform, warps):
         torch.manual_seed(3)
         warp = dict(use_timestep_transform=True, transform=transform, transform_scale=scale)
         scheduler = PeRFlow(**warp, windows=1000)
-        scheduler._objective = lambda student, pair, t, w: seen.update(pair=pair, t=t) or torch.zeros(2)
+        scheduler.objective = lambda student, segment, t, w: seen.update(segment=segment, t=t) or torch.zeros(2)
         x, args = batch(network)
         scheduler.training_losses(network, x, args)
-        return seen["t"], scheduler._sampling_times(x, args)
+        return seen["t"], scheduler.warped(args, x).times(scheduler.grid)
 
     (t1, grid1), (t2, grid2) = run(1.0), run(3.0)
     assert torch.equal(t1, t2) == torch.equal(grid1, grid2) == (not warps)
@@ -300,6 +303,50 @@ def test_the_hosts_keys_for_drawing_times_change_nothing(transform, keys):
     assert torch.equal(drawn(7, **keys), plain) and not torch.equal(drawn(8), plain)
 
 
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (
+            dict(sample_method="logit-normal", loc=1.0, scale=0.5, uniform_over_threshold=0.6),
+            "sample_method, loc, scale, uniform_over_threshold have no effect",
+        ),
+        (dict(sample_method="logit-normal"), "sample_method has no effect"),
+        (dict(sample_method="uniform", loc=0.0, scale=1.0, uniform_over_threshold=None), None),
+        ({}, None),
+    ],
+)
+def test_the_log_says_once_which_keys_have_no_effect(keys, message, caplog):
+    network = tiny_network()
+    with caplog.at_level(logging.INFO, logger="opensora_perflow"):
+        scheduler = PeRFlow(**keys)
+        sampled(scheduler, network)
+        assert "no effect" not in caplog.text  # they are of training
+        for _ in range(2):
+            losses(scheduler, network)
+    said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
+    assert [line.split(": ")[1] for line in said] == ([] if message is None else [message])
+
+
+def test_another_named_teacher_is_refused_in_the_middle_of_a_run(tmp_path):
+    for name, seed in ("one", 5), ("other", 6):
+        write_state_dict(tmp_path / f"{name}.safetensors", tiny_network(seed).state_dict())
+    one, other = (dict(from_pretrained=str(tmp_path / f"{name}.safetensors")) for name in ("one", "other"))
+    scheduler, network = PeRFlow(teacher=one), tiny_network(7)
+    scheduler.__init__(teacher=other)
+    scheduler.__init__(teacher=one)  # nothing was taught yet
+    losses(scheduler, network)
+    before = scheduler.run.teacher, scheduler.recipe
+    with pytest.raises(ValueError, match="taught by weights from .*one.safetensors.*other.safetensors' would change that"):
+        scheduler.__init__(teacher=other)
+    assert before == (scheduler.run.teacher, scheduler.recipe)
+    scheduler.__init__(teacher=dict(one, steps_per_window=3))
+    assert scheduler.run.teacher is before[0] and scheduler.run.recipe.teacher_steps == 3
+    scheduler = PeRFlow()
+    losses(scheduler, network)
+    with pytest.raises(ValueError, match="taught by a copy of the student's weights at this run's first step"):
+        scheduler.__init__(teacher=one)
+
+
 def test_a_resumed_run_without_a_teacher_stops_before_it_trains():
     network = tiny_network().train()
 
@@ -316,7 +363,7 @@ def test_a_named_teacher_is_used(tmp_path):
     write_state_dict(tmp_path / "t.safetensors", source.state_dict())
     scheduler, network = PeRFlow(teacher=dict(from_pretrained=str(tmp_path / "t.safetensors"))), tiny_network(6)
     losses(scheduler, network)
-    weight = scheduler._teacher.final_layer.linear.weight
+    weight = scheduler.run.teacher.network.final_layer.linear.weight
     assert torch.equal(weight, source.final_layer.linear.weight) and not torch.equal(weight, network.final_layer.linear.weight)
 
 
@@ -356,14 +403,14 @@ def test_every_objective_trains_through_the_scheduler(objective):
 
 
 def recorded(scheduler):
-    """Puts an objective in place that keeps every pair and time it is called with, and depends on the student."""
+    """Puts an objective in place that keeps every segment and time it is called with, and depends on the student."""
     seen = []
 
-    def record(student, pair, t, frame_weights):
-        seen.append((pair, t))
-        return student(pair.point(t), t).flatten(1).mean(dim=1)
+    def record(student, segment, t, frame_weights):
+        seen.append((segment, t))
+        return student(segment.point(t), t).flatten(1).mean(dim=1)
 
-    scheduler._objective = record
+    scheduler.objective = record
     return seen
 
 
@@ -373,19 +420,19 @@ def test_one_solution_of_the_teacher_feeds_several_times(per_solve):
     draws, teacher = dict(PLAIN["draws"], per_solve=per_solve), dict(PLAIN["teacher"], steps_per_window=2)
     scheduler = PeRFlow(draws=draws, teacher=teacher)
     losses(scheduler, network)
-    student, teacher = CountCalls(network), CountCalls(scheduler._teacher)
+    student, teacher = CountCalls(network), CountCalls(scheduler.run.teacher.network)
     seen = recorded(scheduler)
     losses(scheduler, network)
     assert (student.calls, student.samples, teacher.calls) == (per_solve, 2 * per_solve, 2)
-    assert len({id(pair) for pair, _ in seen}) == 1
-    pair, times = seen[0][0], torch.stack([t for _, t in seen])
-    assert ((times > pair.t_end) & (times <= pair.t_start)).all() and len(times.unique()) == 2 * per_solve
+    assert len({id(segment) for segment, _ in seen}) == 1
+    segment, times = seen[0][0], torch.stack([t for _, t in seen])
+    assert ((times > segment.t_end) & (times <= segment.t_start)).all() and len(times.unique()) == 2 * per_solve
 
 
 def test_the_loss_of_several_times_is_their_weighted_mean():
     network, values = tiny_network(), iter([1.0, 5.0, 9.0])
     scheduler = PeRFlow(draws=dict(per_solve=3, edge_mass=0.5))
-    scheduler._objective = lambda student, pair, t, w: torch.full((2,), next(values))
+    scheduler.objective = lambda student, segment, t, w: torch.full((2,), next(values))
     torch.testing.assert_close(losses(scheduler, network), torch.full((2,), 0.5 * 1 + 0.25 * (5 + 9)))
 
 
@@ -402,8 +449,8 @@ def test_the_time_that_an_old_train_script_drew_is_one_of_several():
     scheduler = PeRFlow(draws=dict(per_solve=3, edge_mass=0.5))
     seen, (x, args) = recorded(scheduler), batch(network)
     scheduler.training_losses(network, x, torch.tensor([800, 300]), args)
-    (pair, edge), _, (_, drawn) = seen
-    assert torch.equal(edge, pair.t_start) and edge.tolist() == [1.0, 0.5]
+    (segment, edge), _, (_, drawn) = seen
+    assert torch.equal(edge, segment.t_start) and edge.tolist() == [1.0, 0.5]
     assert drawn.tolist() == [0.8, 0.3]
     scheduler = PeRFlow(draws=dict(edge_mass=1e-9))
     seen = recorded(scheduler)
@@ -416,8 +463,8 @@ def test_edge_times_are_the_warped_edges_themselves():
     scheduler = PeRFlow(draws=dict(edge_mass=1.0), use_timestep_transform=True, transform="v1.2")
     seen = recorded(scheduler)
     losses(scheduler, network)
-    pair, t = seen[0]
-    assert torch.equal(t, pair.t_start)
+    segment, t = seen[0]
+    assert torch.equal(t, segment.t_start)
 
 
 @pytest.mark.parametrize("settings", [{}, dict(draws=dict(edge_mass=1)), dict(draws=dict(grids=[3]))])
@@ -428,7 +475,7 @@ def test_discrete_timesteps_are_drawn_whole_at_the_edge_too(settings):
         x, args = batch(network, 8)
         scheduler.training_losses(network, x, args)
     times = torch.stack([t for _, t in seen])
-    starts, ends = (torch.stack([getattr(pair, name) for pair, _ in seen]) for name in ("t_start", "t_end"))
+    starts, ends = (torch.stack([getattr(segment, name) for segment, _ in seen]) for name in ("t_start", "t_end"))
     assert len(times) == 5 and torch.equal(times, (times * 1000).round() / 1000)
     # 40 draws: fewer than 15 at the edge, where 30 are expected, in one of 10^6 runs; none inside in one of 10^5.
     at_edge = int((times == starts).sum())
@@ -445,13 +492,13 @@ def test_a_student_start_is_what_its_own_sampler_reaches(guidance):
     x, args = batch(network)
     noise = torch.randn_like(x)
     scheduler.training_losses(network, x, args, noise=noise, t=torch.tensor([1000.0, 10.0]))
-    pair = seen[0][0]
-    assert torch.equal(pair.x_start[0], noise[0]) and pair.t_start[0] == 1  # window 0 starts at the noise
+    segment = seen[0][0]
+    assert torch.equal(segment.x_start[0], noise[0]) and segment.t_start[0] == 1  # window 0 starts at the noise
     states = []
     network.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0][1]))
     sampled(PeRFlow(**settings), network, noise, additional_args={k: v for k, v in args.items() if k not in ("y", "mask")})
     # The fourth call of the sampler starts at the last window's edge. Same arithmetic, in float32.
-    torch.testing.assert_close(pair.x_start[1], states[3], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(segment.x_start[1], states[3], rtol=1e-5, atol=1e-6)
 
 
 def test_student_starts_use_no_data():
@@ -503,16 +550,16 @@ def sampled(scheduler, network, z=None, **arguments):
 def test_objectives_show_the_student_frozen_frames_as_they_are():
     """One that takes a step with the student's own velocity has them stand still, as they do when sampling."""
 
-    def stepping(student, pair, t, frame_weights):
-        dt = (pair.t_end - pair.t_start) / 2
-        v = student(pair.x_start, pair.t_start)
-        x = pair.x_start + dt.float()[:, None, None, None, None] * v
-        return (student(x, pair.t_start + dt) - v).square().flatten(1).mean(dim=1)
+    def stepping(student, segment, t, frame_weights):
+        dt = (segment.t_end - segment.t_start) / 2
+        v = student(segment.x_start, segment.t_start)
+        x = segment.x_start + dt.float()[:, None, None, None, None] * v
+        return (student(x, segment.t_start + dt) - v).square().flatten(1).mean(dim=1)
 
     network = tiny_network()
     x, args = batch(network)
     scheduler = PeRFlow(windows=4, draws=dict(starts="diffused", edge_mass=0.0))
-    scheduler._objective = stepping
+    scheduler.objective = stepping
     mask = torch.tensor([[False] + [True] * 4] * 2)
     seen, forward = [], network.forward
     network.forward = lambda x, *inputs, **named: seen.append(x) or forward(x, *inputs, **named)
@@ -655,6 +702,26 @@ def test_discrete_timesteps_are_whole():
     assert torch.equal(times, times.round()) and times[1] == 857
 
 
+class Still(torch.nn.Module):
+    """Leaves every state where it is: for steps of so many samples that only what they draw can be looked at."""
+
+    def forward(self, x, timestep, y):
+        return torch.zeros_like(x)
+
+
+def step_of(scheduler, count, t=None, drawn_by_host=False):
+    """What one training step of so many samples draws: (their segments, times [n, B], window indices [B])."""
+    seen, x = [], torch.zeros(count, 1, 1, 1, 1)
+    args = {"y": torch.zeros(count, 1, 1, 1), **sizes(count, num_frames=51, side=512)}
+    scheduler.objective = lambda student, segment, t, weights: seen.append((segment, t)) or torch.zeros(count)
+    if drawn_by_host:
+        scheduler.training_losses(Still(), x, t, args)
+    else:
+        scheduler.training_losses(Still(), x, args, t=t)
+    segment = seen[0][0]
+    return segment, torch.stack([t for _, t in seen]), scheduler.warped(args, x).lookup(segment.t_start)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -666,23 +733,23 @@ def test_discrete_timesteps_are_whole():
     ],
 )
 def test_windows_are_drawn_alike(settings):
-    scheduler = PeRFlow(**{**dict(windows=4, use_timestep_transform=True, transform="v1.2"), **settings})
-    data, args = torch.zeros(8000, 1, 1, 1, 1), sizes(8000, num_frames=51, side=512)
-    drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
-    shares = drawn.window_idx.bincount(minlength=4).double() / 8000
+    scheduler = PeRFlow(**{**dict(windows=4, use_timestep_transform=True, transform="v1.2"), **settings}, draws=dict(seed=0))
+    segment, times, window_idx = step_of(scheduler, 8000)
+    shares = window_idx.bincount(minlength=4).double() / 8000
     assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.02)  # standard deviation .005
-    assert ((drawn.t_end <= drawn.drawn.times) & (drawn.drawn.times <= drawn.t_start)).all()
+    assert ((segment.t_end <= times) & (times <= segment.t_start)).all()
 
 
 def test_inside_a_window_times_are_even():
     """The first window's place decides nothing: as many times in each quarter of a wide window and of a narrow one."""
-    scheduler = PeRFlow(windows=[1, 0.5, 0.4, 0], draws=dict(edge_mass=0.0, per_solve=2))
-    drawn = scheduler._draw_windows(scheduler._path, torch.zeros(6000, 1, 1, 1, 1), {}, None, torch.Generator().manual_seed(0))
+    scheduler = PeRFlow(windows=[1, 0.5, 0.4, 0], draws=dict(edge_mass=0.0, per_solve=2, seed=0))
+    segment, times, window_idx = step_of(scheduler, 6000)
     for k in (0, 1):
-        in_window = drawn.window_idx == k
-        start, end = drawn.t_start[in_window], drawn.t_end[in_window]
-        for times in drawn.drawn.times:  # the one that chose the window, and one more
-            place = (times[in_window] - end) / (start - end)
+        in_window = window_idx == k
+        start, end = segment.t_start[in_window], segment.t_end[in_window]
+        assert len(times) == 2
+        for t in times:  # the one that chose the window, and one more
+            place = (t[in_window] - end) / (start - end)
             quarters = (place * 4).clamp(max=3.999).long().bincount(minlength=4).double() / len(place)
             assert quarters.tolist() == pytest.approx([0.25] * 4, abs=0.05)  # 2000 draws: standard deviation .01
 
@@ -690,22 +757,19 @@ def test_inside_a_window_times_are_even():
 def test_times_that_a_host_draws_fill_unequal_windows_alike():
     """train.py of 1.0 and 1.1 draws whole timesteps evenly; one that is asked for by name stays where it is."""
     scheduler = PeRFlow(windows=[1, 0.9, 0.8, 0.3, 0])
-    data, t = torch.zeros(4000, 1, 1, 1, 1), torch.arange(4000) % 1000 + 1.0
-    generator = torch.Generator().manual_seed(0)
-    drawn = scheduler._draw_windows(scheduler._path, data, {}, t, generator, drawn_by_host=True)
-    assert drawn.window_idx.bincount().tolist() == [1000] * 4
-    asked = scheduler._draw_windows(scheduler._path, data, {}, t, generator)
-    assert torch.equal(asked.drawn.times[0], t.double() / 1000)
+    t = torch.arange(4000) % 1000 + 1.0
+    *_, window_idx = step_of(scheduler, 4000, t, drawn_by_host=True)
+    assert window_idx.bincount().tolist() == [1000] * 4
+    _, times, _ = step_of(scheduler, 4000, t)
+    assert torch.equal(times, t.double()[None] / 1000)
 
 
 def test_whole_timesteps_that_are_an_edge_begin_its_window():
     scheduler = PeRFlow(windows=5, use_discrete_timesteps=True, use_timestep_transform=True, transform="v1.2")
-    data, args = torch.zeros(20000, 1, 1, 1, 1), sizes(20000, num_frames=51, side=512)
-    drawn = scheduler._draw_windows(scheduler._path, data, args, None, torch.Generator().manual_seed(0))
-    times = drawn.drawn.times[0]
-    assert ((times > drawn.t_end) | (times == 0)).all()  # a window's clean edge is the next one's, but for the last
+    segment, (times,), _ = step_of(scheduler, 20000)
+    assert ((times > segment.t_end) | (times == 0)).all()  # a window's clean edge is the next one's, but for the last
 
 
 def test_each_step_in_whole_timesteps_has_its_windows_scale():
     settings = dict(windows=3, use_discrete_timesteps=True, num_sampling_steps=3, cfg_scale=[9.0, 5.0, 1.0])
-    assert PeRFlow(sampling_grid="uniform", **settings)._step_scales(None) == [9.0, 5.0, 1.0]
+    assert PeRFlow(sampling_grid="uniform", **settings).step_scales() == [9.0, 5.0, 1.0]

@@ -12,8 +12,9 @@ from networks import PLAIN, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1.checkpoints import before_each_save, resumed_checkpoint
-from opensora_perflow.hosts.v1.run_config import is_distilled
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.training.host import Alone
+from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import (
     METADATA_KEY,
     StudentState,
@@ -22,7 +23,7 @@ from opensora_perflow.training.state import (
     sampling_mismatch,
     write_state,
 )
-from opensora_perflow.training.teacher import fingerprint
+from opensora_perflow.training.teacher import check_source, fingerprint
 
 STATE = StudentState(
     windows=(1.0, 0.6, 0.0),
@@ -58,7 +59,9 @@ def test_found_from_whatever_a_host_calls_weights(tmp_path):
     (folder / "ema.pt").touch()
     write_state(folder, STATE)
     for weights in (folder, folder / "model", folder / "ema.pt", str(folder)):
-        assert find_state(weights)[0] == STATE and is_distilled(weights)
+        assert find_state(weights)[0] == STATE
+        with pytest.raises(ValueError, match="they are a student's"):
+            check_source(TeacherSettings(from_pretrained=weights), Alone())
     for weights in (tmp_path, folder / "optimizer", "hpcai-tech/OpenSora-STDiT-v3"):
         assert find_state(weights) is None
 
@@ -135,7 +138,7 @@ def test_a_resumed_training_keeps_its_settings(name, value, caplog):
 
 def test_refusals_name_both_values():
     with pytest.raises(ValueError, match=r"windows was \(1\.0, 0\.6, 0\.0\), now \(1\.0, 0\.5, 0\.0\)"):
-        check_resumed(STATE, changed(windows=2), "ckpt", allow_change=False)
+        check_resumed(STATE, changed(windows=(1.0, 0.5, 0.0)), "ckpt", allow_change=False)
     with pytest.raises(ValueError, match=r"teacher was ab12 \(weights from original\), now cd34 \(weights from other\)"):
         check_resumed(STATE, changed(teacher="cd34", teacher_source="weights from other"), "ckpt", allow_change=False)
 
@@ -147,7 +150,7 @@ def test_what_may_change():
 
 
 def test_sampling_with_other_settings_names_both():
-    message = sampling_mismatch(STATE, changed(windows=2, guidance={"mode": "sync"}), "perflow.json")
+    message = sampling_mismatch(STATE, changed(windows=(1.0, 0.5, 0.0), guidance={"mode": "sync"}), "perflow.json")
     assert "windows trained (1.0, 0.6, 0.0), asked (1.0, 0.5, 0.0)" in message
     assert "guidance mode trained fixed, asked sync" in message and "(perflow.json)" in message
 
@@ -179,13 +182,16 @@ def train(folder, steps, network=None, torch_seed=0, **settings):
         cfg = Config(dict(scheduler=dict(type="perflow"), **script))
         booster = Booster()
         scheduler = PeRFlow(**{**defaults, **settings})
-        objective = scheduler._objective
-        scheduler._objective = lambda student, pair, t, w: (
-            drawn.append(torch.cat([pair.x_start.flatten(), pair.t_start, pair.t_end, t])) or objective(student, pair, t, w)
-        )
+        objective = scheduler.objective
+
+        def record(student, segment, t, weights):
+            drawn.append(torch.cat([segment.x_start.flatten(), segment.t_start, segment.t_end, t]))
+            return objective(student, segment, t, weights)
+
+        scheduler.objective = record
         for _ in range(steps):
             scheduler.training_losses(network, x, args)
-        booster.save_model(network, str(folder / f"step{scheduler._randomness.steps}" / "model"), shard=True)
+        booster.save_model(network, str(folder / f"step{scheduler.run.randomness.steps}" / "model"), shard=True)
         assert booster.shard
         return scheduler, cfg
 
@@ -201,7 +207,7 @@ def test_twenty_steps_are_ten_and_ten_resumed(settings, times, tmp_path):
     assert len(whole) == 20 * times and all(map(torch.equal, whole, first + second))
     assert not torch.equal(whole[0], whole[10 * times])
     state = find_state(tmp_path / "step20")[0]
-    assert (state.steps, state.draws["seed"], state.windows) == (20, 42, scheduler.config.windows.edges)
+    assert (state.steps, state.draws["seed"], state.windows) == (20, 42, scheduler.recipe.windows.edges)
     assert state.teacher == fingerprint(tiny_network(seed=5)) and "weights from" in state.teacher_source
 
 
@@ -224,7 +230,7 @@ def test_changed_windows_are_refused_before_anything_is_drawn(tmp_path):
     script = dict(load=str(tmp_path / "step1"))
     with pytest.raises(ValueError, match=r"windows was \(1\.0, 0\.66.*, now \(1\.0, 0\.5, 0\.0\).*allow_change=True"):
         train(tmp_path, 1, script=script, windows=2)
-    assert train(tmp_path, 1, script=script, windows=2, allow_change=True)[1]._randomness.steps == 2
+    assert train(tmp_path, 1, script=script, windows=2, allow_change=True)[1].run.randomness.steps == 2
 
 
 def test_a_changed_teacher_is_refused(tmp_path):
@@ -239,7 +245,7 @@ def test_a_checkpoint_of_another_scheduler_has_no_state(tmp_path, caplog):
     (tmp_path / "rflow").mkdir()
     with caplog.at_level(logging.INFO):
         _, scheduler = train(tmp_path, 1, script=dict(load=str(tmp_path / "rflow")))
-    assert scheduler._randomness.steps == 1 and "rflow has no perflow.json" in caplog.text
+    assert scheduler.run.randomness.steps == 1 and "rflow has no perflow.json" in caplog.text
 
 
 def test_a_student_of_a_student_is_stage_two(tmp_path):

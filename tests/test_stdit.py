@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import PROMPTS, CountCalls, Reference13, batch, sizes, text_encoder, tiny_network
 
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.network import declares, null_text, text_dropout, without_text_dropout
 from opensora_perflow.method.guidance import classifier_free, text_and_image
 
@@ -18,7 +18,7 @@ def field(network, condition, **settings):
 def test_velocity_is_minus_the_first_half_of_the_output_at_a_thousandfold_time():
     network = tiny_network()
     x, args = batch(network)
-    v = field(network, stdit.training_condition(network, args))(x, T)
+    v = field(network, conditions.training_condition(network, args))(x, T)
     torch.testing.assert_close(v, -network(x, (T * 1000).float(), **args)[:, :4], rtol=0, atol=0)
 
 
@@ -26,7 +26,7 @@ def test_guidance_doubles_the_batch_and_truncates_the_null_text():
     network = tiny_network()
     count = CountCalls(network)
     x, args = batch(network)
-    condition = stdit.training_condition(network, args)
+    condition = conditions.training_condition(network, args)
     guided = field(network, condition, text_scale=3.0)(x, T)
     assert (count.calls, count.samples) == (1, 4)
     parts = []
@@ -40,7 +40,7 @@ def test_scale_one_needs_no_second_branch():
     network = tiny_network()
     count = CountCalls(network)
     x, args = batch(network)
-    field(network, stdit.training_condition(network, args), text_scale=1.0)(x, T)
+    field(network, conditions.training_condition(network, args), text_scale=1.0)(x, T)
     assert count.samples == 2
 
 
@@ -48,7 +48,7 @@ def test_frame_masks_are_tiled_and_sizes_are_not():
     network = Reference13().eval()
     x, args = batch(network)
     mask = torch.tensor([[True] * 5, [False] + [True] * 4])
-    field(network, stdit.training_condition(network, args), text_scale=3.0, frame_mask=mask)(x, T)
+    field(network, conditions.training_condition(network, args), text_scale=3.0, frame_mask=mask)(x, T)
     seen = network.seen[-1]
     assert torch.equal(seen["x_mask"], mask.repeat(2, 1))
     assert len(seen["height"]) == len(seen["mask"]) == 2 and len(seen["y"]) == len(seen["timestep"]) == 4
@@ -59,7 +59,7 @@ def test_frame_masks_are_tiled_and_sizes_are_not():
 def test_dropped_prompts_become_the_networks_own_null():
     network = tiny_network()
     _, args = batch(network)
-    text = stdit.training_condition(network, args, drop=torch.tensor([True, False])).text
+    text = conditions.training_condition(network, args, drop=torch.tensor([True, False])).text
     assert torch.equal(text[0, 0], network.y_embedder.y_embedding) and torch.equal(text[1], args["y"][1])
 
 
@@ -70,12 +70,12 @@ def test_arguments_that_a_network_does_not_take_are_left_out():
 
     network = Strict().eval()
     x, args = batch(network)
-    v = field(network, stdit.training_condition(network, args))(x, T)
+    v = field(network, conditions.training_condition(network, args))(x, T)
     assert v.shape == x.shape
     with pytest.raises(ValueError, match="Strict takes no frame mask"):
-        field(network, stdit.training_condition(network, args), frame_mask=torch.ones(2, 5, dtype=torch.bool))
-    reference = stdit.Reference.of(x, [0])
-    condition = stdit.with_reference(stdit.training_condition(network, args), reference, (False, False))
+        field(network, conditions.training_condition(network, args), frame_mask=torch.ones(2, 5, dtype=torch.bool))
+    reference = conditions.Reference.of(x, [0])
+    condition = conditions.with_reference(conditions.training_condition(network, args), reference, (False, False))
     with pytest.raises(ValueError, match="Strict takes no reference frames"):
         field(network, condition)
 
@@ -96,20 +96,20 @@ def test_networks_without_a_variance_half_are_taken_whole():
 
     network = Plain().eval()
     x, args = batch(network)
-    assert field(network, stdit.training_condition(network, args))(x, T).shape == x.shape
+    assert field(network, conditions.training_condition(network, args))(x, T).shape == x.shape
 
 
 def test_guidance_without_null_text_is_refused():
     network = tiny_network()
     x, args = batch(network)
     network.config = type("Config", (), {"skip_y_embedder": True})()
-    condition = stdit.training_condition(network, args)
+    condition = conditions.training_condition(network, args)
     with pytest.raises(ValueError, match="guidance needs the network's null text"):
         field(network, condition, text_scale=3.0)
     with pytest.raises(ValueError, match="prompts cannot be dropped"):
-        stdit.training_condition(network, args, drop=torch.tensor([True, False]))
+        conditions.training_condition(network, args, drop=torch.tensor([True, False]))
     with pytest.raises(ValueError, match="reference frames need the network's null text"):
-        stdit.with_reference(condition, stdit.Reference.of(x, [0]), (False, False))
+        conditions.with_reference(condition, conditions.Reference.of(x, [0]), (False, False))
 
 
 def test_text_of_another_size_is_refused():
@@ -119,17 +119,20 @@ def test_text_of_another_size_is_refused():
 
 def test_missing_text_is_refused():
     with pytest.raises(ValueError, match="model_args needs the text embeddings 'y'"):
-        stdit.training_condition(tiny_network(), sizes(2))
+        conditions.training_condition(tiny_network(), sizes(2))
 
 
 def test_text_dropout_is_the_networks_own_and_off_outside_training():
     network = tiny_network(class_dropout_prob=0.3)
     assert text_dropout(network) == 0.0 and text_dropout(network.train()) == pytest.approx(0.3)
-    with without_text_dropout(network) as keywords:
-        assert keywords == {} and network.y_embedder.uncond_prob == 0.0
+    seen = []
+    call = without_text_dropout(lambda *inputs, **named: seen.append((network.y_embedder.uncond_prob, inputs, named)), network)
+    call(1, mask=2)
+    assert seen == [(0.0, (1,), {"mask": 2})] and network.y_embedder.uncond_prob == pytest.approx(0.3)
+    with pytest.raises(ZeroDivisionError):
+        without_text_dropout(lambda: 1 / 0, network)()
     assert network.y_embedder.uncond_prob == pytest.approx(0.3)
-    with without_text_dropout(Reference13()) as keywords:
-        assert keywords == {"text_uncond_prob": 0.0}
+    assert without_text_dropout(lambda **named: named, Reference13())() == {"text_uncond_prob": 0.0}
 
 
 # --- v1.3's reference frames ---
@@ -145,7 +148,7 @@ def test_a_network_that_is_fed_projected_text_drops_none():
 
 def test_reference_keeps_only_its_frames():
     latents = torch.randn(2, 4, 5, 2, 2)
-    reference = stdit.Reference.of(latents, [0, 3])
+    reference = conditions.Reference.of(latents, [0, 3])
     assert torch.equal(reference.latents[:, :, [0, 3]], latents[:, :, [0, 3]])
     assert reference.latents[:, :, [1, 2, 4]].abs().sum() == 0
     assert reference.mask[:, :, [0, 3]].min() == 1 and reference.mask[:, :, [1, 2, 4]].max() == 0
@@ -154,14 +157,14 @@ def test_reference_keeps_only_its_frames():
 @pytest.mark.parametrize("frames", [[5], [-1]])
 def test_reference_frames_outside_the_clip_are_refused(frames):
     with pytest.raises(ValueError, match=r"mask_index must hold latent frame indices in 0\.\.4"):
-        stdit.Reference.of(torch.zeros(1, 4, 5, 2, 2), frames)
+        conditions.Reference.of(torch.zeros(1, 4, 5, 2, 2), frames)
 
 
 def test_three_branches_in_upstreams_order():
     network = Reference13().eval()
     x, args = batch(network)
-    reference = stdit.Reference.of(torch.randn_like(x), [0])
-    condition = stdit.with_reference(stdit.training_condition(network, args), reference, (False, False))
+    reference = conditions.Reference.of(torch.randn_like(x), [0])
+    condition = conditions.with_reference(conditions.training_condition(network, args), reference, (False, False))
     v = field(network, condition, text_scale=3.0, image_scale=2.0)(x, T)
     seen = network.seen[-1]
     null = null_text(network, args["y"])
@@ -175,29 +178,30 @@ def test_three_branches_in_upstreams_order():
 
 def test_dropping_the_condition_is_one_draw_for_the_batch():
     generator = torch.Generator().manual_seed(0)
-    assert stdit.draw_reference_drop(None, generator) == (False, False)
+    assert conditions.draw_reference_drop(None, generator) == (False, False)
     for name, drops in dict(null=(True, True), cond=(True, False), text=(False, True), keep=(False, False)).items():
-        assert stdit.draw_reference_drop({name: 1.0, "keep": 0.0} | {name: 1.0}, generator) == drops
+        assert conditions.draw_reference_drop({name: 1.0, "keep": 0.0} | {name: 1.0}, generator) == drops
     network = Reference13()
     x, args = batch(network)
-    plain = stdit.training_condition(network, args)
-    dropped = stdit.with_reference(plain, stdit.Reference.of(x, [0]), (True, True))
+    plain = conditions.training_condition(network, args)
+    dropped = conditions.with_reference(plain, conditions.Reference.of(x, [0]), (True, True))
     assert torch.equal(dropped.text, plain.null) and dropped.reference.latents.abs().sum() == 0
     assert dropped.reference.mask[:, :, 0].min() == 1  # upstream never hides which frames were conditioned
 
 
 def test_reference_frame_weights_keep_their_total():
-    reference = stdit.Reference.of(torch.zeros(2, 4, 5, 2, 2), [0, 1])
+    reference = conditions.Reference.of(torch.zeros(2, 4, 5, 2, 2), [0, 1])
     for weight in (0.0, 0.5, 1.0):
-        weights = stdit.reference_frame_weights(reference, weight)
+        weights = conditions.reference_frame_weights(reference, weight)
         assert weights.sum(dim=1).tolist() == pytest.approx([5.0, 5.0]) and weights[0, 0] == weight
-    assert stdit.reference_frame_weights(stdit.Reference.of(torch.zeros(1, 4, 2, 1, 1), [0, 1]), 0.5).tolist() == [[0.5, 0.5]]
+    everywhere = conditions.Reference.of(torch.zeros(1, 4, 2, 1, 1), [0, 1])
+    assert conditions.reference_frame_weights(everywhere, 0.5).tolist() == [[0.5, 0.5]]
 
 
 def test_put_back_reference_noises_only_its_frames():
     x, clean = torch.randn(2, 1, 4, 5, 2, 2)
-    reference = stdit.Reference.of(clean, [4])
-    out = stdit.put_back_reference(x, torch.zeros(1, dtype=torch.float64), reference)
+    reference = conditions.Reference.of(clean, [4])
+    out = conditions.put_back_reference(x, torch.zeros(1, dtype=torch.float64), reference)
     assert torch.equal(out[:, :, :4], x[:, :, :4]) and torch.equal(out[:, :, 4], clean[:, :, 4])
 
 
@@ -206,7 +210,7 @@ def test_put_back_reference_noises_only_its_frames():
 
 def condition_for(network, **settings):
     defaults = dict(negative_prompts=None, additional_args=sizes(2), reference=None, needs_null=True)
-    return stdit.sampling_condition(network, text_encoder(network), PROMPTS, **{**defaults, **settings})
+    return conditions.sampling_condition(network, text_encoder(network), PROMPTS, **{**defaults, **settings})
 
 
 def test_negative_prompts_bring_their_own_mask():

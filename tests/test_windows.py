@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.plan_file import windows_of
 
 
 def random_edges(seed):
@@ -15,7 +16,7 @@ EDGES = [random_edges(seed) for seed in range(6)]
 
 
 def test_uniform_equals_the_list():
-    assert TimeWindows.uniform(4) == TimeWindows.from_config([1, 0.75, 0.5, 0.25, 0]) == TimeWindows.from_config(4)
+    assert TimeWindows.uniform(4) == windows_of([1, 0.75, 0.5, 0.25, 0]) == windows_of(4)
     assert TimeWindows.uniform(3).num_windows == 3
 
 
@@ -56,25 +57,25 @@ def test_times_near_zero_have_a_window():
 @pytest.mark.parametrize("edges", [[1.0, 0.4, 0.6, 0], [0.9, 0.5, 0], [1, 0.5, 0.1], [1, 0.5, 0.5, 0], [1], []])
 def test_wrong_edges_are_refused(edges):
     with pytest.raises(ValueError, match="must descend strictly from 1 to 0, got"):
-        TimeWindows.from_config(edges)
+        windows_of(edges)
 
 
 @pytest.mark.parametrize("edges", [[1, float("nan"), 0], [1, "x", 0], [1, True, 0]])
 def test_edges_that_are_no_numbers_are_refused(edges):
     with pytest.raises(ValueError, match="must be finite numbers"):
-        TimeWindows.from_config(edges)
+        windows_of(edges)
 
 
 @pytest.mark.parametrize("count", [0, -2, True])
 def test_fewer_than_one_window_is_refused(count):
     with pytest.raises(ValueError, match="integer >= 1"):
-        TimeWindows.from_config(count)
+        windows_of(count)
 
 
 @pytest.mark.parametrize("value", ["4", 2.0, None, {"edges": []}])
 def test_other_values_are_refused(value):
     with pytest.raises(ValueError, match="windows must be a number of windows"):
-        TimeWindows.from_config(value)
+        windows_of(value)
 
 
 @pytest.mark.parametrize("time", [-0.1, 1.5, float("nan")])

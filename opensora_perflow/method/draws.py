@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import shift_time, unshift_time
-from opensora_perflow.method.grids import WeightedTimes, fill_evenly, linear_grid, mix_in_edge
+from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.overlap import place_windows
+from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
-from opensora_perflow.training.recipe import PeRFlowConfig
 
 
 @dataclass(frozen=True)
-class DrawnWindows:
+class Drawn:
     """A window for each sample of a batch, and the times at which the student is trained in it. All times float64."""
 
     window_idx: Tensor
     """[B], 0 is the noisiest."""
-    ratio: Tensor | None
-    """[B], the warp of the windows' edges; None where there is none."""
     route: Tensor
     """[R + 1, B], the steps of a sampler on its way to the window: route[window_idx] is the window's noisy edge."""
     solver_times: Tensor
     """[S + 1, B], the teacher's grid from the window's noisy edge to its clean one."""
-    drawn: WeightedTimes
-    """[n, B]."""
+    times: Tensor
+    """[n, B], where the student is trained."""
+    weights: Tensor
+    """[n, B], what each time counts in the sample's loss; each column sums to 1."""
 
     @property
     def t_start(self) -> Tensor:
@@ -39,56 +39,101 @@ class DrawnWindows:
         return self.solver_times[-1]
 
 
-def draw_windows(
-    config: PeRFlowConfig,
-    partitions: Sequence[TimeWindows],
-    batch_size: int,
+def draw(
+    windows: WarpedWindows,
     *,
-    num_timesteps: int,
-    solver_grids: Tensor | None = None,
-    ratio: Tensor | None = None,
+    solver_steps: int | Tensor,
+    edge_mass: float = 0.0,
+    per_solve: int = 1,
+    overlap: float = 0.0,
+    grids: Sequence[TimeWindows] = (),
+    num_levels: int | None = None,
     given: Tensor | None = None,
     given_only: bool = False,
-    single: bool = False,
-    device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
-) -> DrawnWindows:
-    """Draw windows, each as often, and times inside them, as the config's `draws` say.
+) -> Drawn:
+    """Draw windows, each as often, and times inside them.
 
     Args:
-        config: draws, use_discrete_timesteps, teacher_steps.
-        partitions: The student's windows first, then the grids that it is trained for as well (see overlap.py).
-        batch_size: B.
-        num_timesteps: Levels of use_discrete_timesteps.
-        solver_grids: The teacher's steps in each of the student's windows, [K, S + 1], untransformed; None: teacher_steps equal
-            ones.
-        ratio: Warp [B] of the windows, see `conventions.shift_time`; None: no warp.
+        windows: The student's, for this batch.
+        solver_steps: The teacher's equal steps in each window, >= 1; or their times, [K, S + 1], untransformed.
+        edge_mass, per_solve: Share of the times at the window's noisy edge, and n, see `mix_in_edge`.
+        overlap, grids: Windows that overlap, see overlap.py.
+        num_levels: Draw the time that chooses a window from 0, 1/levels, ..., (levels - 1)/levels; windows are then drawn by
+            their share of those.
         given: Flow times [B] that choose the windows, in place of drawn ones.
         given_only: They are also the only times that are trained.
-        single: Train one time a sample.
-        device, generator: Where and from what numbers are drawn.
+        generator: Where numbers are drawn from.
+
+    Source: PeRFlow (arXiv:2405.07510), section 3, for one uniform time in a window; the rest is ours.
     """
-    draws = config.draws
+    device, ratio = windows.device, windows.ratio
     if given is not None:
         u = unshift_time(given, ratio)
-    elif config.use_discrete_timesteps:
-        u = torch.randint(num_timesteps, (batch_size,), device=device, generator=generator).double() / num_timesteps
+    elif num_levels is not None:
+        u = torch.randint(num_levels, (windows.batch_size,), device=device, generator=generator).double() / num_levels
     else:
-        u = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-    if not (given_only or config.use_discrete_timesteps):
-        u = fill_evenly(u, partitions[0])
+        u = torch.rand(windows.batch_size, dtype=torch.float64, device=device, generator=generator)
+    if not given_only and num_levels is None:
+        u = fill_evenly(u, windows.windows)
     t = given if given_only else shift_time(u, ratio)
-    placed = place_windows(partitions, u, overlap=draws.overlap, generator=generator)
-    if solver_grids is None:
-        grid = linear_grid(placed.u_start, placed.u_end, config.teacher_steps)
+    placed = place_windows([windows.windows, *grids], u, overlap=overlap, generator=generator)
+    if isinstance(solver_steps, Tensor):
+        grid = solver_steps.to(device)[placed.window_idx].T
     else:
-        grid = solver_grids.to(t.device)[placed.window_idx].T
+        grid = linear_grid(placed.u_start, placed.u_end, solver_steps)
     solver_times = shift_time(grid, ratio)
-    drawn = WeightedTimes(t[None], torch.ones_like(t)[None])
+    times, weights = t[None], torch.ones_like(t)[None]
     if not given_only:
-        # From the noisy edge down, to which the window belongs: 1 - [0, 1).
-        shape = ((1 if single else config.times_a_solve) - 1, len(t))
-        more = 1.0 - torch.rand(shape, dtype=torch.float64, device=t.device, generator=generator)
-        times = torch.cat([shift_time(placed.times(more), ratio), t[None]])
-        drawn = mix_in_edge(times, solver_times[0], draws.edge_mass, generator)
-    return DrawnWindows(placed.window_idx, ratio, shift_time(placed.route, ratio), solver_times, drawn)
+        # 1 - [0, 1): a window holds its noisy edge and not its clean one.
+        more = 1.0 - torch.rand((per_solve - 1, len(t)), dtype=torch.float64, device=device, generator=generator)
+        times = torch.cat([shift_time(placed.times(more), ratio), times])
+        times, weights = mix_in_edge(times, solver_times[0], edge_mass, generator)
+    return Drawn(placed.window_idx, shift_time(placed.route, ratio), solver_times, times, weights)
+
+
+def fill_evenly(u: Tensor, windows: TimeWindows) -> Tensor:
+    """Times u [B], uniform on [0, 1] -> times of which every window holds as many, spread evenly inside it.
+
+    The k-th of K equal intervals is mapped to window k, linearly. With uniform windows that changes nothing.
+    """
+    if windows.is_uniform:
+        return u
+    uniform = TimeWindows.uniform(windows.num_windows)
+    window_idx = uniform.lookup(u)
+    from_start, from_end = uniform.bounds(window_idx)
+    to_start, to_end = windows.bounds(window_idx)
+    # From the noisy edge, which belongs to the window and stays exact.
+    return (to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)).clamp(0.0, 1.0)
+
+
+def mix_in_edge(
+    times: Tensor, t_start: Tensor, edge_mass: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Put a share of the drawn times exactly at the window's noisy edge.
+
+    There the target is a function of the input, while inside a window the lines of several pairs cross and the student can
+    only learn their mean; a few-step sampler evaluates at the edge first.
+
+    Args:
+        times: Drawn times inside each sample's window, [n, B], float64.
+        t_start: The noisy edges, [B].
+        edge_mass: Share in [0, 1]. With n = 1 each time is moved to the edge with this probability; with n > 1 one of the n
+            is, always, and counts `edge_mass`, while the others share the rest: the same expected loss, without evaluating
+            any pair twice at the same point.
+
+    Returns:
+        Times and their weights, [n, B] each; all weights are 1 / n if edge_mass is 0.
+    """
+    count = len(times)
+    weights = torch.full_like(times, 1.0 / count)
+    if edge_mass == 0:
+        return times, weights
+    times = times.clone()
+    if count == 1:
+        drawn = torch.rand(t_start.shape, dtype=t_start.dtype, device=t_start.device, generator=generator)
+        times[0] = torch.where(drawn < edge_mass, t_start, times[0])
+        return times, weights
+    times[0] = t_start
+    weights[0], weights[1:] = edge_mass, (1.0 - edge_mass) / (count - 1)
+    return times, weights

@@ -31,10 +31,8 @@ def motion_report(student: Velocity, states: Sequence[Tensor], edges: Tensor) ->
     velocity points at, x - t v: for the teacher v = (x_end - x_start) / (t_end - t_start), for the student its velocity at the
     noisy edge. In the last window these are the window's ends themselves.
 
-    With real checkpoints, teacher and student networks on the same noise and prompts:
+    With fields `teacher` and `student` on the same noise and prompts:
 
-        condition = stdit.sampling_condition(network, text_encoder, prompts, ...)
-        teacher, student = (stdit.velocity_field(n, n, condition, num_timesteps=1000, text_scale=s) for n, s in ...)
         edges = shift_time(torch.tensor(windows.edges, dtype=torch.float64)[:, None].expand(-1, len(noise)), ratio)
         states = [noise]
         for start, end in zip(edges, edges[1:]):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
-
-from opensora_perflow.training.plan_file import read_plan
 
 
 @dataclass(frozen=True)
@@ -51,30 +48,6 @@ class TimeWindows:
         if isinstance(num_windows, bool) or not isinstance(num_windows, int) or num_windows < 1:
             raise ValueError(f"the number of windows must be an integer >= 1, got {num_windows!r}; write windows=4")
         return cls(tuple(1.0 - k / num_windows for k in range(num_windows)) + (0.0,))
-
-    @classmethod
-    def from_config(cls, value: int | Sequence[float] | str | os.PathLike | TimeWindows) -> TimeWindows:
-        """Windows as configs write them: a number of uniform windows, the list of edges, or a plan's file (plan_file.py).
-
-        Raises:
-            ValueError: anything else, invalid edges, or a file that is not there or holds no plan.
-        """
-        if isinstance(value, TimeWindows):
-            return value
-        if isinstance(value, int):
-            return cls.uniform(value)
-        if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
-            edges, grids = read_plan(value)
-            try:
-                return cls(edges, grids)
-            except ValueError as error:
-                raise ValueError(f"{os.fspath(value)}: {error}") from error
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return cls(tuple(value))
-        raise ValueError(
-            "windows must be a number of windows (4), a descending list of edges ([1, 0.6, 0.2, 0]) or a plan's file "
-            f'("plan.json"), got {value!r}'
-        )
 
     @property
     def is_uniform(self) -> bool:

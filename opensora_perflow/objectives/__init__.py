@@ -3,12 +3,11 @@
 from opensora_perflow.objectives.combination import combine
 from opensora_perflow.objectives.consistency import perflow_consistency
 from opensora_perflow.objectives.direction import perflow_direction
+from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.objectives.perflow import perflow
 from opensora_perflow.objectives.phased import perflow_phased
-from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
 
 __all__ = [
-    "WindowPair",
     "combine",
     "mean_over_frames",
     "perflow",

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.window_pair import WindowPair
+from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.solvers import Velocity, remember_last
 from opensora_perflow.registry import OBJECTIVES
-from opensora_perflow.training.removed import refuse_removed_value
 
-Objective = Callable[[Velocity, WindowPair, Tensor, "Tensor | None"], Tensor]
-"""objective(student, pair, t, frame_weights) -> loss [B]."""
+Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
+"""objective(student, segment, t, frame_weights) -> loss [B]."""
 
 
 def combine(value: Any) -> Objective:
@@ -35,31 +34,16 @@ def combine(value: Any) -> Objective:
         raise ValueError("objective must name at least one objective, got an empty list")
     terms = [_term(item) for item in items]
 
-    def weighted_sum(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+    def weighted_sum(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
         field = remember_last(student) if len(terms) > 1 else student
-        return sum(weight * objective(field, pair, t, frame_weights) for weight, objective in terms)
+        return sum(weight * objective(field, segment, t, frame_weights) for weight, objective in terms)
 
     return weighted_sum
-
-
-def remember_last(velocity: Velocity) -> Velocity:
-    """The field, evaluated once where it is asked twice in a row for the same state, times and use of gradients."""
-    last: list[tuple[Tensor, Tensor, bool, Tensor]] = []
-
-    def remembering(x: Tensor, t: Tensor) -> Tensor:
-        graph = torch.is_grad_enabled()
-        if last and last[0][2] == graph and torch.equal(last[0][0], x) and torch.equal(last[0][1], t):
-            return last[0][3]
-        last[:] = [(x, t, graph, velocity(x, t))]
-        return last[0][3]
-
-    return remembering
 
 
 def _term(value: Any) -> tuple[float, Objective]:
     settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     name, weight = settings.pop("type", None), settings.pop("weight", 1.0)
-    refuse_removed_value("objective", name)
     objective = OBJECTIVES.get(name) if isinstance(name, str) else None
     if objective is None:
         known = ", ".join(sorted(OBJECTIVES.module_dict))
@@ -80,8 +64,8 @@ def _try(objective: Objective, name: str, settings: Mapping[str, Any]) -> None:
     """One call on a window of two frames: what it says of its keywords is said before a teacher is loaded."""
     x = torch.zeros(1, 4, 2, 2, 2)
     t_start, t_end = torch.tensor([[0.5], [0.25]], dtype=torch.float64)
-    pair = WindowPair(x, x, t_start, t_end, torch.stack([x, x]), torch.stack([t_start, t_end]))
+    segment = Segment(x, x, t_start, t_end, torch.stack([x, x]), torch.stack([t_start, t_end]))
     try:
-        objective(lambda x, t: x, pair, t_start, None)
+        objective(lambda x, t: x, segment, t_start, None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"objective {name!r} does not take {dict(settings)}: {error}") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
+from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 
 @OBJECTIVES.register_module("perflow_direction")
-def perflow_direction(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+def perflow_direction(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
     r"""1 - cos(student(x_t, t), (x_e - x_s) / (t_e - t_s)), the angle taken over all elements of a sample.
 
     Blind to the velocity's magnitude: weigh it beside perflow, as
@@ -23,7 +24,7 @@ def perflow_direction(student: Velocity, pair: WindowPair, t: Tensor, frame_weig
 
     Source: ProReflow (arXiv:2503.04824), aligned v-prediction: squared error plus a weighted 1 - cosine.
     """
-    v, v_target = student(pair.point(t), t).float(), pair.velocity
+    v, v_target = student(segment.point(t), t).float(), segment.velocity
     product, square, square_target = (
         mean_over_frames(value, frame_weights) for value in (v * v_target, v.square(), v_target.square())
     )

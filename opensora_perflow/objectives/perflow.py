@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
+from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 
 @OBJECTIVES.register_module("perflow")
-def perflow(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+def perflow(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
     r"""|| student(x_t, t) - (x_e - x_s) / (t_e - t_s) ||^2, averaged over elements.
 
     Args:
         student: The network being trained, as a velocity field.
-        pair: Ends of each sample's window.
+        segment: Ends of each sample's window.
         t: Drawn times inside the windows, [B], float64.
         frame_weights: [B, T], see `mean_over_frames`.
 
     Returns:
         Loss per sample, [B], float32, with the student's graph.
     """
-    return mean_over_frames(pair.in_units(student(pair.point(t), t) - pair.velocity, t).square(), frame_weights)
+    return mean_over_frames(segment.in_units(student(segment.point(t), t) - segment.velocity, t).square(), frame_weights)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.window_pair import WindowPair, mean_over_frames
+from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 
 @OBJECTIVES.register_module("perflow_phased")
-def perflow_phased(student: Velocity, pair: WindowPair, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
+def perflow_phased(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
     r"""|| x_t + (t_e - t) student(x_t, t) - x_e ||^2 / (t_s - t_e)^2, averaged over elements.
 
     One step from x_t to the window's clean edge is compared with the teacher's solution there. On a rectified flow's path
@@ -25,7 +26,7 @@ def perflow_phased(student: Velocity, pair: WindowPair, t: Tensor, frame_weights
     Source: Rectified Diffusion (arXiv:2410.07303), its phased variant, whose public training script compares states at the
     end of the phase; the division by the window's length, which gives all windows one scale, is ours.
     """
-    rest = ((t - pair.t_end) / (pair.t_start - pair.t_end)).square()
-    error = pair.in_units(student(pair.point(t), t) - pair.velocity, t)
+    rest = ((t - segment.t_end) / (segment.t_start - segment.t_end)).square()
+    error = segment.in_units(student(segment.point(t), t) - segment.velocity, t)
     loss = mean_over_frames(error.square(), frame_weights)
     return loss * rest.to(loss.device, loss.dtype)

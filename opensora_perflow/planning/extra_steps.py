@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from opensora_perflow.checks import check_num_steps
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.method.grids import check_num_steps, sampling_grid
+from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opensora_perflow.method.grids import check_num_steps, linear_grid
-from opensora_perflow.method.solvers import solve
-from opensora_perflow.objectives.combination import remember_last
+from opensora_perflow.checks import check_num_steps
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.solvers import remember_last, solve
 from opensora_perflow.planning.probe import Probe
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opensora_perflow.conventions import shift_time
+from opensora_perflow.conventions import shift_grid
 from opensora_perflow.method.solvers import Velocity, solve
 
 
@@ -28,7 +28,7 @@ class Probe:
     def flow_times(self, times: Sequence[float] | Tensor) -> Tensor:
         """Untransformed times [n] -> flow times of each sample, [n, B], float64."""
         u = torch.as_tensor(times, dtype=torch.float64, device=self.noise.device)
-        return shift_time(u[:, None].expand(-1, len(self.noise)), self.ratio)
+        return shift_grid(u, len(self.noise), self.ratio)
 
     @torch.no_grad()
     def sample(self, grid: Sequence[float] | Tensor, method: str = "euler") -> Tensor:

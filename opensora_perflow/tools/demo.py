@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1 import stdit
-from opensora_perflow.method.grids import check_num_steps, linear_grid
+from opensora_perflow.checks import check_num_steps, check_number
+from opensora_perflow.hosts.v1.conditions import sampling_condition
+from opensora_perflow.hosts.v1.stdit import velocity_field
+from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 from opensora_perflow.method.motion import motion_report
 from opensora_perflow.method.solvers import solve
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.tools import plots
-from opensora_perflow.training.recipe import check_number
 from opensora_perflow.training.state import METADATA_KEY, StudentState
 from opensora_perflow.worlds.clips import (
     FPS,
@@ -122,7 +123,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     )
     student = build_network(settings.open_sora)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
-    path = _teacher_path(teacher, text_encoder, batch, settings, scheduler.config.windows.edges)
+    path = _teacher_path(teacher, text_encoder, batch, settings, scheduler.windows.edges)
     history = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
 
     samplers = {
@@ -230,11 +231,11 @@ def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
 
 
 def _guided(network: nn.Module, text_encoder: Any, batch: Batch, scale: float) -> Any:
-    condition = stdit.sampling_condition(
+    condition = sampling_condition(
         network, text_encoder, batch.prompts, negative_prompts=None, additional_args=batch.sizes, reference=None,
         needs_null=scale != 1.0,
     )  # fmt: skip
-    return stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=scale)
+    return velocity_field(network, network, condition, num_timesteps=1000, text_scale=scale)
 
 
 @torch.no_grad()
@@ -310,9 +311,9 @@ def _window_errors(
     scheduler: Any, teacher: nn.Module, student: nn.Module, text_encoder: Any, batch: Batch, path: TeacherPath
 ) -> list[dict[str, float]]:
     """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at."""
-    edges = scheduler.config.windows.edges
+    edges = scheduler.windows.edges
     fields = {
-        "teacher": _guided(teacher, text_encoder, batch, scheduler.config.guidance.scale),
+        "teacher": _guided(teacher, text_encoder, batch, scheduler.recipe.guidance.scale),
         "student": _guided(student, text_encoder, batch, 1.0),
     }
     rows = []

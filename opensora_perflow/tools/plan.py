@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.method.grids import check_num_steps, sampling_grid
+from opensora_perflow.checks import check_num_steps, check_number
+from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.extra_steps import grids_by_steps
@@ -22,8 +23,7 @@ from opensora_perflow.planning.grids import Comparison, choose_grid, compare
 from opensora_perflow.planning.windows import CRITERIA, RESOLUTION, plan_windows
 from opensora_perflow.tools.plots import STUDENT, TEACHER, save_figure
 from opensora_perflow.tools.subjects import Subject, demo_subject, host_subject
-from opensora_perflow.training.plan_file import write_plan
-from opensora_perflow.training.recipe import check_number
+from opensora_perflow.training.plan_file import windows_of, write_plan
 from opensora_perflow.training.state import find_state
 
 FRESH = 1000
@@ -156,11 +156,11 @@ def _windows(words: Sequence[str] | None, student: Path | None) -> TimeWindows:
         found = None if student is None else find_state(student)
         return TimeWindows.uniform(4) if found is None else TimeWindows(found[0].windows)
     if len(words) == 1 and words[0].isdecimal():
-        return TimeWindows.from_config(int(words[0]))
+        return windows_of(int(words[0]))
     if len(words) == 1:
-        return TimeWindows.from_config(words[0])
+        return windows_of(words[0])
     try:
-        return TimeWindows.from_config([float(word) for word in words])
+        return windows_of([float(word) for word in words])
     except ValueError as error:
         raise ValueError(f"--student-windows: {error}") from error
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.conditions import sampling_condition
+from opensora_perflow.hosts.v1.stdit import velocity_field
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, NUM_TIMESTEPS, ClassText, Mixture, MixtureNetwork
@@ -63,7 +64,7 @@ def _probe(
     sizes: Mapping[str, Tensor],
     guidance_scale: float,
 ) -> Probe:
-    condition = stdit.sampling_condition(
+    condition = sampling_condition(
         network,
         text_encoder,
         prompts,
@@ -72,5 +73,5 @@ def _probe(
         reference=None,
         needs_null=guidance_scale != 1.0,
     )
-    velocity = stdit.velocity_field(network, network, condition, num_timesteps=NUM_TIMESTEPS, text_scale=guidance_scale)
+    velocity = velocity_field(network, network, condition, num_timesteps=NUM_TIMESTEPS, text_scale=guidance_scale)
     return Probe(velocity, noise)

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.hosts.v1 import stdit
+from opensora_perflow.hosts.v1.conditions import sampling_condition, with_negative
 from opensora_perflow.hosts.v1.inference_call import InferenceCall, first_call
+from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.network import unwrap
+from opensora_perflow.hosts.v1.stdit import velocity_field
+from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.run import prepare
 from opensora_perflow.tools.probes import mixture_probe, video_probe
-from opensora_perflow.training.recipe import PeRFlowConfig
 from opensora_perflow.training.teacher import load_teacher
 from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 from opensora_perflow.worlds.model import load_teacher as load_video_teacher
@@ -95,22 +97,23 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     if kind == "rflow":
         config = {**config, "windows": 1, "path": "linear"}
     scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
-    settings, ratio = scheduler.config, scheduler._window_ratio(call.additional_args)
-    if settings.path == "ddpm":
+    recipe, keys = scheduler.recipe, scheduler.keys
+    ratio = window_ratio(call.additional_args, keys)
+    if keys.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
-    scale = _one_scale("cfg_scale", scheduler._step_scales(None))
-    own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[settings.guidance.mode]
-    own_negative = None if settings.guidance.folded else call.neg_prompts  # the student's are in its weights
-    own = _host_probes(call, call.model, own_guidance, own_negative, settings, ratio)
+    scale = _one_scale("cfg_scale", scheduler.step_scales())
+    own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[recipe.guidance.mode]
+    own_negative = None if recipe.guidance.folded else call.neg_prompts  # the student's are in its weights
+    own = _host_probes(call, call.model, own_guidance, own_negative, keys, ratio)
     if teacher is None:
         return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
-    if settings.guidance.mode == "fixed":
-        scale = _one_scale("guidance.scale", settings.guidance.scale)
+    if recipe.guidance.mode == "fixed":
+        scale = _one_scale("guidance.scale", recipe.guidance.scale)
     guidance = Guided(scale)
     frozen = load_teacher(unwrap(call.model), teacher)
-    negative = scheduler._negative_text() if settings.guidance.folded else call.neg_prompts
-    by_teacher = _host_probes(call, frozen, guidance, negative, settings, ratio)
-    return Subject(kind, by_teacher, own, settings.windows, (guidance.branches, own_guidance.branches))
+    negative = scheduler.negative_text() if recipe.guidance.folded else call.neg_prompts
+    by_teacher = _host_probes(call, frozen, guidance, negative, keys, ratio)
+    return Subject(kind, by_teacher, own, scheduler.windows, (guidance.branches, own_guidance.branches))
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _host_probes(
     network: nn.Module,
     guidance: Guided,
     negative: Sequence[str] | Mapping[str, Tensor] | None,
-    settings: PeRFlowConfig,
+    keys: Keys,
     ratio: Tensor | None,
 ) -> Callable[[int, int], Probe]:
     """Probes of whole batches of the call's prompts, as many as are needed, each batch with noise of its own.
@@ -147,7 +150,7 @@ def _host_probes(
     """
     embedded = isinstance(negative, Mapping)
     told = None if guidance.told is None else torch.full((len(call.prompts),), guidance.told, dtype=torch.float64)
-    condition = stdit.sampling_condition(
+    condition = sampling_condition(
         unwrap(network),
         call.text_encoder,
         call.prompts,
@@ -157,14 +160,14 @@ def _host_probes(
         needs_null=guidance.branches > 1,
     )
     if embedded and guidance.branches > 1:
-        condition = stdit.with_negative(condition, negative)
-    velocity = stdit.velocity_field(
+        condition = with_negative(condition, negative)
+    velocity = velocity_field(
         network,
         unwrap(network),
         condition,
-        num_timesteps=int(settings.num_timesteps),
+        num_timesteps=int(keys.num_timesteps),
         text_scale=guidance.scale,
-        flaw_fix=settings.use_flaw_fix and guidance.branches > 1,
+        flaw_fix=keys.use_flaw_fix and guidance.branches > 1,
         told=told,
     )
 

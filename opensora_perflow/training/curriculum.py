@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opensora_perflow.method.grids import check_num_steps, sampling_grid
+from opensora_perflow.checks import check_num_steps
+from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
 
 TEACHERS = ("original", "previous")

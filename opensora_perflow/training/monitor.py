@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import shift_time
-from opensora_perflow.method.grids import check_num_steps
 from opensora_perflow.method.process import Bounds
 from opensora_perflow.method.sampler import carry_to_windows
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives import WindowPair, mean_over_frames, perflow
+from opensora_perflow.objectives import mean_over_frames, perflow
+from opensora_perflow.training.host import Host
+from opensora_perflow.training.players import Batch
+from opensora_perflow.training.recipe import Guidance, WatchSettings
+from opensora_perflow.training.step import Solved, held, solve
 
 FieldWithin = Callable[[Bounds], Velocity]
 """A student's field, given where the window of a time begins and ends."""
@@ -96,7 +99,8 @@ class HeldOutBatch:
 
     def _end_error(self, field_within: FieldWithin, edges: Tensor) -> float:
         last = torch.full((len(self.start),), len(edges) - 1)
-        x = carry_to_windows(field_within(self._bounds(edges)), self.start, edges, last)
+        velocity = field_within(self._bounds(edges))
+        x = carry_to_windows(lambda k: velocity, self.start, edges, last)
         return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).mean().sqrt().item()
 
 
@@ -113,7 +117,7 @@ def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weigh
         Root mean square over samples, windows and elements.
     """
     losses = [
-        perflow(student, WindowPair(x_start, x_end, t_start, t_end), t_start, frame_weights).mean()
+        perflow(student, Segment(x_start, x_end, t_start, t_end), t_start, frame_weights).mean()
         for x_start, x_end, t_start, t_end in zip(states, states[1:], times, times[1:])
     ]
     return torch.stack(losses).mean().sqrt().item()
@@ -123,28 +127,11 @@ TIE = 0.02
 """Share by which an error may exceed an untrained network's without a word: the first steps of a warm-up change nothing yet."""
 
 
-@dataclass(frozen=True)
-class WatchConfig:
-    """When a run measures itself, and what it warns of."""
-
-    every: int = 200
-    """Training steps between two measurements, >= 1; the first ones come after a quarter and a half of that, as a learning rate
-    that is too high shows early (not earlier: a good one may lose a little at first). One costs an evaluation of the student
-    for each window; the first also the teacher's path through all windows."""
-    tolerance: float = 0.25
-    """Share by which the error may rise above its least before a warning, >= 0."""
-
-    def __post_init__(self) -> None:
-        check_num_steps(self.every, "watch.every")
-        if isinstance(self.tolerance, bool) or not isinstance(self.tolerance, Real) or not self.tolerance >= 0:
-            raise ValueError(f"watch.tolerance must be a share >= 0, got {self.tolerance!r}")
-
-
 @dataclass
 class Watch:
     """What is to be said of a run's held-out errors: a warning where training makes the student worse."""
 
-    rule: WatchConfig
+    rule: WatchSettings
     best: float = math.inf
     """Least error so far."""
 
@@ -176,3 +163,66 @@ class Watch:
     def restart(self) -> None:
         """Other windows or another teacher: errors from here on do not compare with those before."""
         self.best = math.inf
+
+
+class Monitor:
+    """Measures a run on the batch of its beginning.
+
+    Args:
+        watch: When, and what it warns of; None: a curriculum alone measures.
+    """
+
+    def __init__(self, watch: WatchSettings | None) -> None:
+        self.watch = None if watch is None else Watch(watch)
+        self.batches: list[HeldOutBatch] = []
+
+    def keep(self, batch: Batch, guidance: Guidance, segments: Callable[[], Solved]) -> None:
+        """Measure on this batch's conditions and shapes from now on, from noise of its own.
+
+        `segments()` is asked at every solution: a curriculum changes what a run's teacher is.
+        """
+        players = batch.players
+        # None of it from the generator that training draws from.
+        generator = torch.Generator().manual_seed(len(self.batches))
+        noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
+
+        def solve_window(x: Tensor, times: Tensor, k: int) -> Tensor:
+            # Scales of mode range hold in all windows; else each window has its own.
+            window_idx = torch.full((len(x),), k, device=x.device)
+            scale = batch.scale if guidance.mode == "range" else guidance.scale_in(window_idx)
+            how = segments()
+            return solve(players.teacher(scale), x, times, how.solver, how.source)
+
+        self.batches.append(
+            HeldOutBatch(
+                held(batch, noise),
+                solve=solve_window,
+                student=lambda bounds: players.student.velocity(bounds),
+                untrained=lambda bounds: players.untrained().velocity(bounds),
+                frame_weights=batch.frame_weights,
+                ratio=batch.windows.ratio,
+            )
+        )
+
+    def wants_measurement(self, steps: int) -> bool:
+        """Is it time to watch, after so many training steps of the run?"""
+        return self.watch is not None and self.watch.wants_measurement(steps)
+
+    def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
+        """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""
+        errors = zip(*(held.end_errors(grids) for held in self.batches))
+        return self.watch.observe(steps, *(self._mean(values, host) for values in errors))
+
+    def velocity_error(self, grids: Tensor, host: Host) -> float:
+        """`HeldOutBatch.velocity_error` over batches and processes, each of which has to call it."""
+        return self._mean([held.velocity_error(grids) for held in self.batches], host)
+
+    def restart(self) -> None:
+        """The windows or the teacher have changed: errors from here on do not compare with those before."""
+        for batch in self.batches:
+            batch.forget()
+        if self.watch is not None:
+            self.watch.restart()
+
+    def _mean(self, errors: Sequence[float], host: Host) -> float:
+        return host.mean(sum(errors) / len(errors), self.batches[0].start.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_perflow.atomic import replacing
+from opensora_perflow.method.windows import TimeWindows
 
 FORMAT = "opensora_perflow.plan/1"
 
@@ -57,3 +58,27 @@ def read_plan(path: str | os.PathLike) -> tuple[tuple[Any, ...], tuple[tuple[Any
     if not isinstance(edges, list) or not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
         raise ValueError(f"{name!r} is no whole plan: it needs edges, a list of times, and grids, a list of such lists")
     return tuple(edges), tuple(tuple(grid) for grid in grids)
+
+
+def windows_of(value: int | Sequence[float] | str | os.PathLike | TimeWindows) -> TimeWindows:
+    """Windows as configs write them: a number of uniform windows, the list of edges, or a plan's file.
+
+    Raises:
+        ValueError: anything else, invalid edges, or a file that is not there or holds no plan.
+    """
+    if isinstance(value, TimeWindows):
+        return value
+    if isinstance(value, int):
+        return TimeWindows.uniform(value)
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
+        edges, grids = read_plan(value)
+        try:
+            return TimeWindows(edges, grids)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(value)}: {error}") from error
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return TimeWindows(tuple(value))
+    raise ValueError(
+        "windows must be a number of windows (4), a descending list of edges ([1, 0.6, 0.2, 0]) or a plan's file "
+        f'("plan.json"), got {value!r}'
+    )

@@ -48,7 +48,7 @@ class StudentState:
     """linear or ddpm."""
     prediction: str
     guidance: dict[str, Any]
-    """The keys of config.GuidanceConfig."""
+    """The keys of recipe.Guidance."""
     teacher: str | None = None
     """teacher.fingerprint of its weights; None before there is one."""
     teacher_source: str | None = None
@@ -59,14 +59,14 @@ class StudentState:
     """curriculum.Curriculum.state, where there is one; `windows` are those of its stage."""
     objective: Any = None
     draws: dict[str, Any] = field(default_factory=dict)
-    """The keys of config.DrawsConfig, and the seed that was really used."""
+    """The keys of recipe.Draws, and the seed that was really used."""
     steps: int = 0
     """Training steps so far: calls of training_losses, in each process."""
     version: str = __version__
     """Of the package that wrote it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", TimeWindows.from_config(self.windows).edges)
+        object.__setattr__(self, "windows", TimeWindows(tuple(self.windows)).edges)
         for name in ("transform", "guidance", "objective", "draws"):  # as they come back: lists for tuples, dict for ConfigDict
             object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 

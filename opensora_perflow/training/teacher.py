@@ -3,14 +3,95 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.training.host import Host
+from opensora_perflow.training.recipe import TeacherSettings
+from opensora_perflow.training.state import find_state
+
+logger = logging.getLogger("opensora_perflow")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The network that teaches, and what is known of it.
+
+    network: Frozen. source: Where its weights came from, in words. fingerprint: `fingerprint` of the run's first teacher.
+    stage: Of its students; 1 where it is an original model, 2 where it is a student of stage 1, and so on.
+    is_student: A curriculum's student of the stage before, which takes Euler steps and has its guidance folded in.
+    """
+
+    network: nn.Module
+    source: str
+    fingerprint: str
+    stage: int = 1
+    is_student: bool = False
+
+    def replaced_by(self, student: nn.Module, source: str) -> Teacher:
+        """The same run's next teacher: a student of the first one, frozen."""
+        return replace(self, network=student, source=source, is_student=True)
+
+
+def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Teacher:
+    """The teacher that a run begins with.
+
+    Args:
+        settings: Which weights it has.
+        model: The student, wrapped or bare, whose structure is copied; with its weights where the settings name none.
+        host: Tells where the student's own weights came from.
+
+    Raises:
+        ValueError: see `check_source` and `load_teacher`.
+    """
+    words = check_source(settings, host)
+    source = settings.from_pretrained
+    network = load_teacher(host.settled(model), source)
+    weights = host.first_weights() if source is None else source
+    taught = None if weights is None else find_state(weights)
+    teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
+    logger.info("PeRFlow teacher: %s (fingerprint %s)", teacher.source, teacher.fingerprint)
+    return teacher
+
+
+def check_source(settings: TeacherSettings, host: Host) -> str:
+    """Where the teacher's weights will come from, in words for the log. Warns where a student is expected and none is known.
+
+    Raises:
+        ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
+            does not say that this is meant.
+    """
+    pretrained, resumed, source = host.first_weights(), host.resumed(), settings.from_pretrained
+    if source is None and resumed is not None:
+        suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
+        raise ValueError(
+            f"this run resumes from {resumed[0]!r}, so its weights are already those of a student and must not become "
+            f'its teacher; say where the teacher is: scheduler = dict(type="perflow", {suggestion}, ...)'
+        )
+    weights = pretrained if source is None else source
+    distilled = weights is not None and (find_state(weights) is not None or host.trained_students(weights))
+    if settings.allow_distilled and not distilled:
+        logger.warning(
+            "teacher.allow_distilled expects a PeRFlow student, but nothing says that %s one: no perflow.json lies beside "
+            "them. A later stage starts from the checkpoint of the one before: --ckpt-path, or teacher.from_pretrained",
+            "this run's first weights are" if weights is None else f"the weights {str(weights)!r} are",
+        )
+    if distilled and not settings.allow_distilled:
+        raise ValueError(
+            f"the teacher's weights {str(weights)!r} were written by a PeRFlow run: they are a student's; name the original "
+            "model in teacher=dict(from_pretrained=...), or accept the student as teacher of a later stage with "
+            "teacher=dict(..., allow_distilled=True)"
+        )
+    if source is not None:
+        return f"weights from {source}"
+    return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
 
 
 def copy_frozen(network: nn.Module) -> nn.Module:

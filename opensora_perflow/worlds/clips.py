@@ -353,14 +353,7 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
 def _list_videos(source: Path) -> tuple[list[Path], dict[Path, str]]:
     """(videos, captions of those that have one) of a folder or a CSV."""
     if source.is_file() and source.suffix.lower() == ".csv":
-        rows = _read_csv(source)
-        if not rows or "path" not in rows[0]:
-            raise ValueError(
-                f"{source} names no videos; a CSV with a header line, the column path, and text for captions is "
-                "accepted: write_clips makes one"
-            )
-        paths = [_resolve(source, row["path"]) for row in rows]
-        return paths, {path: row.get("text") or "" for path, row in zip(paths, rows)}
+        return _videos_of_table(source)
     if not source.is_dir():
         raise ValueError(f"{source} is neither a folder nor a CSV file; pass a folder of videos, or make one with write_clips")
     paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
@@ -369,16 +362,30 @@ def _list_videos(source: Path) -> tuple[list[Path], dict[Path, str]]:
             f"no video in {source}; files ending in {', '.join(VIDEO_SUFFIXES)} are accepted: put some there, or make "
             "them with write_clips"
         )
-    captions: dict[Path, str] = {}
-    for table in sorted(source.glob("*.csv")):
+    return paths, _captions_beside(source, paths)
+
+
+def _videos_of_table(table: Path) -> tuple[list[Path], dict[Path, str]]:
+    rows = _read_csv(table)
+    if not rows or "path" not in rows[0]:
+        raise ValueError(
+            f"{table} names no videos; a CSV with a header line, the column path, and text for captions is "
+            "accepted: write_clips makes one"
+        )
+    paths = [_resolve(table, row["path"]) for row in rows]
+    return paths, {path: row.get("text") or "" for path, row in zip(paths, rows)}
+
+
+def _captions_beside(folder: Path, paths: list[Path]) -> dict[Path, str]:
+    """Captions from the first table in a folder that has some; empty without one."""
+    for table in sorted(folder.glob("*.csv")):
         rows = _read_csv(table)
         if rows and {"path", "text"} <= rows[0].keys():
             # by name too: a folder that was moved still finds its captions
             by_path = {_resolve(table, row["path"]): row["text"] for row in rows}
             by_name = {Path(row["path"]).name: row["text"] for row in rows}
-            captions = {path: by_path.get(path.resolve()) or by_name.get(path.name, "") for path in paths}
-            break
-    return paths, captions
+            return {path: by_path.get(path.resolve()) or by_name.get(path.name, "") for path in paths}
+    return {}
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

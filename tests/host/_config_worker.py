@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any] | None:
     from mmengine import Config
     from opensora.registry import SCHEDULERS, build_module
 
-    from opensora_perflow.hosts.v1.host_path import guided_channels
+    from opensora_perflow.hosts.v1.iddpm import guided_channels
 
     config = Config.fromfile(str(path))
     if config.get("scheduler") is None:
@@ -39,13 +39,14 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         scheduler = build_module(config.scheduler, SCHEDULERS)
         network = SimpleNamespace(forward=network_class(config.model.type).forward)
-        chosen, prediction = scheduler._path_of(network)
+        chosen, prediction = scheduler.process_of(network)
         json.dumps(config.to_dict())  # train.py writes it beside its checkpoints
     except ValueError as error:
         return {**found, "error": str(error)}
-    kept = {key: getattr(scheduler.config, key) for key in original if key != "type"}
-    settings = {"sampling_steps": scheduler.config.sampling_steps, "num_timesteps": scheduler.num_timesteps}
-    settings["guided_channels"] = guided_channels(scheduler.config.cfg_channel)
+    kept = {key: getattr(scheduler.keys, key) for key in original if key != "type"}
+    steps = scheduler.keys.steps_over(scheduler.windows)
+    settings = {"sampling_steps": steps, "num_timesteps": scheduler.num_timesteps}
+    settings["guided_channels"] = guided_channels(scheduler.keys.cfg_channel)
     return {**found, **settings, "path": type(chosen).__name__, "prediction": prediction, "kept": kept}
 
 

@@ -86,12 +86,11 @@ def record_samples(calls: list[dict[str, Any]]) -> Any:
         hook = model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
         samples = sample(self, model, *arguments, **options)
         hook.remove()
-        config = self.config
         calls.append(
             {
                 "scheduler": id(self),
-                "steps": config.sampling_steps,
-                "cfg_scale": config.cfg_scale,
+                "steps": self.keys.steps_over(self.windows),
+                "cfg_scale": self.keys.cfg_scale,
                 "batches": batches,
                 "inference_mode": torch.is_inference_mode_enabled(),
                 "mask_index": options.get("mask_index"),

@@ -49,17 +49,16 @@ def drawn(steps: int = 3) -> list[Tensor]:
     network, encoder = TinySTDiT(hidden_size=32, depth=1, num_heads=2, class_dropout_prob=0.5).train(), TinyTextEncoder()
     encoder.y_embedder = network.y_embedder
     scheduler, seen = PeRFlow(windows=3, draws=DRAWS, teacher={"steps_per_window": 1}), []
-    objective = scheduler._objective
+    objective = scheduler.objective
 
-    def record(student, pair, t, weights):
-        seen.extend([pair.x_start, pair.t_start, t])
-        return objective(student, pair, t, weights)
+    def record(student, segment, t, weights):
+        seen.extend([segment.x_start, segment.t_start, t])
+        return objective(student, segment, t, weights)
 
-    scheduler._objective = record
+    scheduler.objective = record
     network.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["y"]), with_kwargs=True)
     args = {**encoder.encode(["a red circle"] * 4), **{key: torch.full((4,), value) for key, value in SIZES.items()}}
     torch.manual_seed(dist.get_rank())
-    scheduler._randomness = None
     for _ in range(steps):
         scheduler.training_losses(network, torch.randn(4, 4, 5, 4, 4), args)
     return seen

@@ -13,7 +13,7 @@ import pytest
 from _harness import SKIP_REASON, host_roots, run_python, tag_of
 
 pytestmark = pytest.mark.host
-PATHS = {"rflow": "LinearPath", "iddpm": "DDPMPath", "iddpm-speed": "DDPMPath", "dpm-solver": "DDPMPath"}
+PATHS = {"rflow": "Linear", "iddpm": "DDPM", "iddpm-speed": "DDPM", "dpm-solver": "DDPM"}
 CONFIGS = [
     (root, str(path.relative_to(root)))
     for root in host_roots()
@@ -55,7 +55,7 @@ def test_type_alone_switches_a_config(result: tuple[str, dict[str, Any]]) -> Non
         return
     assert "error" not in found, found["error"]
     assert found["path"] == PATHS[upstream]
-    assert found["prediction"] == {"LinearPath": "velocity", "DDPMPath": "ddim_eps"}[found["path"]]
+    assert found["prediction"] == {"Linear": "velocity", "DDPM": "ddim_eps"}[found["path"]]
     assert found["kept"] == original and found["num_timesteps"] == 1000
     assert found["sampling_steps"] == (original.get("num_sampling_steps") or 4)
     assert found["guided_channels"] == original.get("cfg_channel", 3 if tag == "1.0" else None)

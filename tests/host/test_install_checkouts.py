@@ -131,7 +131,7 @@ from opensora.registry import SCHEDULERS, build_module
 config = Config.fromfile("configs/{TRAIN_CONFIGS[host_tag]}")
 assert config.scheduler.type == "rflow" and "custom_imports" not in config and "opensora_perflow" not in sys.modules
 config.scheduler.type = "perflow"
-print(build_module(config.scheduler, SCHEDULERS).config.sample_method)
+print(build_module(config.scheduler, SCHEDULERS).keys.sample_method)
 """
     assert python(installed, code).split()[-1] == "logit-normal"
 

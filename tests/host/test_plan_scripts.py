@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from _harness import REPOSITORY, run_python
 
-from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
 
 pytestmark = pytest.mark.host
@@ -39,7 +39,7 @@ def test_a_better_grid_for_a_checkpoint(host_root: Path, host_tag: str, tmp_path
     options = ["--steps", "3", "--candidates", "12", "--samples", "2", "--out", "plan.json"]
     printed = start(host_root, "plan", *options, config=config)
     # 3 steps of a strongly guided teacher are far from its path, and uniform ones are not the best.
-    (grid,) = TimeWindows.from_config(str(tmp_path / "plan.json")).grids
+    (grid,) = windows_of(str(tmp_path / "plan.json")).grids
     assert len(grid) == 4 and "Endpoint errors" in printed
     assert not list(tmp_path.rglob("*.mp4"))  # stopped before anything was sampled
 

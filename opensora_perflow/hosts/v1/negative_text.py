@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1.stdit import encode_text
+from opensora_perflow.hosts.v1.conditions import encode_text
 
 
 def write_negative(path: str | os.PathLike, text_encoder: Any, prompt: str) -> None:

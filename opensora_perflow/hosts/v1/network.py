@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -71,12 +70,11 @@ def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
     return _signature(getattr(network.forward, "__func__", network.forward))
 
 
-def accepted_arguments(network: nn.Module) -> Callable[[str], bool]:
-    """Predicate: does the network's forward take a keyword of this name? (STDiT2 has no **kwargs, STDiT3 has.)"""
+def accepted_arguments(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the network's forward takes by keyword. (STDiT2 has no **kwargs, STDiT3 has.)"""
     parameters = _parameters(network)
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return lambda name: True
-    return parameters.__contains__
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in arguments.items() if takes_all or name in parameters}
 
 
 def declares(network: nn.Module, name: str) -> bool:
@@ -115,23 +113,23 @@ def text_dropout(network: nn.Module) -> float:
     return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0))
 
 
-@contextmanager
-def without_text_dropout(network: nn.Module) -> Iterator[Mapping[str, Any]]:
-    """Keep the network from dropping prompts on its own, unseen; yields the keywords that its call needs for that.
+def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
+    """A network's call that keeps the network from dropping prompts on its own, unseen.
 
-    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; it also takes the CPU's
-    random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
+    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; the draw also takes the
+    CPU's random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
     """
     if declares(network, "text_uncond_prob"):
-        yield {"text_uncond_prob": 0.0}
-        return
+        return partial(call, text_uncond_prob=0.0)
     embedder = getattr(network, "y_embedder", None)
-    probability = getattr(embedder, "uncond_prob", None)
-    if probability is None:
-        yield {}
-        return
-    embedder.uncond_prob = 0.0
-    try:
-        yield {}
-    finally:
-        embedder.uncond_prob = probability
+    if getattr(embedder, "uncond_prob", None) is None:
+        return call
+
+    def quiet(*inputs: Any, **named: Any) -> Tensor:
+        probability, embedder.uncond_prob = embedder.uncond_prob, 0.0
+        try:
+            return call(*inputs, **named)
+        finally:
+            embedder.uncond_prob = probability
+
+    return quiet

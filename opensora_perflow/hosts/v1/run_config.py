@@ -8,16 +8,10 @@ that is where this looks.
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from opensora_perflow.training.recipe import TeacherConfig
-from opensora_perflow.training.state import find_state
-
-logger = logging.getLogger("opensora_perflow")
 
 
 def main_variable(name: str) -> Any:
@@ -53,14 +47,9 @@ def host_seed() -> int | None:
     return (running_config() or {}).get("seed")
 
 
-def is_distilled(checkpoint: str | Path) -> bool:
-    """Was this checkpoint written by a PeRFlow training run?
-
-    It has a state (see state.py); or Open-Sora's train.py dumped such a config as config.txt into the folder above it.
-    """
-    if find_state(checkpoint) is not None:
-        return True
-    path = Path(checkpoint)
+def trained_students(weights: str | Path) -> bool:
+    """Did a PeRFlow run write these weights? Open-Sora's train.py dumps its config as config.txt into the folder above."""
+    path = Path(weights)
     for folder in (path, *path.parents[:3]):
         try:
             config = json.loads((folder / "config.txt").read_text())
@@ -69,37 +58,3 @@ def is_distilled(checkpoint: str | Path) -> bool:
         scheduler = config.get("scheduler") if isinstance(config, dict) else None
         return isinstance(scheduler, dict) and str(scheduler.get("type", "")).startswith("perflow")
     return False
-
-
-def check_teacher_source(teacher: TeacherConfig) -> str:
-    """Where the teacher's weights will come from, in words for the log. Warns where a student is expected and none is known.
-
-    Raises:
-        ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
-            does not say that this is meant.
-    """
-    config, pretrained = running_config() or {}, loaded_weights()
-    suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
-    source = teacher.from_pretrained
-    if source is None and config.get("load"):
-        raise ValueError(
-            f"this run resumes from {config.get('load')!r}, so its weights are already those of a student and must not become "
-            f'its teacher; say where the teacher is: scheduler = dict(type="perflow", {suggestion}, ...)'
-        )
-    weights = pretrained if source is None else source
-    distilled = weights is not None and is_distilled(weights)
-    if teacher.allow_distilled and not distilled:
-        logger.warning(
-            "teacher.allow_distilled expects a PeRFlow student, but nothing says that %s one: no perflow.json lies beside "
-            "them. A later stage starts from the checkpoint of the one before: --ckpt-path, or teacher.from_pretrained",
-            "this run's first weights are" if weights is None else f"the weights {str(weights)!r} are",
-        )
-    if distilled and not teacher.allow_distilled:
-        raise ValueError(
-            f"the teacher's weights {str(weights)!r} were written by a PeRFlow run: they are a student's; name the original "
-            "model in teacher=dict(from_pretrained=...), or accept the student as teacher of a later stage with "
-            "teacher=dict(..., allow_distilled=True)"
-        )
-    if source is not None:
-        return f"weights from {source}"
-    return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")

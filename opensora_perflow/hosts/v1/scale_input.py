@@ -45,15 +45,12 @@ def direction(channels: int) -> Tensor:
 
 
 @contextmanager
-def told_scale(network: nn.Module, scale: Tensor | None) -> Iterator[None]:
-    """Within, calls of the network are told the guidance scales [B] of their rows; None tells nothing.
+def told_scale(network: nn.Module, scale: Tensor) -> Iterator[None]:
+    """Within, calls of the network are told the guidance scales [B] of their rows.
 
     Raises:
         ValueError: the network has no t_embedder with an MLP.
     """
-    if scale is None:
-        yield
-        return
     mlp = getattr(getattr(network, "t_embedder", None), "mlp", None)
     if mlp is None:
         raise ValueError(

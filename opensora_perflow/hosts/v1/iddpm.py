@@ -1,13 +1,17 @@
-"""Which path a host's networks were trained on, and what its iddpm guides: the questions that a config may leave open."""
+"""What only epsilon networks need: which process a network was trained on, what iddpm guides, and the learned variance."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from opensora_perflow.hosts.v1.network import declares
+from opensora_perflow.hosts.v1.stdit import halves
 
 ADVICE = (
     'write path="ddpm" for a network that iddpm trained (and iddpm or dpm-solver samples), or path="linear" for one that '
@@ -15,8 +19,8 @@ ADVICE = (
 )
 
 
-def offered_paths() -> tuple[str, ...]:
-    """Paths that the installed Open-Sora has schedulers for; empty where none is installed."""
+def offered_processes() -> tuple[str, ...]:
+    """Processes that the installed Open-Sora has schedulers for; empty where none is installed."""
     if find_spec("opensora") is None:
         return ()
     try:
@@ -26,19 +30,19 @@ def offered_paths() -> tuple[str, ...]:
     return ("linear", "ddpm") if has_rflow else ("ddpm",)
 
 
-def find_path(path: str, network: nn.Module | None = None) -> str | None:
-    """The path, "linear" or "ddpm"; None while only the network could tell.
+def find_process(named: str, network: nn.Module | None = None) -> str | None:
+    """The process, "linear" or "ddpm"; None while only the network could tell.
 
-    In this order: what the config says (`path`, or its keys: see config.path_of_keys); the only path that the host offers (1.0
+    In this order: what the config says (`path`, or its keys: see keys.path_of_keys); the only process that the host offers (1.0
     and 1.1 have no rflow); linear where no host is installed; and where the host offers both (1.2, 1.3), the network: STDiT3
     was only ever trained as a rectified flow, while the others (STDiT, PixArt) come with configs for both.
 
     Raises:
         ValueError: the network is one of the others.
     """
-    if path != "auto":
-        return path
-    offered = offered_paths()
+    if named != "auto":
+        return named
+    offered = offered_processes()
     if len(offered) < 2:
         return offered[0] if offered else "linear"
     if network is None:
@@ -65,3 +69,29 @@ def guided_channels(cfg_channel: int | str | None) -> int | None:
         return None
     iddpm = host_schedulers.get("iddpm")
     return 3 if iddpm is not None and "cfg_channel" not in inspect.signature(iddpm).parameters else None
+
+
+class VarianceMatch:
+    """A student's call that also compares its variance half with the teacher's, for the same input.
+
+    Both halves share the network's trunk: without a loss of its own the variance would drift, and a student trained on
+    epsilon could no longer be sampled by iddpm. Costs one evaluation of the teacher for each of the student that is trained.
+    """
+
+    def __init__(self, call: Callable[..., Tensor], teacher: nn.Module) -> None:
+        self._call, self._teacher = call, teacher
+        self._errors: list[Tensor] = []
+
+    def __call__(self, x: Tensor, timestep: Tensor, **inputs: Any) -> Tensor:
+        output = self._call(x, timestep, **inputs)
+        _, variance = halves(output, x.shape[1])
+        if variance is not None and variance.requires_grad:  # an objective's evaluations without gradient teach nothing
+            with torch.no_grad():
+                _, kept = halves(self._teacher(x, timestep, **inputs), x.shape[1])
+            self._errors.append((variance - kept).square())
+        return output
+
+    def take_error(self) -> Tensor | None:
+        """Squared error, [B, C, T, H, W], averaged over the calls since the last one; None if there is no variance half."""
+        errors, self._errors = self._errors, []
+        return torch.stack(errors).mean(dim=0) if errors else None

@@ -11,10 +11,12 @@ from problems import Gaussian
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import shift_time
+from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.solvers import euler_step
-from opensora_perflow.training.monitor import HeldOutBatch, Watch, WatchConfig, held_out_error
+from opensora_perflow.training.monitor import HeldOutBatch, Watch, held_out_error
+from opensora_perflow.training.recipe import WatchSettings
 
 F64 = torch.float64
 
@@ -122,7 +124,7 @@ def test_the_path_is_solved_once_until_it_is_forgotten():
     ],
 )
 def test_what_is_said_of_a_measurement(errors, expected):
-    watch = Watch(WatchConfig(every=10, tolerance=0.25))
+    watch = Watch(WatchSettings(every=10, tolerance=0.25))
     words = {
         "worse": "further from its teacher than a network that was not trained",
         "rises": "best so far 0.4. It rises",
@@ -137,9 +139,9 @@ def test_what_is_said_of_a_measurement(errors, expected):
 
 
 def test_the_first_measurements_come_early():
-    watch = Watch(WatchConfig(every=200))
+    watch = Watch(WatchSettings(every=200))
     assert [steps for steps in range(801) if watch.wants_measurement(steps)] == [50, 100, 200, 400, 600, 800]
-    watch = Watch(WatchConfig(every=3))  # a quarter of it is no step
+    watch = Watch(WatchSettings(every=3))  # a quarter of it is no step
     assert [steps for steps in range(10) if watch.wants_measurement(steps)] == [1, 3, 6, 9]
 
 
@@ -162,7 +164,7 @@ def test_a_run_measures_itself_after_so_many_steps(caplog):
     lines = [record.getMessage() for record in caplog.records if "held-out" in record.getMessage()]
     assert [line.split()[2] for line in lines] == ["1", "2", "4"]
     # Nothing was trained: the student is its teacher's copy, to the last bit.
-    error, untrained = scheduler._held_out[0].end_errors(scheduler._solver_grids())
+    error, untrained = scheduler.run.monitor.batches[0].end_errors(scheduler.run.solver_grids)
     assert error == untrained > 0
 
 
@@ -171,9 +173,11 @@ def test_each_window_of_the_held_out_path_has_its_own_scale(monkeypatch):
     network, asked = tiny_network(), []
     scheduler = PeRFlow(windows=4, guidance=dict(mode="fixed", scale=[5.0, 3.0, 2.0, 1.0]))
     step(scheduler, network)
-    solve = scheduler._solve_teacher
-    monkeypatch.setattr(scheduler, "_solve_teacher", lambda *inputs: asked.append(inputs[-1].tolist()) or solve(*inputs))
-    scheduler._held_out[0].end_errors(scheduler._solver_grids())
+    teacher = TrainingPlayers.teacher
+    monkeypatch.setattr(
+        TrainingPlayers, "teacher", lambda players, scale: asked.append(scale.tolist()) or teacher(players, scale)
+    )
+    scheduler.run.monitor.batches[0].end_errors(scheduler.run.solver_grids)
     assert asked == [[5.0, 5.0], [3.0, 3.0], [2.0, 2.0], [1.0, 1.0]]
 
 
@@ -184,7 +188,7 @@ def test_what_a_measurement_costs():
     for name, watch in (("off", None), ("on", dict(every=2))):
         scheduler = PeRFlow(windows=4, watch=watch, guidance=dict(mode="fixed", scale=3.0))
         step(scheduler, network)
-        teacher, student = CountCalls(scheduler._teacher), CountCalls(network)
+        teacher, student = CountCalls(scheduler.run.teacher.network), CountCalls(network)
         for _ in range(4):
             step(scheduler, network)
         costs[name] = teacher.samples, student.calls
@@ -213,7 +217,7 @@ def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_move
     scheduler.training_losses(network, x, args, mask=mask)
     best = scheduler.curriculum.progress.best
     assert best < 1e-5  # float32 states divided by windows of about 1/4
-    held = scheduler._held_out[0]
+    held = scheduler.run.monitor.batches[0]
     ratio = shift_ratio(args, "v1.2")
     edges = shift_time(torch.linspace(1, 0, 5, dtype=F64)[:, None].expand(-1, 2), ratio)
     velocity = held.states.diff(dim=0) / edges.diff(dim=0)[:, :, None, None, None, None].float()
@@ -221,28 +225,28 @@ def test_the_held_out_error_of_a_straight_teacher_is_zero_until_the_student_move
     assert torch.equal(held.states[-1][1, :, 0], x[1, :, 0])  # a frozen frame stands still
     original = network.forward
     network.forward = lambda *a, **k: original(*a, **k) + 0.25
-    assert held.velocity_error(scheduler._solver_grids()) == pytest.approx(0.25, rel=1e-4)
+    assert held.velocity_error(scheduler.run.solver_grids) == pytest.approx(0.25, rel=1e-4)
     # The whole way from t = 1 to 0; of the sample that has a frozen frame the four others count.
-    error, untrained = held.end_errors(scheduler._solver_grids())
+    error, untrained = held.end_errors(scheduler.run.solver_grids)
     assert error == pytest.approx(0.25, rel=1e-4) and untrained < 1e-5
 
 
 def test_a_repeated_init_keeps_what_is_measured_unless_windows_change():
     scheduler, network = PeRFlow(windows=4), tiny_network()
     step(scheduler, network)
-    held, teacher = scheduler._held_out, scheduler._teacher
+    held, teacher = scheduler.run.monitor.batches, scheduler.run.teacher.network
     scheduler.__init__(windows=4, num_sampling_steps=8)
-    assert scheduler._held_out is held
+    assert scheduler.run.monitor.batches is held
     scheduler.__init__(windows=2)
-    assert not scheduler._held_out and scheduler._teacher is teacher
+    assert not scheduler.run.monitor.batches and scheduler.run.teacher.network is teacher
 
 
 @pytest.mark.parametrize(
     "watch, message",
     [
-        (200, r"watch must be a dict or None, got 200; write for example dict\(every=200\)"),
+        (200, "watch must be a dict or None, got 200; known keys: every, tolerance"),
         (dict(every=0), "watch.every must be an integer >= 1, got 0"),
-        (dict(tolerance=-1), "watch.tolerance must be a share >= 0, got -1"),
+        (dict(tolerance=-1), "watch.tolerance must be a number >= 0, got -1"),
         (dict(evry=3), "did you mean every"),
     ],
 )
@@ -253,5 +257,19 @@ def test_its_settings_are_checked(watch, message):
 
 def test_its_settings_survive_json():
     config = dict(watch=dict(every=50, tolerance=0.5))
-    assert PeRFlow(**json.loads(json.dumps(config))).config.watch == WatchConfig(50, 0.5)
-    assert PeRFlow(watch=None).config.watch is None and PeRFlow().config.watch == WatchConfig()
+    assert PeRFlow(**json.loads(json.dumps(config))).recipe.watch == WatchSettings(50, 0.5)
+    assert PeRFlow(watch=None).recipe.watch is None and PeRFlow().recipe.watch == WatchSettings()
+
+
+@pytest.mark.parametrize("changed", [dict(teacher=dict(steps_per_window=1)), dict(guidance=dict(mode="fixed", scale=5.0))])
+def test_a_repeated_init_with_another_teachers_path_is_measured_anew(changed):
+    settings = dict(windows=4, guidance=dict(mode="fixed", scale=3.0))
+    scheduler, network = PeRFlow(**settings), tiny_network()
+    step(scheduler, network)
+    scheduler.__init__(**{**settings, **changed})
+    assert not scheduler.run.monitor.batches
+    step(scheduler, network)
+    fresh = PeRFlow(**{**settings, **changed})
+    step(fresh, network)
+    errors = [s.run.monitor.batches[0].end_errors(s.run.solver_grids) for s in (scheduler, fresh)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)

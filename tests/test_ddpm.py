@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from opensora_perflow.method.predictions import WindowEdges, edge_map, target, to_velocity
+from opensora_perflow.method.ddpm import WindowEdges, edge_map, target, to_velocity
 
 F64 = torch.float64
 

@@ -2,10 +2,13 @@ import copy
 import json
 
 import pytest
+import torch
+from networks import CountCalls, batch, tiny_network
 
 from opensora_perflow import SCHEDULERS, PeRFlow, build_module
+from opensora_perflow.hosts.v1.keys import Keys, read_config
 from opensora_perflow.method.windows import TimeWindows
-from opensora_perflow.training.recipe import PeRFlowConfig
+from opensora_perflow.training.recipe import Recipe
 
 
 def refused(match, **config):
@@ -13,11 +16,19 @@ def refused(match, **config):
         build_module(dict(type="perflow", **config), SCHEDULERS)
 
 
+def settings(scheduler):
+    return scheduler.recipe, scheduler.keys
+
+
+def sampling_steps(scheduler):
+    return scheduler.keys.steps_over(scheduler.windows)
+
+
 def test_type_alone_is_a_whole_config():
     scheduler = build_module(dict(type="perflow"), SCHEDULERS)
     assert isinstance(scheduler, PeRFlow)
-    assert scheduler.config == PeRFlowConfig() and scheduler.num_timesteps == 1000
-    assert scheduler.config.windows == TimeWindows.uniform(4) and scheduler.config.sampling_steps == 4
+    assert settings(scheduler) == (Recipe(), Keys()) == read_config({}) and scheduler.num_timesteps == 1000
+    assert scheduler.recipe.windows == TimeWindows.uniform(4) and sampling_steps(scheduler) == 4
 
 
 @pytest.mark.parametrize(
@@ -35,24 +46,31 @@ def test_type_alone_is_a_whole_config():
 )  # fmt: skip
 def test_upstreams_rflow_keys_are_accepted(upstream):
     scheduler = build_module(dict(type="perflow", **upstream), SCHEDULERS)
-    assert {key: getattr(scheduler.config, key) for key in upstream} == upstream
+    assert {key: getattr(scheduler.keys, key) for key in upstream} == upstream
 
 
 def test_config_survives_copy_and_json():
     config = dict(type="perflow", windows=[1, 0.5, 0], teacher=dict(steps_per_window=2), guidance=dict(mode="fixed", scale=7.0))
     config["draws"] = dict(starts="diffused", edge_mass=0.5, overlap=0.2, grids=[5, 6])
     again = json.loads(json.dumps(copy.deepcopy(config)))
-    assert build_module(again, SCHEDULERS).config == build_module(config, SCHEDULERS).config
+    assert settings(build_module(again, SCHEDULERS)) == settings(build_module(config, SCHEDULERS))
     assert config["type"] == "perflow"  # building left it as it was
 
 
 def test_init_may_run_again_on_a_live_object():
-    scheduler = PeRFlow(num_sampling_steps=4)
-    scheduler._teacher = teacher = object()
+    scheduler, network = PeRFlow(num_sampling_steps=4), tiny_network()
+    x, args = batch(network)
+    scheduler.training_losses(network, x, args)
+    teacher = scheduler.run.teacher
     scheduler.__init__(num_sampling_steps=8, cfg_scale=2.0)
-    assert scheduler.config.sampling_steps == 8 and scheduler._teacher is teacher
-    scheduler.__init__(teacher=dict(steps_per_window=2))
-    assert scheduler._teacher is None
+    assert sampling_steps(scheduler) == 8 and scheduler.run.teacher is teacher
+    # Another teacher's copy would be a copy of the student, which has been trained since.
+    scheduler.__init__(teacher=dict(steps_per_window=3, solver="euler"))
+    with torch.no_grad():
+        network.final_layer.linear.bias += 0.5
+    count = CountCalls(teacher.network)
+    scheduler.training_losses(network, x, args)
+    assert scheduler.run.teacher is teacher and count.calls == 3
 
 
 @pytest.mark.parametrize("guidance", [{}, dict(guidance=dict(mode="fixed", scale=7.0))])
@@ -60,11 +78,14 @@ def test_every_position_of_gradios_sliders_is_accepted(guidance):
     scheduler = PeRFlow(**guidance)
     for steps, scale in [(1, 0.0), (2, 10.0), (3, 0.1), (100, 7), (200, 1.0)]:
         scheduler.__init__(**guidance, num_sampling_steps=steps, cfg_scale=scale)
-        assert (scheduler.config.sampling_steps, scheduler.config.cfg_scale) == (steps, scale)
+        assert (sampling_steps(scheduler), scheduler.keys.cfg_scale) == (steps, scale)
 
 
 def test_unknown_keys_name_the_closest_and_all_known_ones():
-    refused(r"unknown key\(s\) 'window' in scheduler.*did you mean windows\?.*Known keys: windows, path", window=4)
+    refused(
+        r"unknown key\(s\) 'window' in scheduler.*did you mean windows\?.*Known keys: windows, prediction.*, path, transform",
+        window=4,
+    )
     refused(r"unknown key\(s\) 'step' in teacher.*Known keys: from_pretrained", teacher=dict(step=4))
 
 
@@ -112,16 +133,16 @@ def test_teacher_and_guidance_settings_are_checked():
 
 def test_lists_of_scales_survive_copy_and_json():
     config = dict(type="perflow", windows=2, cfg_scale=[9, 4.5], guidance=dict(mode="fixed", scale=(7.0, 3)))
-    again = build_module(json.loads(json.dumps(copy.deepcopy(config))), SCHEDULERS).config
-    assert again == build_module(config, SCHEDULERS).config
-    assert again.cfg_scale == (9, 4.5) and again.guidance.scale == (7.0, 3)
-    assert PeRFlow(guidance=dict(mode="range", scale=[1, 9])).config.guidance.scale == (1, 9)
+    again = build_module(json.loads(json.dumps(copy.deepcopy(config))), SCHEDULERS)
+    assert settings(again) == settings(build_module(config, SCHEDULERS))
+    assert again.keys.cfg_scale == (9, 4.5) and again.recipe.guidance.scale == (7.0, 3)
+    assert PeRFlow(guidance=dict(mode="range", scale=[1, 9])).recipe.guidance.scale == (1, 9)
 
 
 def test_draws_are_checked():
     refused(r"unknown key\(s\) 'start' in draws; did you mean starts\?", draws=dict(start="student"))
     refused("draws must be a dict", draws="student")
-    refused("draws.starts must be one of diffused, student, got 'noise'", draws=dict(starts="noise"))
+    refused("draws.starts must be one of student, diffused, got 'noise'", draws=dict(starts="noise"))
     refused("draws.overlap must be a number >= 0 and <= 1, got 1.5", draws=dict(overlap=1.5))
     refused("draws.grids must be a list of numbers of steps, got 5; write", draws=dict(grids=5))
     refused("each of draws.grids must be an integer >= 1, got 2.5", draws=dict(grids=(5, 2.5)))
@@ -134,7 +155,7 @@ def test_draws_are_checked():
 
 
 def test_the_defaults_are_the_recipe_that_won():
-    config = PeRFlow().config
+    config = PeRFlow().recipe
     assert (config.windows.num_windows, config.teacher_steps, config.teacher.solver) == (4, 2, "midpoint")
     assert (config.draws.starts, config.draws.edge_mass, config.times_a_solve) == ("student", 0.75, 2)
 
@@ -143,33 +164,37 @@ def test_the_defaults_are_the_recipe_that_won():
     "windows, steps", [(1, 8), (2, 4), (3, 3), (4, 2), (8, 1), (16, 1), ([1, 0.6, 0], 4), ([1, 0.9, 0.5, 0.2, 0], 2)]
 )
 def test_the_teachers_steps_follow_the_number_of_windows(windows, steps):
-    assert PeRFlow(windows=windows).config.teacher_steps == steps
-    assert PeRFlow(windows=windows, teacher=dict(steps_per_window=5)).config.teacher_steps == 5
+    assert PeRFlow(windows=windows).recipe.teacher_steps == steps
+    assert PeRFlow(windows=windows, teacher=dict(steps_per_window=5)).recipe.teacher_steps == 5
 
 
 def test_paths_are_kept_as_text(tmp_path):
-    config = PeRFlow(guidance=dict(mode="fixed", scale=2.0, negative=tmp_path / "negative.safetensors")).config
+    config = PeRFlow(guidance=dict(mode="fixed", scale=2.0, negative=tmp_path / "negative.safetensors")).recipe
     assert config.guidance.negative == str(tmp_path / "negative.safetensors")
 
 
 def test_the_widest_window_of_any_grid_has_its_steps():
-    assert PeRFlow(windows=8, draws=dict(grids=[4, 1])).config.teacher_steps == 8
-    assert PeRFlow(windows=4, draws=dict(grids=[5])).config.teacher_steps == 2
+    assert PeRFlow(windows=8, draws=dict(grids=[4, 1])).recipe.teacher_steps == 8
+    assert PeRFlow(windows=4, draws=dict(grids=[5])).recipe.teacher_steps == 2
 
 
 def test_one_time_a_solve_where_there_can_be_one_only():
-    for settings, times in (
+    network = tiny_network()
+    for changes, times in (
         (dict(draws=dict(edge_mass=0.0)), 2),
         (dict(draws=dict(edge_mass=1)), 1),
         (dict(use_discrete_timesteps=True), 1),
         (dict(use_discrete_timesteps=True, draws=dict(per_solve=1)), 1),
         (dict(draws=dict(per_solve=3)), 3),
     ):
-        assert PeRFlow(**settings).config.times_a_solve == times
+        scheduler, seen = PeRFlow(**changes), []
+        scheduler.objective = lambda student, segment, t, frame_weights: seen.append(t) or torch.zeros(2)  # noqa: B023
+        scheduler.training_losses(network, *batch(network))
+        assert len(seen) == times
 
 
 def test_discrete_timesteps_round_the_windows():
-    assert PeRFlow(windows=3, use_discrete_timesteps=True).config.windows.edges == (1.0, 0.667, 0.333, 0.0)
+    assert PeRFlow(windows=3, use_discrete_timesteps=True).recipe.windows.edges == (1.0, 0.667, 0.333, 0.0)
     refused("window edges must descend strictly", windows=[1, 0.5001, 0.5, 0], use_discrete_timesteps=True)
 
 
@@ -196,6 +221,17 @@ def test_a_config_without_type_is_refused():
 )
 def test_one_scale_a_window_needs_windows_that_stay(changes, why):
     with pytest.raises(ValueError, match=why + r", so one scale a window has no meaning, got guidance.scale=\[9, 7, 5, 3\]"):
-        PeRFlowConfig(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), **changes)
+        read_config(dict(guidance=dict(mode="fixed", scale=[9, 7, 5, 3]), **changes))
     with pytest.raises(ValueError, match=why + r".* got cfg_scale=\[9, 7, 5, 3\]; give one number"):
-        PeRFlowConfig(cfg_scale=[9, 7, 5, 3], **changes)
+        read_config(dict(cfg_scale=[9, 7, 5, 3], **changes))
+
+
+def test_a_refused_re_init_changes_nothing():
+    scheduler, network = PeRFlow(windows=4), tiny_network()
+    x, args = batch(network)
+    scheduler.training_losses(network, x, args)
+    recipe, run = scheduler.recipe, scheduler.run
+    with pytest.raises(ValueError, match="needs an epsilon network"):
+        scheduler.__init__(windows=2, path="linear", prediction="ddim_eps")
+    assert scheduler.recipe is recipe and run.recipe is recipe and scheduler.windows.num_windows == 4
+    scheduler.training_losses(network, x, args)

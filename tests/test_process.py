@@ -6,12 +6,13 @@ import pytest
 import torch
 from problems import Constant, Gaussian, log_slope
 
+from opensora_perflow.method.ddpm import DDPM, alpha_bars
 from opensora_perflow.method.grids import linear_grid
-from opensora_perflow.method.process import DDPMPath, LinearPath, alpha_bars, check_prediction
+from opensora_perflow.method.process import Linear, check_prediction
 from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
-PATH = DDPMPath.from_schedule()
+PATH = DDPM.from_schedule()
 UNEQUAL = TimeWindows((1.0, 0.62, 0.31, 0.05, 0.0))
 
 
@@ -73,7 +74,7 @@ def test_the_clean_end_is_data_and_asks_the_network_for_index_zero():
     zero = torch.zeros(1, dtype=F64)
     data, noise = torch.randn(2, 1, 4, dtype=F64)
     assert torch.equal(PATH.add_noise(data, noise, zero), data) and PATH.to_timestep(zero) == 0
-    as_published = DDPMPath(alpha_bars(), final_alpha_bar=alpha_bars()[0].item())
+    as_published = DDPM(alpha_bars(), final_alpha_bar=alpha_bars()[0].item())
     assert as_published.alpha(zero) ** 2 == pytest.approx(0.9999)
 
 
@@ -85,7 +86,7 @@ def test_the_clock_inverts():
 
 def test_a_table_that_rises_is_refused():
     with pytest.raises(ValueError, match="alpha_bar must descend"):
-        DDPMPath(torch.tensor([0.5, 0.6]))
+        DDPM(torch.tensor([0.5, 0.6]))
     with pytest.raises(ValueError, match="unknown noise_schedule 'sqrt'; known: linear, squaredcos_cap_v2"):
         alpha_bars("sqrt")
 
@@ -127,7 +128,7 @@ def test_the_network_is_asked_at_the_grid_and_nowhere_else():
     torch.testing.assert_close(torch.stack(field.times), times[:-1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", [PATH, LinearPath()], ids=["ddpm", "linear"])
+@pytest.mark.parametrize("path", [PATH, Linear()], ids=["ddpm", "linear"])
 def test_frozen_frames_stay_what_they_are(path):
     mask = torch.tensor([[True, False, True]])
     x, seen = torch.randn(1, 2, 3, 1, 1), []
@@ -145,7 +146,7 @@ def test_frozen_frames_stay_what_they_are(path):
 def test_on_the_linear_path_the_output_is_minus_the_velocity():
     field, x = Gaussian(), torch.randn(3, 2, dtype=F64)
     times = linear_grid(torch.full((3,), 0.9, dtype=F64), torch.tensor([0.5, 0.2, 0.0], dtype=F64), 400)
-    end = last_state(LinearPath(), lambda state, t: -field(state, t), x, times, method="heun")
+    end = last_state(Linear(), lambda state, t: -field(state, t), x, times, method="heun")
     torch.testing.assert_close(end, field.exact(x, times[0], times[-1]), rtol=0, atol=1e-5)  # heun: 1/400^2
 
 
@@ -159,9 +160,9 @@ def test_float32_stays_float32():
 # --- the student ---
 
 
-@pytest.mark.parametrize("prediction", DDPMPath.predictions)
+@pytest.mark.parametrize("prediction", DDPM.predictions)
 def test_a_perfect_student_crosses_each_window_in_any_number_of_steps(prediction):
-    from opensora_perflow.method.predictions import target
+    from opensora_perflow.method.ddpm import target
     from opensora_perflow.method.sampler import sample
 
     t, t_end = UNEQUAL.bounds(torch.arange(4))
@@ -173,7 +174,7 @@ def test_a_perfect_student_crosses_each_window_in_any_number_of_steps(prediction
         torch.testing.assert_close(got, x_end, rtol=0, atol=1e-10)  # eta up to 157 amplifies rounding
 
 
-@pytest.mark.parametrize("prediction", DDPMPath.predictions)
+@pytest.mark.parametrize("prediction", DDPM.predictions)
 def test_output_units_turn_velocity_errors_into_output_errors(prediction):
     t_start, t_end = UNEQUAL.bounds(torch.arange(4))
     t = t_end + torch.tensor([1.0, 0.3, 0.01, 0.7], dtype=F64) * (t_start - t_end)
@@ -190,6 +191,6 @@ def test_output_units_turn_velocity_errors_into_output_errors(prediction):
 
 
 def test_predictions_are_the_paths():
-    assert check_prediction(LinearPath(), "auto") == "velocity" and check_prediction(PATH, "auto") == "ddim_eps"
+    assert check_prediction(Linear(), "auto") == "velocity" and check_prediction(PATH, "auto") == "ddim_eps"
     with pytest.raises(ValueError, match="prediction='diff_eps' needs an epsilon network"):
-        check_prediction(LinearPath(), "diff_eps")
+        check_prediction(Linear(), "diff_eps")

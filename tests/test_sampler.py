@@ -4,14 +4,15 @@ from problems import Gaussian, LinearInState
 
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.sampler import FrameEdit, carry_to_windows, sample
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.windows import TimeWindows
-from opensora_perflow.objectives import WindowPair
+from opensora_perflow.training.plan_file import windows_of
 
 F64 = torch.float64
 
 
 def grid(steps, batch_size, windows=4):
-    return torch.tensor(sampling_grid(TimeWindows.from_config(windows), steps), dtype=F64)[:, None].expand(-1, batch_size)
+    return torch.tensor(sampling_grid(windows_of(windows), steps), dtype=F64)[:, None].expand(-1, batch_size)
 
 
 def test_one_step_a_window_is_exact_on_the_students_own_straight_flow():
@@ -138,20 +139,21 @@ def test_dtype_is_that_of_the_noise(dtype):
     assert sample(lambda step, mask: Gaussian(), torch.randn(2, 3, dtype=dtype), grid(4, 2)).dtype == dtype
 
 
-def test_window_pair_of_the_sampler_and_of_training_agree():
-    pair = WindowPair(torch.randn(2, 1), torch.randn(2, 1), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64))
-    out = sample(lambda step, mask: lambda x, t: pair.velocity, pair.x_start, grid(4, 2))
-    torch.testing.assert_close(out, pair.x_end)
+def test_segments_of_the_sampler_and_of_training_agree():
+    segment = Segment(torch.randn(2, 1), torch.randn(2, 1), torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64))
+    out = sample(lambda step, mask: lambda x, t: segment.velocity, segment.x_start, grid(4, 2))
+    torch.testing.assert_close(out, segment.x_end)
 
 
 def test_each_sample_is_carried_to_its_own_window():
-    field = LinearInState(1.3)
+    field, asked = LinearInState(1.3), []
     edges = torch.tensor([[1.0, 0.75, 0.5, 0.0], [1.0, 0.9, 0.6, 0.0], [1.0, 0.8, 0.2, 0.0]], dtype=F64).T
     window_idx = torch.tensor([0, 2, 1])
     noise = torch.randn(3, 5, dtype=F64)
-    reached = carry_to_windows(field, noise, edges, window_idx)
+    reached = carry_to_windows(lambda k: asked.append(k) or field, noise, edges, window_idx)
     # One Euler step of v = a x multiplies by 1 + a h; algebra in float64.
     factor = torch.tensor([1.0, (1 - 0.13) * (1 - 0.39), 1 - 0.26], dtype=F64)[:, None]
     torch.testing.assert_close(reached, factor * noise, atol=1e-12, rtol=0)
-    assert field.calls == 2 and torch.equal(reached[0], noise[0])
-    assert torch.equal(carry_to_windows(field, noise, edges, torch.zeros(3, dtype=torch.int64)), noise) and field.calls == 2
+    assert field.calls == 2 and asked == [0, 1] and torch.equal(reached[0], noise[0])
+    in_the_first = torch.zeros(3, dtype=torch.int64)
+    assert torch.equal(carry_to_windows(lambda k: field, noise, edges, in_the_first), noise) and field.calls == 2

@@ -1,0 +1,341 @@
+"""The host's keys: those that Open-Sora's rflow and iddpm have, and what sampling inside Open-Sora adds to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from opensora_perflow.checks import (
+    as_scales,
+    check_choice,
+    check_num_steps,
+    check_number,
+    from_mapping,
+    refuse_unknown,
+)
+from opensora_perflow.hosts.v1.timestep_transform import installed_formula
+from opensora_perflow.method.ddpm import NOISE_SCHEDULES
+from opensora_perflow.method.grids import sampling_grid
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.recipe import Recipe, refuse_list_of_scales
+from opensora_perflow.training.removed import refuse_removed_keys
+
+logger = logging.getLogger("opensora_perflow")
+
+SAMPLING_GRIDS = ("edges", "uniform")
+TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
+PATHS = ("auto", "linear", "ddpm")
+TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
+PATH_KEYS = {
+    "linear": (
+        "transform",
+        "num_timesteps",
+        "use_discrete_timesteps",
+        "use_timestep_transform",
+        "sample_method",
+        "loc",
+        "scale",
+        "transform_scale",
+        "scale_temporal",
+        "uniform_over_threshold",
+        "drop_condition",
+        "x_cond_weight",
+        "use_oscillation_guidance",
+        "force_num",
+        "use_flaw_fix",
+        "scale_image_weight",
+        "initial_image_scale",
+    ),
+    "ddpm": (
+        "cfg_channel",
+        "timestep_respacing",
+        "noise_schedule",
+        "diffusion_steps",
+        "learn_sigma",
+        "sigma_small",
+        "predict_xstart",
+        "use_kl",
+        "rescale_learned_sigmas",
+    ),
+}
+"""Keys that only one path has: those of Open-Sora's rflow and of its iddpm. All others belong to both."""
+
+
+WITHOUT_EFFECT = ("sample_method", "loc", "scale", "uniform_over_threshold")
+"""Keys by which Open-Sora chooses training times."""
+
+
+@dataclass(frozen=True)
+class LongVideoConfig:
+    """How the clips of a long video (Open-Sora's `loop`) are joined at the frames that they share, in every clip that has
+    reference frames. Those come back as they were given."""
+
+    edit: float = 0.05
+    """Reference frames of edit ratio 0 are made anew from this flow time on while the others are generated, 0..1; 0 keeps them.
+    Between two grid points it costs an evaluation a clip; 0.75 is one of 4 uniform windows. Small values change little; 0.75
+    softened the seams of one model and broke another's (benchmarks/README.md). No effect with mask_index (v1.3), where the
+    network makes them anew anyway."""
+    frames: int = 2
+    """Latent frames beside reference frames over which the difference is faded out, >= 0; see long_video.py."""
+
+    def __post_init__(self) -> None:
+        check_number("long_video.edit", self.edit, low=0, high=1)
+        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 0:
+            raise ValueError(f"long_video.frames must be an integer >= 0, got {self.frames!r}")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the host's scripts and networks add to a recipe."""
+
+    path: str = "auto"
+    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
+    variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
+    what the host and its network allow (see iddpm.find_process)."""
+    transform: str = "auto"
+    """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
+
+    long_video: LongVideoConfig | None = None
+    """dict(edit=0.05, frames=2): smoother, less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
+
+    num_sampling_steps: int | None = None
+    """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
+    number of windows serves every window alike."""
+    sampling_grid: str = "edges"
+    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows, or to where the plan
+    that `windows` names wants them; uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same
+    where the number of windows divides that of steps."""
+    num_timesteps: int = 1000
+    """Size of the network's timestep range."""
+    cfg_scale: Any = 4.0
+    """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
+    or a list of one a window, noisiest first. No effect in mode fixed."""
+    use_discrete_timesteps: bool = False
+    """Round drawn times, window edges and the sampling grid to whole timesteps."""
+    use_timestep_transform: bool = False
+    """Warp time by resolution and length."""
+    sample_method: str = "uniform"
+    """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often, and
+    times evenly inside them."""
+    loc: float = 0.0
+    """As sample_method: no effect."""
+    scale: float = 1.0
+    """As sample_method: no effect."""
+    transform_scale: float = 1.0
+    """Factor on the warp's ratio, > 0, in sampling and windows under v1.3. Under v1.2, which warps drawn times by the
+    factor, no effect."""
+    scale_temporal: bool = True
+    """False: the warp ignores the number of frames (v1.3)."""
+    uniform_over_threshold: float | None = None
+    """As sample_method: no effect (v1.3)."""
+    drop_condition: Mapping[str, float] | None = None
+    """Weights of null / cond / text / keep for image and video conditioning in mode sync (v1.3); None: always keep."""
+    x_cond_weight: float = 1.0
+    """Loss weight of the conditioned frames (v1.3)."""
+    use_oscillation_guidance: bool = False
+    """Guidance on even steps only, after the first force_num (v1.3)."""
+    force_num: int = 10
+    """Guided steps before the oscillation begins."""
+    use_flaw_fix: bool = False
+    """Rescale the guided prediction's standard deviation (v1.3)."""
+    scale_image_weight: bool = False
+    """Image guidance decays over the steps and grows over the frames (v1.3)."""
+    initial_image_scale: float = 1.0
+    """Where scale_image_weight decays to."""
+
+    cfg_channel: int | str | None = "auto"
+    """iddpm: guidance acts on the first so many channels; None: on all. auto: 3 under Open-Sora 1.0, which knows no other;
+    all under later ones."""
+    timestep_respacing: str | int | None = None
+    """iddpm's other name of num_sampling_steps; "" and None leave that to num_sampling_steps."""
+    noise_schedule: str = "linear"
+    """iddpm: linear or squaredcos_cap_v2, see ddpm.alpha_bars."""
+    diffusion_steps: int = 1000
+    """iddpm: size of the network's timestep range."""
+    learn_sigma: bool = True
+    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too, at an
+    evaluation of the teacher for each time that is trained. False: there is none worth keeping. With prediction="velocity": no
+    effect."""
+    sigma_small: bool = False
+    """iddpm; only False."""
+    predict_xstart: bool = False
+    """iddpm; only False."""
+    use_kl: bool = False
+    """iddpm; only False."""
+    rescale_learned_sigmas: bool = False
+    """iddpm; only False."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
+        if isinstance(self.long_video, Mapping):
+            set_(self, "long_video", from_mapping(LongVideoConfig, self.long_video, "long_video"))
+        elif not isinstance(self.long_video, LongVideoConfig | None):
+            raise ValueError(
+                f"long_video must be a dict or None, got {self.long_video!r}; write for example dict(edit=0.05, frames=2)"
+            )
+        set_(self, "cfg_scale", as_scales("cfg_scale", self.cfg_scale))
+        check_choice("path", self.path, PATHS)
+        check_choice("transform", self.transform, TRANSFORM_FORMULAS)
+        self._check_sampling()
+        self._check_times()
+        self._check_iddpm()
+        if self.drop_condition is not None:
+            for key, weight in self.drop_condition.items():
+                check_choice("a key of drop_condition", key, ("null", "cond", "text", "keep"))
+                check_number(f"drop_condition[{key!r}]", weight, low=0)
+            if not sum(self.drop_condition.values()) > 0:
+                raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
+
+    def _check_sampling(self) -> None:
+        check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
+        if self.num_sampling_steps is not None:
+            check_num_steps(self.num_sampling_steps, "num_sampling_steps")
+        for name in ("x_cond_weight", "initial_image_scale", "force_num"):
+            check_number(name, getattr(self, name), low=0)
+
+    def _check_times(self) -> None:
+        check_num_steps(self.num_timesteps, "num_timesteps")
+        check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
+        check_number("loc", self.loc)
+        for name in ("scale", "transform_scale"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
+        if self.uniform_over_threshold is not None:
+            check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
+        if self.use_discrete_timesteps and self.sample_method != "uniform":
+            raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
+
+    def _check_iddpm(self) -> None:
+        check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
+        check_num_steps(self.diffusion_steps, "diffusion_steps")
+        check_choice("learn_sigma", self.learn_sigma, (True, False))
+        if self.cfg_channel not in ("auto", None):
+            check_num_steps(self.cfg_channel, "cfg_channel (or None for all channels)")
+        respacing = self.timestep_respacing
+        if respacing not in (None, ""):
+            if not str(respacing).isdecimal():
+                raise ValueError(
+                    f"timestep_respacing={respacing!r} divides a diffusion into sections, which is what windows do here; write "
+                    "windows=[1, ..., 0] for where steps end and num_sampling_steps for how many there are"
+                )
+            if self.num_sampling_steps is not None:
+                raise ValueError(
+                    f"timestep_respacing={respacing!r} and num_sampling_steps={self.num_sampling_steps!r} name the same "
+                    "number; leave out timestep_respacing"
+                )
+            check_num_steps(int(respacing), "timestep_respacing")
+        for name, remedy in _ONLY_FALSE.items():
+            if getattr(self, name) is not False:
+                raise ValueError(f"{name}={getattr(self, name)!r} is iddpm's, and perflow takes only False: {remedy}")
+
+    def say_what_has_no_effect(self) -> None:
+        """Name in the log the host's keys that choose training times: perflow draws its own."""
+        defaults = {f.name: f.default for f in fields(self)}
+        idle = [name for name in WITHOUT_EFFECT if getattr(self, name) != defaults[name]]
+        if idle:
+            logger.info(
+                "PeRFlow draws every window equally often, and times evenly inside them: %s %s no effect",
+                ", ".join(idle),
+                "has" if len(idle) == 1 else "have",
+            )
+
+    @property
+    def formula(self) -> str:
+        """Whose timestep transform: "v1.2" or "v1.3"."""
+        return installed_formula() if self.transform == "auto" else self.transform
+
+    @property
+    def window_scale(self) -> float:
+        """Factor on the ratio by which windows and sampling times are warped."""
+        # v1.2 applies transform_scale when it draws training times, v1.3 when it samples (HOST: rf/__init__.py of each tag).
+        return self.transform_scale if self.formula == "v1.3" else 1.0
+
+    def transform_state(self) -> dict[str, Any] | None:
+        """What perflow.json says of the warp; None without."""
+        if not self.use_timestep_transform:
+            return None
+        return {"formula": self.formula, "scale": self.window_scale, "scale_temporal": self.scale_temporal}
+
+    def steps_over(self, windows: TimeWindows) -> int:
+        """Number of sampling steps: num_sampling_steps (or timestep_respacing), a plan's only grid's, or one a window."""
+        steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
+        if steps is not None:
+            return int(steps)
+        return len(windows.grids[0]) - 1 if len(windows.grids) == 1 else windows.num_windows
+
+    def grid(self, windows: TimeWindows) -> tuple[float, ...]:
+        """The sampler's times, untransformed, from 1 to 0."""
+        # With one window there is no edge to meet: the host's own grid.
+        met = windows if self.sampling_grid == "edges" else TimeWindows.uniform(1)
+        grid = sampling_grid(met, self.steps_over(windows))
+        if not self.use_discrete_timesteps:
+            return grid
+        return tuple(round(u * self.num_timesteps) / self.num_timesteps for u in grid)
+
+    def scales(self, asked: float | Sequence[float] | None, num_windows: int) -> tuple[float, ...]:
+        """The guidance scale of each window when sampling; `asked` wins over cfg_scale."""
+        scales = self.cfg_scale if asked is None else as_scales("guidance_scale", asked, num_windows)
+        return scales if isinstance(scales, tuple) else (scales,) * num_windows
+
+    def scale_in(self, window: int) -> float:
+        """The guidance scale that a student is sampled with in a window."""
+        return self.cfg_scale[window] if isinstance(self.cfg_scale, tuple) else self.cfg_scale
+
+
+_ONLY_FALSE = {
+    "use_kl": "the student's loss is chosen by `objective`",
+    "rescale_learned_sigmas": "the variance is kept as the teacher's by a loss of its own (learn_sigma=True)",
+    "sigma_small": "the sampler takes deterministic steps, so the size of random ones means nothing; leave it out",
+    "predict_xstart": "teacher and student predict noise (`prediction`); networks that predict clean data are not supported",
+}
+
+
+def path_of_keys(config: Mapping[str, Any]) -> str:
+    """The path that a config names: by its key `path`, or by keys that only rflow or only iddpm has; else "auto".
+
+    A config that replaced type="iddpm" or type="rflow" by "perflow" usually carries such keys.
+
+    Raises:
+        ValueError: keys of both, or keys of one and `path` naming the other.
+    """
+    named = config.get("path", "auto")
+    found = {path: [key for key in keys if key in config] for path, keys in PATH_KEYS.items()}
+    for path, other in (("linear", "ddpm"), ("ddpm", "linear")):
+        if found[path] and (found[other] or named == other):
+            raise ValueError(
+                f'{", ".join(found[path])} belong{"s" if len(found[path]) == 1 else ""} to path="{path}" '
+                f"({'rflow' if path == 'linear' else 'iddpm'}), but "
+                + (f'{", ".join(found[other])} to path="{other}"' if found[other] else f'the config says path="{other}"')
+                + "; keep those of the scheduler that the network was trained with"
+            )
+    if named == "auto":
+        return next((path for path, keys in found.items() if keys), "auto")
+    return named
+
+
+def read_config(config: Mapping[str, Any]) -> tuple[Recipe, Keys]:
+    """A scheduler's config as the method's keys and the host's.
+
+    Raises:
+        ValueError: a key that is unknown or was removed, or a value that is refused (received, accepted, remedy).
+    """
+    where = 'scheduler=dict(type="perflow")'
+    of_recipe, of_keys = ([f.name for f in fields(cls)] for cls in (Recipe, Keys))
+    refuse_removed_keys(where, config)
+    refuse_unknown(config, [*of_recipe, *of_keys], where)
+    keys = Keys(**{**{key: value for key, value in config.items() if key in of_keys}, "path": path_of_keys(config)})
+    recipe = Recipe(**{key: value for key, value in config.items() if key in of_recipe})
+    if keys.use_discrete_timesteps:
+        if (recipe.draws.per_solve or 1) > 1:
+            raise ValueError(
+                "use_discrete_timesteps draws whole timesteps as the host does, one a solution: it needs draws.per_solve=1 or "
+                f"None, got {recipe.draws.per_solve}"
+            )
+        recipe = replace(recipe, windows=recipe.windows.rounded(int(keys.num_timesteps)))
+    as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
+    if recipe.needs_one_scale:
+        refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)
+    return recipe, keys

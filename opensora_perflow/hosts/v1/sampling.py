@@ -1,0 +1,154 @@
+"""`sample` as the scripts of each tag call it: conditions and guidance of every step, around the method's sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.hosts.v1.conditions import Condition, Reference, put_back_reference, sampling_condition
+from opensora_perflow.hosts.v1.iddpm import guided_channels
+from opensora_perflow.hosts.v1.keys import Keys
+from opensora_perflow.hosts.v1.stdit import prediction_field
+from opensora_perflow.method.ddpm import DDPM
+from opensora_perflow.method.guidance import image_scale_ramp, oscillating_scale
+from opensora_perflow.method.long_video import fade_change
+from opensora_perflow.method.process import Process
+from opensora_perflow.method.sampler import FrameEdit, sample
+from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.method.warped import WarpedWindows
+from opensora_perflow.training.players import Player
+from opensora_perflow.training.recipe import Guidance
+
+
+@dataclass(frozen=True)
+class StepGuidance:
+    """How much guidance each sampling step has, and of which kind.
+
+    text, image: One scale a step. oscillate: Whether (text, image) oscillate.
+    """
+
+    guidance: Guidance
+    keys: Keys
+    text: Sequence[float]
+    image: Sequence[float]
+    oscillate: tuple[bool, bool]
+
+    @classmethod
+    def of(
+        cls,
+        guidance: Guidance,
+        keys: Keys,
+        text: Sequence[float],
+        image_scale: float | None,
+        oscillate: tuple[bool | None, bool | None],
+    ) -> StepGuidance:
+        """`image_scale` of all steps, None as by text; `oscillate` None: as the keys say."""
+        image = text if image_scale is None or guidance.folded else [image_scale] * len(text)
+        chosen = tuple(keys.use_oscillation_guidance if asked is None else asked for asked in oscillate)
+        return cls(guidance, keys, text, image, chosen)
+
+    def at(self, step: int, x: Tensor) -> dict[str, Any]:
+        """Guidance of one step for the state x [B, C, T, H, W], as `stdit.prediction_field` takes it."""
+        keys = self.keys
+        if self.guidance.folded:
+            told = self.guidance.mode == "range"
+            return {"told": torch.full((len(x),), self.text[step], dtype=torch.float64) if told else None}
+        text, image = (
+            oscillating_scale(scales[step], step, keys.force_num) if on else scales[step]
+            for scales, on in zip((self.text, self.image), self.oscillate)
+        )
+        if keys.scale_image_weight and image > keys.initial_image_scale:
+            image = image_scale_ramp(image, keys.initial_image_scale, step, len(self.text), x.shape[2])
+        return {"text_scale": text, "image_scale": image, "flaw_fix": keys.use_flaw_fix}
+
+
+@dataclass(frozen=True)
+class SamplingCall:
+    """The arguments of `PeRFlow.sample`, of whichever tag, in one form; tensors on the device where it samples."""
+
+    model: nn.Module
+    network: nn.Module
+    text_encoder: Any
+    x: Tensor
+    prompts: Sequence[str]
+    additional_args: Mapping[str, Any]
+    mask: Tensor | None
+    neg_prompts: Sequence[str] | None
+    reference: Reference | None
+    use_sdedit: bool
+    progress: bool
+
+    def condition(self, needs_null: bool) -> Condition:
+        return sampling_condition(
+            self.network,
+            self.text_encoder,
+            self.prompts,
+            negative_prompts=self.neg_prompts,
+            additional_args=self.additional_args,
+            reference=self.reference,
+            needs_null=needs_null,
+        )
+
+
+def reference_of(z_cond: Tensor | None, mask_index: Sequence[int] | None, device: torch.device | str) -> Reference | None:
+    """v1.3's reference frames; None where there are none.
+
+    Raises:
+        ValueError: frames are named and there are no latents of them.
+    """
+    if mask_index is None or len(mask_index) == 0:
+        return None
+    if z_cond is None:
+        raise ValueError(f"mask_index {list(mask_index)} names reference frames, but z_cond is None; pass both")
+    return Reference.of(z_cond.to(device).float(), mask_index)
+
+
+def sample_latents(
+    call: SamplingCall,
+    grid: Sequence[float],
+    windows: WarpedWindows,
+    guidance: StepGuidance,
+    process: Process,
+    prediction: str,
+) -> Tensor:
+    """Latents [B, C, T, H, W], float32, for a call.
+
+    Args:
+        call: See there.
+        grid: Times of the steps, untransformed, from 1 to 0.
+        windows: The student's.
+        guidance: Of each step.
+        process, prediction: What the network was trained on, and what its output stands for.
+    """
+    condition = call.condition(needs_null=not guidance.guidance.folded)
+    channels = guided_channels(guidance.keys.cfg_channel) if isinstance(process, DDPM) else None
+
+    def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
+        output = prediction_field(
+            call.model,
+            call.network,
+            condition,
+            to_timestep=process.to_timestep,
+            frame_mask=frame_mask,
+            guided_channels=channels,
+            **guidance.at(step, call.x),
+        )
+        return Player(output, process, prediction).velocity(windows.bounds)
+
+    before_step = None
+    if call.use_sdedit and call.reference is not None:
+        before_step = partial(put_back_reference, reference=call.reference, add_noise=process.add_noise)
+    joint, mask, kept, given = guidance.keys.long_video, call.mask, None, call.x
+    if joint is not None and call.reference is not None:
+        kept, given = call.reference.mask[:, 0, :, 0, 0] == 1, call.reference.latents
+    elif joint is not None and mask is not None:
+        kept = mask == 0
+        mask = mask.masked_fill(kept, joint.edit)
+    edit = None if mask is None else FrameEdit(mask, add_noise=process.add_noise)
+    clip = sample(field_at, call.x, windows.times(grid), edit=edit, before_step=before_step, progress=call.progress)
+    return clip if kept is None else fade_change(clip, given, kept, joint.frames)

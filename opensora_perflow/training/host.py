@@ -1,0 +1,72 @@
+"""What a training run asks of the host that it runs in: nine questions. hosts/ answers them; `Alone` is no host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Host(Protocol):
+    """Every process of a run asks, and the answers must lead all of them the same way."""
+
+    def seed(self) -> int | None:
+        """The run's seed; None where the host has none."""
+
+    def first_weights(self) -> str | None:
+        """Where the network's weights came from before any training; None where nobody knows."""
+
+    def resumed(self) -> tuple[str, bool] | None:
+        """The checkpoint that the run goes on from, and whether its steps are counted on; None for a run from the start."""
+
+    def trained_students(self, weights: str) -> bool:
+        """Did a PeRFlow run write these weights, as far as the host's own files tell?"""
+
+    def before_each_save(self, write: Callable[[Path], None]) -> None:
+        """Have `write(folder)` called, in one process, before a checkpoint is saved into a folder."""
+
+    def rank(self) -> int:
+        """Data-parallel rank: which share of the samples this process works on."""
+
+    def mean(self, value: float, device: torch.device | str) -> float:
+        """The mean of a number over all processes."""
+
+    def shared(self, *values: Any) -> Sequence[Any]:
+        """The values of the first of the processes that work on the same samples, in all of these."""
+
+    def settled(self, model: nn.Module) -> nn.Module:
+        """The network inside a wrapped model, with its weights complete."""
+
+
+class Alone:
+    """A run in a process of its own, without Open-Sora: the demo's, the benchmarks' and the tests'."""
+
+    def seed(self) -> None:
+        return None
+
+    def first_weights(self) -> None:
+        return None
+
+    def resumed(self) -> None:
+        return None
+
+    def trained_students(self, weights: str) -> bool:
+        return False
+
+    def before_each_save(self, write: Callable[[Path], None]) -> None:
+        return None
+
+    def rank(self) -> int:
+        return 0
+
+    def mean(self, value: float, device: torch.device | str = "cpu") -> float:
+        return value
+
+    def shared(self, *values: Tensor | Any) -> Sequence[Any]:
+        return values
+
+    def settled(self, model: nn.Module) -> nn.Module:
+        return model

@@ -1,0 +1,76 @@
+"""Players: networks in the conditions of one batch. Teacher, student and every helper network of an objective are players."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.method.draws import Drawn
+from opensora_perflow.method.process import Bounds, Process
+from opensora_perflow.method.solvers import Velocity, hold_frames
+from opensora_perflow.method.warped import WarpedWindows
+
+
+@dataclass(frozen=True)
+class Player:
+    """A network as a field of state and time: conditions and guidance are inside, and nothing else calls a network.
+
+    output: (x [B, ...], t [B]) -> what the network says, guided; shaped like x.
+    process: The noising process that the network was trained on.
+    prediction: What a student's output stands for, one of process.predictions.
+    moving: bool [B, T]; False marks frames that stand still. None: all move.
+    """
+
+    output: Velocity
+    process: Process
+    prediction: str
+    moving: Tensor | None = None
+
+    def velocity(self, bounds: Bounds) -> Velocity:
+        """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
+        return hold_frames(self.process.student(self.output, self.prediction, bounds), self.moving)
+
+    @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
+    def trajectory(self, x: Tensor, times: Tensor, solver: str) -> Tensor:
+        """States at times [S + 1, B] of the ODE that a teacher follows from x [B, ...]: [S + 1, B, ...]."""
+        return torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
+
+
+class Players(Protocol):
+    """The players of one batch; whoever builds them knows their host. Networks are those of the time of asking."""
+
+    student: Player
+    """As it is trained."""
+
+    def sampled(self, window: int) -> Player:
+        """The student as a sampler runs it in a window, guided where sampling is."""
+
+    def teacher(self, scale: float | Tensor) -> Player:
+        """The teacher, guided with one scale, or with one a sample [B]."""
+
+    def untrained(self) -> Player:
+        """The teacher's network in the student's part: a student before its first step."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a host hands over for one step, in the method's own words.
+
+    data, noise: [B, ...], float32; noise is the state at t = 1.
+    windows: The student's windows, warped for each sample.
+    drawn: This step's windows and times.
+    players: See `Players`.
+    scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
+    frame_weights: Loss weight of each frame, [B, T]; None: equal.
+    """
+
+    data: Tensor
+    noise: Tensor
+    windows: WarpedWindows
+    drawn: Drawn
+    players: Players
+    scale: float | Tensor
+    frame_weights: Tensor | None = None

@@ -1,0 +1,205 @@
+"""A training run: one step after the other, and what has to be remembered in between."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.method.draws import Drawn, draw
+from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.warped import WarpedWindows
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.curriculum import Curriculum
+from opensora_perflow.training.host import Host
+from opensora_perflow.training.monitor import Monitor
+from opensora_perflow.training.players import Batch
+from opensora_perflow.training.randomness import TrainingRandomness
+from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.training.state import StudentState, check_resumed, find_state, write_state
+from opensora_perflow.training.step import Objective, Solved, distil
+from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher
+
+logger = logging.getLogger("opensora_perflow")
+
+
+class TrainingRun:
+    """What a run remembers: its teacher, its place in the curriculum, its random numbers and what it measures itself on.
+
+    A run exists from the first training step on. `TrainingRun.begin` makes it.
+    """
+
+    def __init__(self, recipe: Recipe, host: Host, teacher: Teacher, curriculum: Curriculum | None) -> None:
+        self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
+        self.monitor = Monitor(recipe.watch)
+        self.randomness: TrainingRandomness | None = None
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        host: Host,
+        model: nn.Module,
+        curriculum: Curriculum | None,
+        describe: Callable[[TrainingRun], StudentState],
+    ) -> TrainingRun:
+        """The run that starts with this step, or goes on from a loaded checkpoint.
+
+        Args:
+            recipe, host: See there.
+            model: The student, wrapped or bare; its weights become the teacher's where the recipe names no other.
+            curriculum: The stages of the run, at their beginning.
+            describe: What is kept beside each checkpoint, see state.py.
+
+        Raises:
+            ValueError: no teacher can be had (see teacher.first_teacher), or the checkpoint was trained with other settings.
+        """
+        run = cls(recipe, host, first_teacher(recipe.teacher, model, host), curriculum)
+        run._resume(model, describe)
+        return run
+
+    @property
+    def windows(self) -> TimeWindows:
+        """The student's windows: the recipe's, or those of the curriculum's stage."""
+        return self.recipe.windows if self.curriculum is None else self.curriculum.current
+
+    @property
+    def solver_grids(self) -> Tensor:
+        """The teacher's steps in each window, [K, S + 1], float64, untransformed."""
+        if self.curriculum is not None:
+            return self.curriculum.solver_grids(self.recipe.teacher_steps)
+        edges = torch.tensor(self.windows.edges, dtype=torch.float64)
+        return linear_grid(edges[:-1], edges[1:], self.recipe.teacher_steps).T
+
+    def draw(
+        self,
+        windows: WarpedWindows,
+        generator: torch.Generator,
+        *,
+        grids: Sequence[TimeWindows] = (),
+        single: bool = False,
+        num_levels: int | None = None,
+        given: Tensor | None = None,
+        given_only: bool = False,
+    ) -> Drawn:
+        """This step's windows and times as the recipe wants them; `single`: one time a sample. Others as `draws.draw`."""
+        draws = self.recipe.draws
+        return draw(
+            windows,
+            solver_steps=self.recipe.teacher_steps if self.curriculum is None else self.solver_grids,
+            edge_mass=draws.edge_mass,
+            per_solve=1 if single else self.recipe.times_a_solve,
+            overlap=draws.overlap,
+            grids=grids,
+            num_levels=num_levels,
+            given=given,
+            given_only=given_only,
+            generator=generator,
+        )
+
+    def step(self, batch: Batch, objective: Objective, model: nn.Module) -> Tensor:
+        """The losses [B] of one step; with gradients enabled also what belongs after a step."""
+        loss = distil(batch, objective, self.segments)
+        if torch.is_grad_enabled():  # not where losses are only evaluated
+            if self._measures and not self.monitor.batches:
+                self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
+            self._measure(model)
+        return loss
+
+    @property
+    def segments(self) -> Solved:
+        """Where segments come from. A student of the stage before takes the Euler steps that it was trained for."""
+        solver = "euler" if self.teacher.is_student else self.recipe.teacher.solver
+        return Solved(self.recipe.draws.starts, solver, self.teacher.source)
+
+    def change(self, recipe: Recipe, curriculum: Curriculum | None) -> None:
+        """Go on with another recipe (Open-Sora's gradio app re-initialises its live scheduler). The teacher stays.
+
+        Raises:
+            ValueError: the recipe names another teacher, or needs the first one where a student took its place.
+        """
+        named, was = recipe.teacher.from_pretrained, self.recipe.teacher.from_pretrained
+        if named is not None and named != was:
+            raise ValueError(
+                f"this run is taught by {self.teacher.source}; teacher.from_pretrained={named!r} would change that in its "
+                "middle. Build a new scheduler for another teacher"
+            )
+        if self.teacher.is_student and curriculum is not self.curriculum:
+            raise ValueError(
+                f"this run is taught by {self.teacher.source}, and the first teacher is gone; another curriculum needs a new "
+                "scheduler"
+            )
+        measured_by = ("watch", "windows", "teacher", "guidance")
+        changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
+        if changed or curriculum is not self.curriculum:
+            self.monitor = Monitor(recipe.watch)
+        self.recipe, self.curriculum = recipe, curriculum
+
+    def _resume(self, model: nn.Module, describe: Callable[[TrainingRun], StudentState]) -> None:
+        """Count steps from where a loaded checkpoint stopped, and have the next checkpoints say where that is."""
+        recipe, loaded, steps = self.recipe, self.host.resumed(), 0
+        seed = self.host.seed() if recipe.draws.seed is None else recipe.draws.seed
+        found = None if loaded is None else find_state(loaded[0])
+        if found is not None:
+            state, where = found
+            if self.curriculum is not None and state.curriculum is not None and loaded[1]:
+                self.curriculum.restore(state.curriculum)
+                self.curriculum.forget_errors()  # the batches that they were measured on are not kept
+                if self.curriculum.teacher_is_student:
+                    self._teach_by(model)  # the checkpoint does not hold the student that taught until now
+            check_resumed(state, describe(self), where, recipe.allow_change)
+            seed, steps = state.draws.get("seed") if seed is None else seed, state.steps if loaded[1] else 0
+            logger.info("PeRFlow goes on after %d training steps (%s)", steps, where)
+        elif loaded is not None:
+            logger.info(
+                "PeRFlow counts its steps from 0: %s has no perflow.json, so nothing is known of its windows", loaded[0]
+            )
+        (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
+        self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
+        self.host.before_each_save(lambda folder: write_state(folder, describe(self)))
+
+    @property
+    def _measures(self) -> bool:
+        return self.monitor.watch is not None or self.curriculum is not None
+
+    def _measure(self, model: nn.Module) -> None:
+        """Measure where it is time to, say so, and begin the next stage where one has ended."""
+        curriculum, steps = self.curriculum, self.randomness.steps - 1  # the optimizer's step is to come
+        watched = self.monitor.wants_measurement(steps)
+        staged = curriculum is not None and curriculum.wants_measurement()
+        grids = self.solver_grids if watched or staged else None
+        if watched:
+            level, text = self.monitor.observe(steps, grids, self.host)
+            if self.randomness.rank == 0:  # the others would say the same
+                logger.log(level, text)
+        if staged and self._stage_ends(self.monitor.velocity_error(grids, self.host)):
+            if curriculum.teacher_is_student:
+                self._teach_by(model)
+            self.monitor.restart()
+        elif curriculum is not None:
+            curriculum.progress.step += 1
+
+    def _stage_ends(self, error: float) -> bool:
+        """Take note of a stage's error, and begin the next stage where this one has ended."""
+        curriculum = self.curriculum
+        if not curriculum.observe(error):
+            return False
+        logger.info(
+            "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
+            curriculum.current.num_windows,
+            curriculum.stages[curriculum.progress.stage + 1].num_windows,
+            curriculum.progress.step,
+            error,
+            curriculum.progress.best,
+        )
+        curriculum.advance()
+        return True
+
+    def _teach_by(self, model: nn.Module) -> None:
+        """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""
+        stage = self.curriculum.progress.stage + 1
+        self.teacher = self.teacher.replaced_by(
+            copy_frozen(self.host.settled(model)), f"the student, as it came to stage {stage} of the curriculum"
+        )

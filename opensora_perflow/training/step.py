@@ -1,0 +1,97 @@
+"""One step of PeRFlow (arXiv:2405.07510): solve each sample's window by the teacher, and match its straight line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.method.sampler import carry_to_windows
+from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.training.players import Batch, Player
+from opensora_perflow.training.teacher import check_finite
+
+Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
+"""objective(student, segment, t, frame_weights) -> loss [B]."""
+
+
+class Segments(Protocol):
+    """Where segments come from."""
+
+    def of(self, batch: Batch) -> Segment:
+        """The teacher's solution of the windows that were drawn."""
+
+
+def distil(batch: Batch, objective: Objective, segments: Segments) -> Tensor:
+    """The losses of one step: [B], float32, with the student's graph.
+
+    Args:
+        batch: What the host handed over.
+        objective: What is minimised at each drawn time, see objectives/.
+        segments: Where the teacher's solutions come from.
+    """
+    segment = segments.of(batch)
+    student = batch.players.student.velocity(segment.bounds)
+    # One evaluation a time, not one with repeated rows: conditions are made for the batch as it is.
+    losses = (objective(student, segment, t, batch.frame_weights) for t in batch.drawn.times)
+    return sum(loss * weight.to(loss.device, loss.dtype) for loss, weight in zip(losses, batch.drawn.weights))
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Segments that the teacher solves now.
+
+    starts: "student": windows start where the student itself arrives from noise; "diffused": at data with noise.
+    solver: A key of SOLVERS.
+    source: What the teacher is, in words, for errors.
+    """
+
+    starts: str
+    solver: str
+    source: str
+
+    def of(self, batch: Batch) -> Segment:
+        student, times = batch.players.student, batch.drawn.solver_times
+        x_start = reached(batch) if self.starts == "student" else diffused(batch, times[0])
+        states = solve(batch.players.teacher(batch.scale), x_start, times, self.solver, self.source)
+        units = student.process.output_units(student.prediction, lambda t: (times[0], times[-1]))
+        return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
+
+
+def solve(teacher: Player, x_start: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
+    """The teacher's states at `times` [S + 1, B], [S + 1, B, ...].
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    states = teacher.trajectory(x_start, times, solver)
+    check_finite(states[-1], times[0], times[-1], source)
+    return states
+
+
+def diffused(batch: Batch, t: Tensor) -> Tensor:
+    """Data with the noise of time t [B]; frames that stand still have as little as the process gives them."""
+    return held(batch, batch.players.student.process.add_noise(batch.data, batch.noise, t))
+
+
+@torch.no_grad()
+def reached(batch: Batch) -> Tensor:
+    """Where the student, sampled with one Euler step a window, reaches each sample's window."""
+    drawn, bounds = batch.drawn, batch.windows.bounds
+    return carry_to_windows(
+        lambda k: batch.players.sampled(k).velocity(bounds), held(batch, batch.noise), drawn.route, drawn.window_idx
+    )
+
+
+def held(batch: Batch, x: Tensor) -> Tensor:
+    """The state with its still frames put where training holds them."""
+    student = batch.players.student
+    if student.moving is None:
+        return x
+    process = student.process
+    still = process.add_noise(batch.data, batch.noise, torch.full_like(batch.drawn.t_start, process.still_time))
+    return torch.where(student.moving[:, None, :, None, None], x, still)
