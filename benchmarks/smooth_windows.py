@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from few_step import SCALES, Evaluation, Recipe, train
-from torch import Tensor, nn
+from torch import nn
 from worlds import MixtureWorld
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
-from opensora_perflow.conventions import host_to_velocity, to_timestep
 from opensora_perflow.method.metrics import endpoint_error, velocity_jump
+from opensora_perflow.method.process import Linear
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.worlds.mixture import NUM_TIMESTEPS
 
@@ -67,12 +67,10 @@ def edge_jumps(student: nn.Module, evaluation: Evaluation, windows: int = 4) -> 
     noise = evaluation.noise
     edges = torch.linspace(1, 0, windows + 1, dtype=torch.float64)[:, None].expand(-1, len(noise))
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return host_to_velocity(student(x, to_timestep(t, NUM_TIMESTEPS), y))
-
+    velocity = Linear(NUM_TIMESTEPS).student(lambda x, timestep: student(x, timestep, y), "velocity", None)
     jumps = []
     for k in range(1, windows):
-        x = carry_to_windows(velocity, noise, edges, torch.full((len(noise),), k))
+        x = carry_to_windows([velocity] * windows, noise, edges, torch.full((len(noise),), k))
         jumps.append(velocity_jump(velocity, x, edges[k], JUMP_DISTANCE))
     return statistics.mean(jump**2 for jump in jumps) ** 0.5
 

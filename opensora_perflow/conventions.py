@@ -17,7 +17,6 @@ method/ddpm.py has that process, its times and its way to a velocity.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -51,18 +50,3 @@ def unshift_time(t: Tensor, ratio: Tensor | float | None) -> Tensor:
 def shift_grid(u: Tensor, batch_size: int, ratio: Tensor | None) -> Tensor:
     """Untransformed times [n] -> flow times of each of `batch_size` samples, [n, B]; `ratio` [B] as in `shift_time`."""
     return shift_time(u[:, None].expand(-1, batch_size), ratio)
-
-
-def to_timestep(t: Tensor, num_timesteps: int) -> Tensor:
-    """Flow time in [0, 1] -> the host's float32 timestep in [0, num_timesteps]."""
-    return (t * num_timesteps).to(torch.float32)
-
-
-def from_timestep(timestep: Tensor, num_timesteps: int) -> Tensor:
-    """The host's timestep in [0, num_timesteps] -> flow time in [0, 1], float64."""
-    return timestep.to(torch.float64) / num_timesteps
-
-
-def host_to_velocity(prediction: Tensor) -> Tensor:
-    """The host's rectified-flow output, data - noise -> velocity dx/dt = noise - data. Its own inverse."""
-    return -prediction

@@ -16,7 +16,6 @@ def test_velocity_points_from_data_to_noise():
     x_next = c.interpolate(data, noise, t + 1e-3)
     # The path is straight: a finite difference is its derivative up to rounding (1e-16 / 1e-3).
     torch.testing.assert_close((x_next - c.interpolate(data, noise, t)) / 1e-3, noise - data, atol=1e-11, rtol=0)
-    torch.testing.assert_close(c.host_to_velocity(data - noise), noise - data)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 1.0, 5.1])
@@ -32,10 +31,3 @@ def test_shift_fixes_the_ends_and_has_an_inverse(ratio):
 def test_no_ratio_is_no_shift():
     u = torch.rand(5)
     assert c.shift_time(u, None) is u and c.unshift_time(u, None) is u
-
-
-def test_timesteps_round_trip_in_float64():
-    t = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
-    timestep = c.to_timestep(t, 1000)
-    assert timestep.dtype == torch.float32 and timestep.tolist() == [0.0, 250.0, 1000.0]
-    assert torch.equal(c.from_timestep(timestep, 1000), t)

@@ -274,9 +274,7 @@ def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window(quick):
     assert scheduler.curriculum.progress.stage == 1 and len(segment.states) == 3
     path, prediction = scheduler.process_of(network)
     edges = segment.times
-    output = stdit.prediction_field(
-        network, network, conditions.training_condition(network, args), to_timestep=path.to_timestep, frame_mask=None
-    )
+    output = stdit.network_output(network, network, conditions.training_condition(network, args))
     student = path.student(output, prediction, lambda t: (edges[0], edges[1]))
     with torch.no_grad():
         reached = euler_step(student, segment.states[0], edges[0], edges[1])

@@ -307,8 +307,7 @@ def test_reference_frames_are_guided_with_the_scale_of_each_sample():
     t, scales = torch.tensor([0.9, 0.4], dtype=torch.float64), [2.0, 5.0]
 
     def output(text, image):
-        settings = dict(to_timestep=lambda t: 1000 * t, text_scale=text, image_scale=image)
-        return stdit.prediction_field(network, network, condition, **settings)(x, t)
+        return stdit.network_output(network, network, condition, text_scale=text, image_scale=image)(x, 1000 * t)
 
     together = torch.tensor(scales, dtype=torch.float64)
     for i, scale in enumerate(scales):

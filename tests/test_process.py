@@ -13,6 +13,21 @@ from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
 PATH = DDPM.from_schedule()
+
+
+class ToldTime(DDPM):
+    """A network that is told the flow time itself: its answers are exact, where whole float32 timesteps round."""
+
+    def to_timestep(self, t):
+        return t
+
+
+class LinearToldTime(Linear):
+    def to_timestep(self, t):
+        return t
+
+
+EXACT = ToldTime.from_schedule()
 UNEQUAL = TimeWindows((1.0, 0.62, 0.31, 0.05, 0.0))
 
 
@@ -97,7 +112,7 @@ def test_a_table_that_rises_is_refused():
 def test_an_euler_step_is_a_ddim_step():
     x, eps = torch.randn(2, 3, 5, dtype=F64)
     t, t_next = torch.tensor([[1.0, 0.5, 0.03], [0.7, 0.05, 0.0]], dtype=F64)
-    got = last_state(PATH, lambda state, time: eps, x, torch.stack([t, t_next]))
+    got = last_state(EXACT, lambda state, time: eps, x, torch.stack([t, t_next]))
     a, a_next, s, s_next = (v[:, None] for v in (PATH.alpha(t), PATH.alpha(t_next), PATH.sigma(t), PATH.sigma(t_next)))
     data = (x - s * eps) / a
     torch.testing.assert_close(got, a_next * data + s_next * eps, rtol=1e-12, atol=1e-12)
@@ -111,10 +126,10 @@ def test_order_on_unequal_windows(method, order):
     """
     window_idx = torch.arange(4 if order == 1 else 3)
     t, t_end = UNEQUAL.bounds(window_idx)
-    field, x = DiffusedGaussian(PATH), torch.tensor([[0.3], [-1.2], [1.9], [0.5]], dtype=F64)[window_idx]
+    field, x = DiffusedGaussian(EXACT), torch.tensor([[0.3], [-1.2], [1.9], [0.5]], dtype=F64)[window_idx]
     steps = [32, 64, 128, 256]
     errors = [
-        (last_state(PATH, field, x, linear_grid(t, t_end, n), method=method) - field.exact(x, t, t_end)).abs()[:, 0]
+        (last_state(EXACT, field, x, linear_grid(t, t_end, n), method=method) - field.exact(x, t, t_end)).abs()[:, 0]
         for n in steps
     ]
     for window, error in enumerate(torch.stack(errors).T.tolist()):
@@ -123,8 +138,8 @@ def test_order_on_unequal_windows(method, order):
 
 def test_the_network_is_asked_at_the_grid_and_nowhere_else():
     t, t_end = UNEQUAL.bounds(torch.arange(4))
-    field, times = DiffusedGaussian(PATH), linear_grid(t, t_end, 5)
-    last_state(PATH, field, torch.randn(4, 1, dtype=F64), times)
+    field, times = DiffusedGaussian(EXACT), linear_grid(t, t_end, 5)
+    last_state(EXACT, field, torch.randn(4, 1, dtype=F64), times)
     torch.testing.assert_close(torch.stack(field.times), times[:-1], rtol=0, atol=1e-12)
 
 
@@ -146,7 +161,7 @@ def test_frozen_frames_stay_what_they_are(path):
 def test_on_the_linear_path_the_output_is_minus_the_velocity():
     field, x = Gaussian(), torch.randn(3, 2, dtype=F64)
     times = linear_grid(torch.full((3,), 0.9, dtype=F64), torch.tensor([0.5, 0.2, 0.0], dtype=F64), 400)
-    end = last_state(Linear(), lambda state, t: -field(state, t), x, times, method="heun")
+    end = last_state(LinearToldTime(), lambda state, t: -field(state, t), x, times, method="heun")
     torch.testing.assert_close(end, field.exact(x, times[0], times[-1]), rtol=0, atol=1e-5)  # heun: 1/400^2
 
 
@@ -194,3 +209,18 @@ def test_predictions_are_the_paths():
     assert check_prediction(Linear(), "auto") == "velocity" and check_prediction(PATH, "auto") == "ddim_eps"
     with pytest.raises(ValueError, match="prediction='diff_eps' needs an epsilon network"):
         check_prediction(Linear(), "diff_eps")
+
+
+def test_timesteps_of_a_rectified_flow_round_trip_in_float64():
+    t = torch.tensor([0.0, 0.25, 1.0], dtype=F64)
+    timestep = Linear(1000).to_timestep(t)
+    assert timestep.dtype == torch.float32 and timestep.tolist() == [0.0, 250.0, 1000.0]
+    assert torch.equal(Linear(1000).from_timestep(timestep), t)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_networks_sign_is_that_of_its_host(sign):
+    x, t = torch.randn(2, 3), torch.tensor([0.2, 0.9], dtype=F64)
+    told = []
+    velocity = Linear(1000, sign).student(lambda state, timestep: told.append(timestep) or state, "velocity", None)
+    assert torch.equal(velocity(x, t), sign * x) and told[0].tolist() == [200.0, 900.0]

@@ -5,7 +5,7 @@ import torch
 from networks import PROMPTS, CountCalls, Reference13, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow.hosts.v1 import conditions, stdit
-from opensora_perflow.hosts.v1.network import declares, null_text, text_dropout, without_text_dropout
+from opensora_perflow.hosts.v1.network import declares, null_text, text_dropout
 from opensora_perflow.method.guidance import classifier_free, text_and_image
 
 T = torch.tensor([0.9, 0.4], dtype=torch.float64)
@@ -126,13 +126,15 @@ def test_text_dropout_is_the_networks_own_and_off_outside_training():
     network = tiny_network(class_dropout_prob=0.3)
     assert text_dropout(network) == 0.0 and text_dropout(network.train()) == pytest.approx(0.3)
     seen = []
-    call = without_text_dropout(lambda *inputs, **named: seen.append((network.y_embedder.uncond_prob, inputs, named)), network)
+    call = stdit.without_text_dropout(
+        lambda *inputs, **named: seen.append((network.y_embedder.uncond_prob, inputs, named)), network
+    )
     call(1, mask=2)
     assert seen == [(0.0, (1,), {"mask": 2})] and network.y_embedder.uncond_prob == pytest.approx(0.3)
     with pytest.raises(ZeroDivisionError):
-        without_text_dropout(lambda: 1 / 0, network)()
+        stdit.without_text_dropout(lambda: 1 / 0, network)()
     assert network.y_embedder.uncond_prob == pytest.approx(0.3)
-    assert without_text_dropout(lambda **named: named, Reference13())() == {"text_uncond_prob": 0.0}
+    assert stdit.without_text_dropout(lambda **named: named, Reference13())() == {"text_uncond_prob": 0.0}
 
 
 # --- v1.3's reference frames ---

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.method.process import Bounds
+from opensora_perflow.method.process import Bounds, Output
 from opensora_perflow.method.solvers import Velocity, states
 
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
@@ -179,7 +179,7 @@ class DDPM:
         return ((timestep.to(torch.float64) + 1.0) / self.num_timesteps).clamp(0.0, 1.0)
 
     def states(
-        self, output: Velocity, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
+        self, output: Output, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
     ) -> Iterator[Tensor]:
         r"""Follow the probability-flow ODE d(x / alpha) / d(sigma / alpha) = epsilon(x, t). Euler steps of it are DDIM steps:
 
@@ -196,15 +196,15 @@ class DDPM:
 
         def slope(y: Tensor, noise_ratio: Tensor) -> Tensor:
             t = self.time_of(noise_ratio)
-            return output(still(y * expand_like(self.alpha(t), y)), t)
+            return output(still(y * expand_like(self.alpha(t), y)), self.to_timestep(t))
 
         carried = states(slope, x / expand_like(self.alpha(times[0]), x), self.noise_ratio(times), method=method)
         for y, t in zip(carried, times):
             yield still(y * expand_like(self.alpha(t), x))
 
-    def student(self, output: Velocity, prediction: str, bounds: Bounds) -> Velocity:
+    def student(self, output: Output, prediction: str, bounds: Bounds) -> Velocity:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return to_velocity(output(x, t), x, t, self.edges(*bounds(t)), prediction)
+            return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
 
         return velocity
 

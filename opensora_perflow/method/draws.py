@@ -76,20 +76,18 @@ def draw(
         u = torch.rand(windows.batch_size, dtype=torch.float64, device=device, generator=generator)
     if not given_only and num_levels is None:
         u = fill_evenly(u, windows.windows)
-    t = given if given_only else shift_time(u, ratio)
     placed = place_windows([windows.windows, *grids], u, overlap=overlap, generator=generator)
     if isinstance(solver_steps, Tensor):
         grid = solver_steps.to(device)[placed.window_idx].T
     else:
         grid = linear_grid(placed.u_start, placed.u_end, solver_steps)
-    solver_times = shift_time(grid, ratio)
-    times, weights = t[None], torch.ones_like(t)[None]
+    times, weights = u[None], torch.ones_like(u)[None]
     if not given_only:
         # 1 - [0, 1): a window holds its noisy edge and not its clean one.
-        more = 1.0 - torch.rand((per_solve - 1, len(t)), dtype=torch.float64, device=device, generator=generator)
-        times = torch.cat([shift_time(placed.times(more), ratio), times])
-        times, weights = mix_in_edge(times, solver_times[0], edge_mass, generator)
-    return Drawn(placed.window_idx, shift_time(placed.route, ratio), solver_times, times, weights)
+        more = 1.0 - torch.rand((per_solve - 1, len(u)), dtype=torch.float64, device=device, generator=generator)
+        times, weights = mix_in_edge(torch.cat([placed.times(more), times]), grid[0], edge_mass, generator)
+    times = given[None] if given_only else shift_time(times, ratio)
+    return Drawn(placed.window_idx, shift_time(placed.route, ratio), shift_time(grid, ratio), times, weights)
 
 
 def fill_evenly(u: Tensor, windows: TimeWindows) -> Tensor:

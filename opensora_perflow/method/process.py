@@ -9,17 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from opensora_perflow.conventions import from_timestep, interpolate, to_timestep
+from opensora_perflow.conventions import interpolate
 from opensora_perflow.method.solvers import Velocity, hold_frames, states
+
+Output = Callable[[Tensor, Tensor], Tensor]
+"""output(x, timestep): what a network says, guided, for states x [B, ...] and told timesteps [B]; shaped like x."""
 
 Bounds = Callable[[Tensor], "tuple[Tensor, Tensor]"]
 """bounds(t) -> (t_start, t_end): the window that each sample's time lies in; all [B], float64."""
 
 
 class Process(Protocol):
-    """What training and sampling need of a process. `output(x, t)` is a network's guided output, shaped like x [B, ...]."""
+    """What training and sampling need of a process, which also knows what a network is told instead of a flow time."""
 
     num_timesteps: int
     """Size of the network's timestep range."""
@@ -38,11 +42,11 @@ class Process(Protocol):
     def from_timestep(self, timestep: Tensor) -> Tensor:
         """The host's timestep -> flow time in [0, 1], float64."""
 
-    def states(self, output: Velocity, x: Tensor, times: Tensor, *, method: str, frame_mask: Tensor | None) -> Iterator[Tensor]:
+    def states(self, output: Output, x: Tensor, times: Tensor, *, method: str, frame_mask: Tensor | None) -> Iterator[Tensor]:
         """Carry x along times [S + 1, B] with a teacher's output, yielding the state at each; frames [B, T] that are False in
         the mask stand still."""
 
-    def student(self, output: Velocity, prediction: str, bounds: Bounds) -> Velocity:
+    def student(self, output: Output, prediction: str, bounds: Bounds) -> Velocity:
         """A student's output as the velocity dx/dt of its window's straight line."""
 
     def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
@@ -67,18 +71,18 @@ class Linear:
         return interpolate(data, noise, t)
 
     def to_timestep(self, t: Tensor) -> Tensor:
-        return to_timestep(t, self.num_timesteps)
+        return (t * self.num_timesteps).to(torch.float32)
 
     def from_timestep(self, timestep: Tensor) -> Tensor:
-        return from_timestep(timestep, self.num_timesteps).clamp(0.0, 1.0)
+        return (timestep.to(torch.float64) / self.num_timesteps).clamp(0.0, 1.0)
 
     def states(
-        self, output: Velocity, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
+        self, output: Output, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
     ) -> Iterator[Tensor]:
         return states(hold_frames(self.student(output, "velocity", None), frame_mask), x, times, method=method)
 
-    def student(self, output: Velocity, prediction: str, bounds: Bounds | None) -> Velocity:
-        return output if self.sign == 1 else lambda x, t: -output(x, t)
+    def student(self, output: Output, prediction: str, bounds: Bounds | None) -> Velocity:
+        return lambda x, t: self.sign * output(x, self.to_timestep(t))
 
     def output_units(self, prediction: str, bounds: Bounds) -> None:
         return None

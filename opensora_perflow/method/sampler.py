@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -110,13 +110,13 @@ def sample(
     return x
 
 
-def carry_to_windows(field_in: Callable[[int], Velocity], noise: Tensor, edges: Tensor, window_idx: Tensor) -> Tensor:
+def carry_to_windows(fields: Sequence[Velocity], noise: Tensor, edges: Tensor, window_idx: Tensor) -> Tensor:
     """Carry noise down to the noisy edge of each sample's window, one Euler step a window: states that a sampler meets.
 
     Args:
-        field_in: field_in(k) -> the student's field in window k; called max(window_idx) times with the whole batch. Samples
-            that have arrived go along, so that every call has the batch its condition was made for, and their results are
-            dropped.
+        fields: The student's field in each window but perhaps the last; those of the first max(window_idx) are called once
+            each, with the whole batch. Samples that have arrived go along, so that every call has the batch its condition was
+            made for, and their results are dropped.
         noise: State at t = 1, [B, ...], float32.
         edges: Window edges of each sample, [K + 1, B], float64, descending from 1 to 0.
         window_idx: [B], 0 is the noisiest window, whose start is the noise itself.
@@ -127,5 +127,5 @@ def carry_to_windows(field_in: Callable[[int], Velocity], noise: Tensor, edges: 
     x = noise
     for k in range(int(window_idx.max())):
         on_its_way = (window_idx > k).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
-        x = torch.where(on_its_way, euler_step(field_in(k), x, edges[k], edges[k + 1]), x)
+        x = torch.where(on_its_way, euler_step(fields[k], x, edges[k], edges[k + 1]), x)
     return x

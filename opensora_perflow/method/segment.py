@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Segment:
             (t - self.t_start) / (self.t_end - self.t_start), self.x_start
         )
 
-    @property
+    @cached_property
     def velocity(self) -> Tensor:
         """dx/dt of the line, the same for every t of the window."""
         return (self.x_end - self.x_start) / expand_like(self.t_end - self.t_start, self.x_start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 
 import torch
@@ -49,11 +50,11 @@ class TimeWindows:
             raise ValueError(f"the number of windows must be an integer >= 1, got {num_windows!r}; write windows=4")
         return cls(tuple(1.0 - k / num_windows for k in range(num_windows)) + (0.0,))
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         return self.edges == TimeWindows.uniform(self.num_windows).edges
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
         return len(self.edges) - 1
 

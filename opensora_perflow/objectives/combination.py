@@ -33,9 +33,11 @@ def combine(value: Any) -> Objective:
     if not items:
         raise ValueError("objective must name at least one objective, got an empty list")
     terms = [_term(item) for item in items]
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return terms[0][1]
 
     def weighted_sum(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tensor | None = None) -> Tensor:
-        field = remember_last(student) if len(terms) > 1 else student
+        field = remember_last(student)
         return sum(weight * objective(field, segment, t, frame_weights) for weight, objective in terms)
 
     return weighted_sum
@@ -54,8 +56,8 @@ def _term(value: Any) -> tuple[float, Objective]:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"unknown key(s) {unknown} for objective {name!r}; known: {', '.join(['weight', *known])}")
-    objective = partial(objective, **settings)
     if settings:
+        objective = partial(objective, **settings)
         _try(objective, name, settings)
     return float(weight), objective
 

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.method.draws import Drawn
-from opensora_perflow.method.process import Bounds, Process
+from opensora_perflow.method.process import Bounds, Output, Process
 from opensora_perflow.method.solvers import Velocity, hold_frames
 from opensora_perflow.method.warped import WarpedWindows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Player:
     """A network as a field of state and time: conditions and guidance are inside, and nothing else calls a network.
 
-    output: (x [B, ...], t [B]) -> what the network says, guided; shaped like x.
+    output: What the network says, guided, see `process.Output`.
     process: The noising process that the network was trained on.
     prediction: What a student's output stands for, one of process.predictions.
     moving: bool [B, T]; False marks frames that stand still. None: all move.
     """
 
-    output: Velocity
+    output: Output
     process: Process
     prediction: str
     moving: Tensor | None = None
@@ -46,7 +46,7 @@ class Players(Protocol):
     """As it is trained."""
 
     def sampled(self, window: int) -> Player:
-        """The student as a sampler runs it in a window, guided where sampling is."""
+        """The student as a sampler runs it in a window, guided where sampling is; one player where windows are guided alike."""
 
     def teacher(self, scale: float | Tensor) -> Player:
         """The teacher, guided with one scale, or with one a sample [B]."""

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class Guidance:
                 'mode="fixed"'
             )
 
-    @property
+    @cached_property
     def folded(self) -> bool:
         """Whether guidance is in the student's weights: it is sampled with one evaluation a step, and trained without text
         dropout."""
@@ -270,14 +271,14 @@ class Recipe:
             return "a curriculum merges windows"
         return "draws.grids trains windows of other grids" if self.draws.grids else ""
 
-    @property
+    @cached_property
     def times_a_solve(self) -> int:
         """Times that one solution of the teacher feeds."""
         if self.draws.per_solve is not None:
             return int(self.draws.per_solve)
         return 1 if self.draws.edge_mass == 1 else 2
 
-    @property
+    @cached_property
     def teacher_steps(self) -> int:
         """The teacher's steps in each window."""
         each = self.teacher.steps_per_window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -36,9 +37,12 @@ def distil(batch: Batch, objective: Objective, segments: Segments) -> Tensor:
     """
     segment = segments.of(batch)
     student = batch.players.student.velocity(segment.bounds)
+    total = 0.0
     # One evaluation a time, not one with repeated rows: conditions are made for the batch as it is.
-    losses = (objective(student, segment, t, batch.frame_weights) for t in batch.drawn.times)
-    return sum(loss * weight.to(loss.device, loss.dtype) for loss, weight in zip(losses, batch.drawn.weights))
+    for t, weight in zip(batch.drawn.times, batch.drawn.weights):
+        loss = objective(student, segment, t, batch.frame_weights)
+        total = total + loss * weight.to(loss.device, loss.dtype)
+    return total
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,10 @@ def diffused(batch: Batch, t: Tensor) -> Tensor:
 @torch.no_grad()
 def reached(batch: Batch) -> Tensor:
     """Where the student, sampled with one Euler step a window, reaches each sample's window."""
-    drawn, bounds = batch.drawn, batch.windows.bounds
-    return carry_to_windows(
-        lambda k: batch.players.sampled(k).velocity(bounds), held(batch, batch.noise), drawn.route, drawn.window_idx
-    )
+    drawn, players = batch.drawn, batch.players
+    field = cache(lambda player: player.velocity(batch.windows.bounds))  # windows that are guided alike share a player
+    fields = [field(players.sampled(k)) for k in range(int(drawn.window_idx.max()))]
+    return carry_to_windows(fields, held(batch, batch.noise), drawn.route, drawn.window_idx)
 
 
 def held(batch: Batch, x: Tensor) -> Tensor:

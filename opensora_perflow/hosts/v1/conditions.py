@@ -91,7 +91,9 @@ def training_condition(
         if null is None:
             raise ValueError("prompts cannot be dropped: the network has no null text; use the model's class_dropout_prob=0")
         text = torch.where(drop.to(text.device)[:, None, None, None], null, text)
-    condition = Condition(text, model_args.get("mask"), null, strict_null=null, extras=_extras(network, model_args))
+    condition = Condition(
+        text, model_args.get("mask"), null, strict_null=null, extras=accepted_arguments(network, model_args, _OWN_ARGUMENTS)
+    )
     return condition if negative is None else with_negative(condition, negative)
 
 
@@ -120,7 +122,15 @@ def sampling_condition(
         negative = encode_text(text_encoder, negative_prompts)
         null, null_mask = negative["y"], negative.get("mask")
     extras = {**{key: value for key, value in encoded.items() if key not in ("y", "mask")}, **additional_args}
-    return Condition(encoded["y"], encoded.get("mask"), null, null_mask, strict_null, reference, _extras(network, extras))
+    return Condition(
+        encoded["y"],
+        encoded.get("mask"),
+        null,
+        null_mask,
+        strict_null,
+        reference,
+        accepted_arguments(network, extras, _OWN_ARGUMENTS),
+    )
 
 
 def draw_reference_drop(drop_condition: Mapping[str, float] | None, generator: torch.Generator) -> tuple[bool, bool]:
@@ -174,7 +184,3 @@ def reference_frame_weights(reference: Reference, weight: float) -> Tensor:
     weights = torch.full((batch_size, num_frames), other, device=reference.latents.device)
     weights[:, list(reference.frames)] = weight
     return weights
-
-
-def _extras(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return accepted_arguments(network, {key: value for key, value in arguments.items() if key not in _OWN_ARGUMENTS})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,11 +70,14 @@ def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
     return _signature(getattr(network.forward, "__func__", network.forward))
 
 
-def accepted_arguments(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the network's forward takes by keyword. (STDiT2 has no **kwargs, STDiT3 has.)"""
+def accepted_arguments(network: nn.Module, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """Those of the arguments that the network's forward takes by keyword, but those named in `without`.
+
+    STDiT2 has no **kwargs, STDiT3 has.
+    """
     parameters = _parameters(network)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return {name: value for name, value in arguments.items() if takes_all or name in parameters}
+    return {name: value for name, value in arguments.items() if name not in without and (takes_all or name in parameters)}
 
 
 def declares(network: nn.Module, name: str) -> bool:
@@ -111,25 +114,3 @@ def text_dropout(network: nn.Module) -> float:
     if not network.training or takes_projected_text(network):
         return 0.0
     return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0))
-
-
-def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
-    """A network's call that keeps the network from dropping prompts on its own, unseen.
-
-    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; the draw also takes the
-    CPU's random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
-    """
-    if declares(network, "text_uncond_prob"):
-        return partial(call, text_uncond_prob=0.0)
-    embedder = getattr(network, "y_embedder", None)
-    if getattr(embedder, "uncond_prob", None) is None:
-        return call
-
-    def quiet(*inputs: Any, **named: Any) -> Tensor:
-        probability, embedder.uncond_prob = embedder.uncond_prob, 0.0
-        try:
-            return call(*inputs, **named)
-        finally:
-            embedder.uncond_prob = probability
-
-    return quiet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.conditions import Condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.stdit import prediction_field
+from opensora_perflow.hosts.v1.stdit import network_output
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Process
 from opensora_perflow.training.players import Player
@@ -49,17 +49,27 @@ class TrainingPlayers:
         return self._player(self.call, self.network, self.student_condition, told=self.told)
 
     def sampled(self, window: int) -> Player:
+        return self._sampled_with(self.keys.scale_in(window) if self._synced else 1.0)
+
+    @cached_property
+    def _synced(self) -> bool:
         # A network without a null text cannot be guided.
-        synced = not self.recipe.guidance.folded and self.student_condition.null is not None
-        scale = self.keys.scale_in(window) if synced else 1.0
-        return self._player(
-            self.model,
-            self.network,
-            self.student_condition,
-            text_scale=scale,
-            image_scale=scale,
-            flaw_fix=self.keys.use_flaw_fix and synced,
-            told=self.told,
+        return not self.recipe.guidance.folded and self.student_condition.null is not None
+
+    @cached_property
+    def _sampled_with(self) -> Callable[[float], Player]:
+        """The player that is guided with a scale, made once."""
+        flaw_fix = self.keys.use_flaw_fix and self._synced
+        return cache(
+            lambda scale: self._player(
+                self.model,
+                self.network,
+                self.student_condition,
+                text_scale=scale,
+                image_scale=scale,
+                flaw_fix=flaw_fix,
+                told=self.told,
+            )
         )
 
     def teacher(self, scale: float | Tensor) -> Player:
@@ -84,11 +94,10 @@ class TrainingPlayers:
 
     def _player(self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, **guidance: Any) -> Player:
         channels = guided_channels(self.keys.cfg_channel) if isinstance(self.process, DDPM) else None
-        output = prediction_field(
+        output = network_output(
             call,
             network,
             condition,
-            to_timestep=self.process.to_timestep,
             frame_mask=self.moving,
             guided_channels=channels,
             **guidance,

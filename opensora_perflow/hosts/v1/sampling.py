@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.conditions import Condition, Reference, put_back_reference, sampling_condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.stdit import prediction_field
+from opensora_perflow.hosts.v1.stdit import network_output
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.method.long_video import fade_change
@@ -53,7 +53,7 @@ class StepGuidance:
         return cls(guidance, keys, text, image, chosen)
 
     def at(self, step: int, x: Tensor) -> dict[str, Any]:
-        """Guidance of one step for the state x [B, C, T, H, W], as `stdit.prediction_field` takes it."""
+        """Guidance of one step for the state x [B, C, T, H, W], as `stdit.network_output` takes it."""
         keys = self.keys
         if self.guidance.folded:
             told = self.guidance.mode == "range"
@@ -129,11 +129,10 @@ def sample_latents(
     channels = guided_channels(guidance.keys.cfg_channel) if isinstance(process, DDPM) else None
 
     def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
-        output = prediction_field(
+        output = network_output(
             call.model,
             call.network,
             condition,
-            to_timestep=process.to_timestep,
             frame_mask=frame_mask,
             guided_channels=channels,
             **guidance.at(step, call.x),

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.conventions import expand_like, host_to_velocity, to_timestep
+from opensora_perflow.conventions import expand_like
 from opensora_perflow.hosts.v1.conditions import Condition
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, weights_dtype, without_text_dropout
+from opensora_perflow.hosts.v1.network import accepted_arguments, declares, weights_dtype
 from opensora_perflow.hosts.v1.scale_input import told_scale
 from opensora_perflow.method.guidance import classifier_free, rescale_to_cond, text_and_image
+from opensora_perflow.method.process import Linear, Output
 from opensora_perflow.method.solvers import Velocity
 
 
@@ -33,26 +34,24 @@ class Branch(NamedTuple):
 FULL, NO_TEXT, NOTHING = Branch(True, True), Branch(False, True), Branch(False, False)
 
 
-def prediction_field(
+def network_output(
     call: Callable[..., Tensor],
     network: nn.Module,
     condition: Condition,
     *,
-    to_timestep: Callable[[Tensor], Tensor],
     frame_mask: Tensor | None = None,
     text_scale: float | Tensor = 1.0,
     image_scale: float | Tensor = 1.0,
     guided_channels: int | None = None,
     flaw_fix: bool = False,
     told: Tensor | None = None,
-) -> Velocity:
-    """The network under a condition, guided, as a field prediction(x, t): what it outputs, without its variance half.
+) -> Output:
+    """The network under a condition, guided: what it outputs for states and timesteps, without its variance half.
 
     Args:
         call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one).
         network: The network itself, to read its signature and its text dropout.
         condition: Text, reference frames and sizes for B samples.
-        to_timestep: Flow time -> what the network is told.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
         text_scale: Classifier-free guidance by text, a number or one a sample [B]; 1 = none, one evaluation of B samples
             instead of two (a tensor always takes two).
@@ -64,7 +63,7 @@ def prediction_field(
         told: Guidance scales [B] that the network is told as an input, see hosts/scale_input.py; None: it takes none.
 
     Returns:
-        prediction(x, t): x [B, C, T, H, W], t [B] in [0, 1] -> [B, C, T, H, W], float32.
+        output(x, timestep): x [B, C, T, H, W], timestep [B] -> [B, C, T, H, W], float32.
 
     Raises:
         ValueError: guidance without null text, an argument that this network's forward does not take, or a network that cannot
@@ -81,11 +80,11 @@ def prediction_field(
     quiet = without_text_dropout(call, network)
     telling = nullcontext if told is None else partial(told_scale, network, told.repeat(len(branches)))
 
-    def prediction(x: Tensor, t: Tensor) -> Tensor:
-        timestep = to_timestep(t.to(x.device))
+    def output(x: Tensor, timestep: Tensor) -> Tensor:
+        timestep = timestep.to(x.device).repeat(len(branches))
         with telling():
-            output = quiet(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep.repeat(len(branches)), **inputs)
-        parts = halves(output, x.shape[1])[0].chunk(len(branches))
+            said = quiet(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
+        parts = halves(said, x.shape[1])[0].chunk(len(branches))
         if len(parts) == 3:
             return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
         if len(parts) == 2:
@@ -95,7 +94,7 @@ def prediction_field(
             return rescale_to_cond(guided, parts[0]) if flaw_fix else guided
         return parts[0]
 
-    return prediction
+    return output
 
 
 def velocity_field(
@@ -103,12 +102,31 @@ def velocity_field(
 ) -> Velocity:
     """A rectified-flow network as the field dx/dt = velocity(x, t); its timesteps are t num_timesteps.
 
-    Arguments, errors and `settings` as `prediction_field`.
+    Arguments, errors and `settings` as `network_output`.
     """
-    prediction = prediction_field(
-        call, network, condition, to_timestep=partial(to_timestep, num_timesteps=num_timesteps), **settings
-    )
-    return lambda x, t: host_to_velocity(prediction(x, t))
+    return Linear(num_timesteps).student(network_output(call, network, condition, **settings), "velocity", None)
+
+
+def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
+    """A network's call that keeps the network from dropping prompts on its own, unseen.
+
+    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; the draw also takes the
+    CPU's random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
+    """
+    if declares(network, "text_uncond_prob"):
+        return partial(call, text_uncond_prob=0.0)
+    embedder = getattr(network, "y_embedder", None)
+    if getattr(embedder, "uncond_prob", None) is None:
+        return call
+
+    def quiet(*inputs: Any, **named: Any) -> Tensor:
+        probability, embedder.uncond_prob = embedder.uncond_prob, 0.0
+        try:
+            return call(*inputs, **named)
+        finally:
+            embedder.uncond_prob = probability
+
+    return quiet
 
 
 def halves(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
