@@ -70,7 +70,7 @@ def edge_jumps(student: nn.Module, evaluation: Evaluation, windows: int = 4) -> 
     velocity = Linear(NUM_TIMESTEPS).student(lambda x, timestep: student(x, timestep, y), "velocity", None)
     jumps = []
     for k in range(1, windows):
-        x = carry_to_windows([velocity] * windows, noise, edges, torch.full((len(noise),), k))
+        x = carry_to_windows(lambda window, rows: velocity, noise, edges, torch.full((len(noise),), k))
         jumps.append(velocity_jump(velocity, x, edges[k], JUMP_DISTANCE))
     return statistics.mean(jump**2 for jump in jumps) ** 0.5
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from problems import Constant, Gaussian, LinearInState
+from problems import Gaussian, LinearInState
 
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.sampler import FrameEdit, carry_to_windows, sample
@@ -145,15 +145,25 @@ def test_segments_of_the_sampler_and_of_training_agree():
     torch.testing.assert_close(out, segment.x_end)
 
 
-def test_each_sample_is_carried_to_its_own_window():
-    field = LinearInState(1.3)
+@pytest.mark.parametrize("whole", [False, True])
+def test_each_sample_is_carried_to_its_own_window(whole):
+    field, asked = LinearInState(1.3), []
+
+    def field_of(k, rows):
+        def velocity(x, t):
+            asked.append((k, None if rows is None else rows.tolist(), len(x)))
+            return field(x, t)
+
+        return velocity
+
     edges = torch.tensor([[1.0, 0.75, 0.5, 0.0], [1.0, 0.9, 0.6, 0.0], [1.0, 0.8, 0.2, 0.0]], dtype=F64).T
-    window_idx = torch.tensor([0, 2, 1])
-    noise = torch.randn(3, 5, dtype=F64)
-    reached = carry_to_windows([field, field, Constant(torch.nan)], noise, edges, window_idx)
+    window_idx, noise = torch.tensor([0, 2, 1]), torch.randn(3, 5, dtype=F64)
+    reached = carry_to_windows(field_of, noise, edges, window_idx, whole=whole)
     # One Euler step of v = a x multiplies by 1 + a h; algebra in float64.
     factor = torch.tensor([1.0, (1 - 0.13) * (1 - 0.39), 1 - 0.26], dtype=F64)[:, None]
     torch.testing.assert_close(reached, factor * noise, atol=1e-12, rtol=0)
-    assert field.calls == 2 and torch.equal(reached[0], noise[0])
+    assert torch.equal(reached[0], noise[0])
+    # Samples that have arrived leave the batch.
+    assert asked == ([(0, None, 3), (1, None, 3)] if whole else [(0, [1, 2], 2), (1, [1], 1)])
     in_the_first = torch.zeros(3, dtype=torch.int64)
-    assert torch.equal(carry_to_windows([], noise, edges, in_the_first), noise) and field.calls == 2
+    assert torch.equal(carry_to_windows(field_of, noise, edges, in_the_first), noise) and len(asked) == 2

@@ -537,6 +537,44 @@ def test_a_rollout_goes_through_the_wrapper_and_leaves_no_gradient():
     assert graphs == [False, False, True]  # two windows above the last one, then the loss
 
 
+@pytest.mark.parametrize("settings", [{}, FIXED])
+@pytest.mark.parametrize("frames", [None, [0]])
+def test_samples_that_have_arrived_leave_the_roll_out(settings, frames):
+    """The same states as with the whole batch, up to the order of float32 sums in a smaller batch; fewer evaluations."""
+    network = Reference13().train()
+    x, args = batch(network, 4)
+    t = torch.tensor([1000.0, 100.0, 600.0, 400.0])  # windows 0, 3, 1, 2
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[1, 0] = mask[3, 1] = False
+    starts, rows = [], []
+    for projected in (False, True):  # what packed text looks like: its samples cannot be told apart
+        torch.manual_seed(0)
+        scheduler = PeRFlow(guidance=settings, watch=None, draws=dict(seed=1))
+        seen = recorded(scheduler)
+        network.seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            if projected:
+                patch.setattr(conditions.Condition, "take", lambda *_: None)
+            scheduler.training_losses(network, x, args, t=t, mask=mask, mask_index=frames, noise=torch.ones_like(x))
+        starts.append(seen[0][0].x_start)
+        rows.append([len(call["x"]) for call in network.seen])
+    torch.testing.assert_close(*starts, rtol=1e-6, atol=1e-6)
+    branches = 1 if settings else 3 if frames else 2
+    assert rows == [[3 * branches, 2 * branches, branches, 4], [4 * branches] * 3 + [4]]
+
+
+def test_a_roll_out_without_the_arrived_tells_each_sample_its_own_scale(monkeypatch):
+    network = tiny_network().train()
+    x, args = batch(network, 4)
+    t, losses = torch.tensor([1000.0, 100.0, 600.0, 400.0]), []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(conditions.Condition, "take", lambda *_: None)
+        scheduler = PeRFlow(guidance=dict(mode="range", scale=(1.0, 9.0)), watch=None, draws=dict(seed=1))
+        losses.append(scheduler.training_losses(network, x, args, t=t, noise=torch.ones_like(x))["loss"])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
 # --- sampling ---
 
 

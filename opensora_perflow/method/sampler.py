@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -110,22 +110,33 @@ def sample(
     return x
 
 
-def carry_to_windows(fields: Sequence[Velocity], noise: Tensor, edges: Tensor, window_idx: Tensor) -> Tensor:
+def carry_to_windows(
+    field_of: Callable[[int, Tensor | None], Velocity],
+    noise: Tensor,
+    edges: Tensor,
+    window_idx: Tensor,
+    *,
+    whole: bool = False,
+) -> Tensor:
     """Carry noise down to the noisy edge of each sample's window, one Euler step a window: states that a sampler meets.
 
     Args:
-        fields: The student's field in each window but perhaps the last; those of the first max(window_idx) are called once
-            each, with the whole batch. Samples that have arrived go along, so that every call has the batch its condition was
-            made for, and their results are dropped.
+        field_of: field_of(k, rows) -> the student's field in window k for the samples `rows` [n]; None: for all.
         noise: State at t = 1, [B, ...], float32.
         edges: Window edges of each sample, [K + 1, B], float64, descending from 1 to 0.
         window_idx: [B], 0 is the noisiest window, whose start is the noise itself.
+        whole: Samples that have arrived go along, and their results are dropped: for fields of the whole batch only.
 
     Returns:
-        States at edges[window_idx], shape and dtype of `noise`. Callers wrap in no_grad.
+        States at edges[window_idx], shape and dtype of `noise`. Callers wrap in no_grad. Evaluations of single samples:
+        sum(window_idx), or with `whole` B max(window_idx).
     """
-    x = noise
+    x = noise.clone()
     for k in range(int(window_idx.max())):
-        on_its_way = (window_idx > k).to(x.device).reshape(-1, *[1] * (x.dim() - 1))
-        x = torch.where(on_its_way, euler_step(fields[k], x, edges[k], edges[k + 1]), x)
+        rows = (window_idx > k).nonzero()[:, 0]
+        if whole or len(rows) == len(x):
+            stepped = euler_step(field_of(k, None), x, edges[k], edges[k + 1])
+            x[rows] = stepped[rows]
+        else:
+            x[rows] = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
     return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ class WarpedWindows:
     batch_size: int
     ratio: Tensor | None = None
     device: torch.device | str = "cpu"
+
+    def take(self, rows: Tensor) -> WarpedWindows:
+        """The windows of some of the samples."""
+        return replace(self, batch_size=len(rows), ratio=None if self.ratio is None else self.ratio[rows])
 
     def times(self, grid: Sequence[float]) -> Tensor:
         """Untransformed times [n] -> flow times of each sample, [n, B], float64."""

@@ -45,8 +45,11 @@ class Players(Protocol):
     student: Player
     """As it is trained."""
 
-    def sampled(self, window: int) -> Player:
-        """The student as a sampler runs it in a window, guided where sampling is; one player where windows are guided alike."""
+    separable: bool
+    """Can players be had for some of the samples alone?"""
+
+    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+        """The student as a sampler runs it in a window, guided where sampling is; of the samples `rows` [n] alone, if given."""
 
     def teacher(self, scale: float | Tensor) -> Player:
         """The teacher, guided with one scale, or with one a sample [B]."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -85,10 +84,13 @@ def diffused(batch: Batch, t: Tensor) -> Tensor:
 @torch.no_grad()
 def reached(batch: Batch) -> Tensor:
     """Where the student, sampled with one Euler step a window, reaches each sample's window."""
-    drawn, players = batch.drawn, batch.players
-    field = cache(lambda player: player.velocity(batch.windows.bounds))  # windows that are guided alike share a player
-    fields = [field(players.sampled(k)) for k in range(int(drawn.window_idx.max()))]
-    return carry_to_windows(fields, held(batch, batch.noise), drawn.route, drawn.window_idx)
+
+    def field_of(window: int, rows: Tensor | None) -> Velocity:
+        windows = batch.windows if rows is None else batch.windows.take(rows)
+        return batch.players.sampled(window, rows).velocity(windows.bounds)
+
+    drawn, whole = batch.drawn, not batch.players.separable
+    return carry_to_windows(field_of, held(batch, batch.noise), drawn.route, drawn.window_idx, whole=whole)
 
 
 def held(batch: Batch, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,23 @@ class Condition:
     reference: Reference | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
+
+    def take(self, rows: Tensor, batch_size: int) -> Condition | None:
+        """What some of the B samples are told; None where samples cannot be told apart, as in packed text."""
+        batched = self.text.dim() == 4 and len(self.text) == batch_size
+        if not batched or (self.text_mask is not None and len(self.text_mask) != batch_size):
+            return None
+        if any(isinstance(value, (list, tuple)) for value in self.extras.values()):
+            return None
+
+        def part(value: Any) -> Any:
+            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
+            return value[rows.to(value.device)] if of_samples else value
+
+        named = {f.name: part(getattr(self, f.name)) for f in fields(self)}
+        reference = None if self.reference is None else replace(self.reference, latents=part(self.reference.latents))
+        extras = {key: part(value) for key, value in self.extras.items()}
+        return Condition(**{**named, "reference": reference, "extras": extras})
 
 
 def training_condition(

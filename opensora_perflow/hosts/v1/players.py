@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.v1.conditions import Condition
@@ -39,6 +40,7 @@ class TrainingPlayers:
     network: nn.Module
     call: Callable[..., Tensor]
     teacher_now: Callable[[], Teacher]
+    batch_size: int
     student_condition: Condition
     teacher_condition: Condition
     moving: Tensor | None = None
@@ -46,30 +48,29 @@ class TrainingPlayers:
 
     @cached_property
     def student(self) -> Player:
-        return self._player(self.call, self.network, self.student_condition, told=self.told)
+        return self._player(self.call, self.network, self.student_condition, self.moving, told=self.told)
 
-    def sampled(self, window: int) -> Player:
-        return self._sampled_with(self.keys.scale_in(window) if self._synced else 1.0)
+    @property
+    def separable(self) -> bool:
+        return self.student_condition.take(torch.arange(self.batch_size), self.batch_size) is not None
 
-    @cached_property
-    def _synced(self) -> bool:
+    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+        condition, moving, told = self.student_condition, self.moving, self.told
+        if rows is not None:
+            condition = condition.take(rows, self.batch_size)
+            moving, told = (None if value is None else value[rows.to(value.device)] for value in (moving, told))
         # A network without a null text cannot be guided.
-        return not self.recipe.guidance.folded and self.student_condition.null is not None
-
-    @cached_property
-    def _sampled_with(self) -> Callable[[float], Player]:
-        """The player that is guided with a scale, made once."""
-        flaw_fix = self.keys.use_flaw_fix and self._synced
-        return cache(
-            lambda scale: self._player(
-                self.model,
-                self.network,
-                self.student_condition,
-                text_scale=scale,
-                image_scale=scale,
-                flaw_fix=flaw_fix,
-                told=self.told,
-            )
+        synced = not self.recipe.guidance.folded and condition.null is not None
+        scale = self.keys.scale_in(window) if synced else 1.0
+        return self._player(
+            self.model,
+            self.network,
+            condition,
+            moving,
+            text_scale=scale,
+            image_scale=scale,
+            flaw_fix=self.keys.use_flaw_fix and synced,
+            told=told,
         )
 
     def teacher(self, scale: float | Tensor) -> Player:
@@ -82,6 +83,7 @@ class TrainingPlayers:
             teacher.network,
             teacher.network,
             self.teacher_condition,
+            self.moving,
             text_scale=scale,
             image_scale=image_scale,
             flaw_fix=self.keys.use_flaw_fix and guidance.folded and not teacher.is_student,
@@ -90,16 +92,18 @@ class TrainingPlayers:
 
     def untrained(self) -> Player:
         network = self.teacher_now().network
-        return self._player(network, network, self.teacher_condition, told=self.told)
+        return self._player(network, network, self.teacher_condition, self.moving, told=self.told)
 
-    def _player(self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, **guidance: Any) -> Player:
+    def _player(
+        self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, moving: Tensor | None, **guidance: Any
+    ) -> Player:
         channels = guided_channels(self.keys.cfg_channel) if isinstance(self.process, DDPM) else None
         output = network_output(
             call,
             network,
             condition,
-            frame_mask=self.moving,
+            frame_mask=moving,
             guided_channels=channels,
             **guidance,
         )
-        return Player(output, self.process, self.prediction, self.moving)
+        return Player(output, self.process, self.prediction, moving)

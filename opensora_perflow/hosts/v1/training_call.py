@@ -137,6 +137,7 @@ class Translation:
             call.network,
             variance or trained,
             lambda: run.teacher,
+            len(data),
             student,
             teacher,
             moving=call.mask,
