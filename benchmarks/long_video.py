@@ -46,16 +46,17 @@ import numpy as np
 import torch
 from distil import distil
 from matplotlib.figure import Figure
+from measures import drift, nearest_clip_distance, seam
 from safetensors.torch import load_file, save_file
+from scenes import SceneNetwork, Scenes
 from torch import Tensor, nn
 from tqdm import tqdm
+from train_teacher import save_weights, train_teacher
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
-from opensora_perflow.method.metrics import drift, nearest_clip_distance, seam
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.tools.plots import save_figure, side_by_side
-from opensora_perflow.tools.train_teacher import save_weights, train_teacher
 from opensora_perflow.worlds.clips import (
     COLORS,
     FPS,
@@ -70,7 +71,6 @@ from opensora_perflow.worlds.clips import (
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
-from opensora_perflow.worlds.scenes import SceneNetwork, Scenes
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 SHARED = 2

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from few_step import SCALES, Evaluation, Recipe, train
+from measures import velocity_jump
 from torch import nn
 from worlds import MixtureWorld
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
-from opensora_perflow.method.metrics import endpoint_error, velocity_jump
+from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.method.process import Linear
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.worlds.mixture import NUM_TIMESTEPS

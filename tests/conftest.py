@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # what benchmarks measure with is tested too
 
 # The networks are small: more threads wait for each other, and on a busy machine a run took ten times as long.
 torch.set_num_threads(1)

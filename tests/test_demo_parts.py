@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_teacher
 from safetensors.torch import load_file
 
-from opensora_perflow.tools import train_teacher
 from opensora_perflow.worlds import clips, codec, model, text
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.model import TinySTDiT

@@ -1,14 +1,8 @@
 import pytest
 import torch
+from measures import drift, nearest_clip_distance, seam
 
-from opensora_perflow.method.metrics import (
-    drift,
-    endpoint_error,
-    energy_distance,
-    nearest_clip_distance,
-    seam,
-    temporal_difference_energy,
-)
+from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 
 
 def test_endpoint_error_is_the_root_mean_square():

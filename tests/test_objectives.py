@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from measures import velocity_jump
 from problems import Constant, Gaussian
 from torch import nn
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.grids import linear_grid
-from opensora_perflow.method.metrics import velocity_jump
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import remember_last, solve, states
 from opensora_perflow.method.windows import TimeWindows

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from scenes import SceneNetwork, Scenes
 
 from opensora_perflow.method.solvers import solve
 from opensora_perflow.worlds.mixture import ClassText
-from opensora_perflow.worlds.scenes import SceneNetwork, Scenes
 
 F64 = torch.float64
 

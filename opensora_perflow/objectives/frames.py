@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor
 
 
@@ -16,7 +17,7 @@ def mean_over_frames(error: Tensor, frame_weights: Tensor | None) -> Tensor:
     error = error.float()
     if frame_weights is None:
         return error.flatten(1).mean(dim=1)
-    per_frame = error.transpose(1, 2).flatten(2).mean(dim=2)  # [B, T]
+    per_frame = rearrange(error, "b c t ... -> b t (c ...)").mean(dim=2)
     weights = frame_weights.to(per_frame.dtype)
     total = weights.sum(dim=1)
     return (per_frame * weights).sum(dim=1) / total.where(total > 0, total.new_ones(()))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -183,13 +184,11 @@ class TinyVAE(nn.Module):
 
     def split_groups(self, video: Tensor) -> Tensor:
         """[B, 3, 4n, H, W] -> [B n, 12, H, W], channel = colour * 4 + frame."""
-        video = video.unflatten(2, (-1, self.group_size)).transpose(1, 2)  # [B, n, 3, 4, H, W]
-        return video.flatten(2, 3).flatten(0, 1)
+        return rearrange(video, "b c (n four) h w -> (b n) (c four) h w", four=self.group_size)
 
     def merge_groups(self, groups: Tensor, batch: int) -> Tensor:
         """[B n, 12, H, W] -> [B, 3, 4n, H, W]; undoes `split_groups`."""
-        video = groups.unflatten(0, (batch, -1)).unflatten(2, (self.in_channels, self.group_size))
-        return video.transpose(1, 2).flatten(2, 3)
+        return rearrange(groups, "(b n) (c four) h w -> b c (n four) h w", b=batch, four=self.group_size)
 
     def _num_latent_frames(self, num_frames: int) -> int:
         whole, rest = divmod(num_frames, self.micro_frame_size)
@@ -207,7 +206,7 @@ class TinyVAE(nn.Module):
         if not WEIGHTS.is_file():
             logger.warning(
                 "demo codec weights are missing (%s): TinyVAE starts from random weights and its pictures mean "
-                "nothing; make them with `python -m opensora_perflow.tools.train_teacher`",
+                "nothing; make them with `python benchmarks/train_teacher.py`",
                 WEIGHTS,
             )
             return
@@ -218,5 +217,5 @@ class TinyVAE(nn.Module):
         except RuntimeError as error:
             raise ValueError(
                 f"{WEIGHTS} does not fit TinyVAE ({error}); restore the shipped file or make it again with "
-                "`python -m opensora_perflow.tools.train_teacher`"
+                "`python benchmarks/train_teacher.py`"
             ) from error

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -185,8 +186,7 @@ class TinySTDiT(nn.Module):
             tokens = temporal(tokens, text, text_mask, modulations, given, rotation)
         tokens = self.final_layer(tokens, t_vectors, given)  # [B, T, S, ph pw 2C]
         _, ph, pw = self.patch_size
-        out = tokens.view(batch, num_frames, token_rows, token_columns, ph, pw, self.out_channels)
-        out = out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        out = rearrange(tokens, "b t (h w) (ph pw c) -> b c t (h ph) (w pw)", h=token_rows, ph=ph, pw=pw)
         return out[..., :rows, :columns].float()
 
     def _encode_text(self, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -219,7 +219,7 @@ class TinySTDiT(nn.Module):
         if not path.is_file():
             raise ValueError(
                 f"from_pretrained must be a safetensors file, got {path}, which is not there; make one with "
-                "`python -m opensora_perflow.tools.train_teacher`"
+                "`python benchmarks/train_teacher.py`"
             )
         try:
             self.load_state_dict(load_file(path))
@@ -291,7 +291,7 @@ class _PatchEmbedder(nn.Module):
         _, ph, pw = self.patch_size
         x = F.pad(x, (0, -x.shape[-1] % pw, 0, -x.shape[-2] % ph))
         # patches do not overlap, so the convolution is one matrix product, which is much faster on a CPU
-        x = x.unflatten(-1, (-1, pw)).unflatten(-3, (-1, ph)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+        x = rearrange(x, "b c t (h ph) (w pw) -> b t h w (c ph pw)", ph=ph, pw=pw)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -381,10 +381,10 @@ class _CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None) -> Tensor:
         """x [B, T, S, hidden] looks at text [B, L, hidden]."""
-        q = self.q_linear(x.flatten(1, 2)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rearrange(self.q_linear(x), "b t s (heads d) -> b heads (t s) d", heads=self.num_heads)
+        k, v = rearrange(self.kv_linear(text), "b l (kv heads d) -> kv b heads l d", kv=2, heads=self.num_heads)
         out = _attend(q, k, v, text_mask)
-        return self.proj(out.transpose(1, 2).flatten(-2).view(x.shape))
+        return self.proj(rearrange(out, "b heads (t s) d -> b t s (heads d)", t=x.shape[1]))
 
 
 class _Block(nn.Module):

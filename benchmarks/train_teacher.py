@@ -1,6 +1,6 @@
 """Make the demo's weights: train the tiny VAE, then the tiny STDiT3 teacher by rectified flow.
 
-    python -m opensora_perflow.tools.train_teacher --out opensora_perflow/worlds/weights --seed 0
+    python benchmarks/train_teacher.py --out opensora_perflow/worlds/weights --seed 0
 
 The teacher learns, for data x and noise e (t = 1 is noise), at x_t = (1 - t) x + t e the host's velocity x - e, at host
 timestep 1000 t, with a tenth of the texts replaced by the null text so that guidance works. Writes codec.safetensors,
