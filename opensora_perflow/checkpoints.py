@@ -88,7 +88,10 @@ def write_state_dict(path: str | os.PathLike, state: Mapping[str, Tensor], metad
 
 
 def misfits(state: Mapping[str, Tensor], network: nn.Module, name: str = "the network") -> str | None:
-    """Why a state dict does not fit a network, in words: keys of each kind of mismatch; None where all keys and shapes fit."""
+    """Why a state dict does not fit a network, in words: keys of each kind of mismatch; None where it fits.
+
+    Keys and shapes must be the network's, and values of its parameters finite. (A buffer may hold NaN on purpose.)
+    """
     expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     kinds = [
@@ -98,6 +101,11 @@ def misfits(state: Mapping[str, Tensor], network: nn.Module, name: str = "the ne
             f"{key} is {list(found[key])}, {name}'s is {list(expected[key])}"
             for key in expected
             if key in found and found[key] != expected[key]
+        ],
+        [
+            f"{key} holds NaN or infinity, from damage or a training that diverged"
+            for key, _ in network.named_parameters()
+            if key in found and not torch.isfinite(state[key]).all()
         ],
     ]
     problems = [problem for problem in chain(*zip_longest(*kinds)) if problem is not None]
@@ -193,7 +201,7 @@ def _shown(state: Mapping[Any, Any]) -> str:
 
 
 def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError unless these are weights: dense, floating point, finite."""
+    """Raises ValueError unless these are weights: dense, floating point."""
     if not state:
         raise ValueError(f"{str(path)!r} holds no tensors")
     for key, value in state.items():
@@ -204,8 +212,6 @@ def _check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
             )
         if value.layout != torch.strided or value.device.type != "cpu":
             raise ValueError(f"{key} in {str(path)!r} holds no dense values ({value.layout}, {value.device}); save it dense")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key} in {str(path)!r} holds NaN or infinity; the file is damaged, or its training diverged")
 
 
 def _unwrapped(state: Mapping[str, Tensor], source: str | os.PathLike) -> dict[str, Tensor]:

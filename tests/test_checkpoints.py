@@ -199,13 +199,9 @@ def test_other_than_floating_weights_are_refused(tmp_path, dtype, name):
         read_state_dict(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "value, told",
-    [(torch.tensor([1.0, torch.nan]), "NaN or infinity"), (torch.eye(2).to_sparse(), "no dense values")],
-)
-def test_tensors_that_are_no_weights(tmp_path, value, told):
-    torch.save({**STATE, "c": value}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=f"c in .*model.pt.* {told}"):
+def test_tensors_that_are_no_weights(tmp_path):
+    torch.save({**STATE, "c": torch.eye(2).to_sparse()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="c in .*model.pt.* no dense values"):
         read_state_dict(tmp_path / "model.pt")
     save_file({}, tmp_path / "empty.safetensors")
     with pytest.raises(ValueError, match="empty.safetensors' holds no tensors"):
@@ -316,5 +312,7 @@ def test_paths_are_no_repository_ids(tmp_path, monkeypatch):
 def test_misfits_show_keys_of_every_kind():
     network = torch.nn.Linear(2, 3)
     assert misfits(network.state_dict(), network) is None
+    broken = {"weight": torch.full((3, 2), torch.nan), "bias": torch.ones(3)}
+    assert misfits(broken, network) == "weight holds NaN or infinity, from damage or a training that diverged"
     told = misfits({"model.weight": torch.ones(3, 2), "bias": torch.ones(4)}, network, "the student")
     assert told == "weight is missing; model.weight is not in the student; bias is [4], the student's is [3]"

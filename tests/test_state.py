@@ -286,3 +286,11 @@ def test_sampling_warns_once_where_windows_differ(tmp_path, settings, words, cap
 def test_allow_change_is_a_bool():
     with pytest.raises(ValueError, match="allow_change must be True or False, got 'yes'"):
         PeRFlow(allow_change="yes")
+
+
+def test_a_damaged_file_of_weights_is_named(tmp_path):
+    path = tmp_path / "student.safetensors"
+    write_state_dict(path, {"a": torch.ones(4)}, {METADATA_KEY: STATE.to_json()})
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="student.safetensors' cannot be read as plain tensors"):
+        find_state(path)

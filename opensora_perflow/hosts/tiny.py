@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.checkpoints import misfits
+from opensora_perflow.hosts.v1.weights import read_weights
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.text import TinyTextEncoder
 
@@ -107,23 +108,14 @@ def _load(network: nn.Module, source: str | os.PathLike | None) -> nn.Module:
     """Load all weights or refuse: the host's own loader goes on with whatever was missing (utils/ckpt_utils.py)."""
     if source is None:
         return network
-    # STDiT's position tables are computed from its video size, and its checkpoints hold those of another size.
-    state = {name: value for name, value in read_state_dict(source).items() if not name.startswith("pos_embed")}
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith("pos_embed")}
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = [
-        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if missing or unexpected or reshaped:
+    state = read_weights(source, network)
+    problems = misfits(state, network)
+    if problems is not None:
         raise ValueError(
-            f"the weights in {str(source)!r} do not fit this network: {len(missing)} are missing "
-            f"{missing[:3]}, {len(unexpected)} are unknown {unexpected[:3]}, {len(reshaped)} have another shape "
-            f"{sorted(reshaped)[:3]}; give hidden_size, depth, num_heads and the text encoder the values of the run that "
-            "wrote them"
+            f"the weights in {str(source)!r} do not fit this network: {problems}; give hidden_size, depth, num_heads and the "
+            "text encoder the values of the run that wrote them"
         )
-    network.load_state_dict(state, strict=False)  # checked above; what is left out are the position tables
+    network.load_state_dict(state)
     logger.info("%s: loaded %d tensors from %s", type(network).__name__, len(state), source)
     return network
 

@@ -16,6 +16,7 @@ from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v1.stdit import velocity_field
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
+from opensora_perflow.hosts.v1.weights import read_weights
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.registry import SCHEDULERS, build_module
@@ -110,7 +111,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     if recipe.guidance.mode == "fixed":
         scale = _one_scale("guidance.scale", recipe.guidance.scale)
     guidance = Guided(scale)
-    frozen = load_teacher(unwrap(call.model), teacher)
+    frozen = load_teacher(unwrap(call.model), teacher, read_weights)
     negative = scheduler.negative_text() if recipe.guidance.folded else call.neg_prompts
     by_teacher = _host_probes(call, frozen, guidance, negative, keys, ratio)
     return Subject(kind, by_teacher, own, scheduler.windows, (guidance.branches, own_guidance.branches))

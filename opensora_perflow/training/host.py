@@ -1,13 +1,16 @@
-"""What a training run asks of the host that it runs in: nine questions. hosts/ answers them; `Alone` is no host."""
+"""What a training run asks of the host that it runs in: ten questions. hosts/ answers them; `Alone` is no host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from opensora_perflow.checkpoints import read_state_dict
 
 
 class Host(Protocol):
@@ -18,6 +21,10 @@ class Host(Protocol):
 
     def first_weights(self) -> str | None:
         """Where the network's weights came from before any training; None where nobody knows."""
+
+    def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
+        """What the host's own loader would give a network from a source: with what the network computes, and what older
+        files lack. Whether that fits is not the host's to say."""
 
     def resumed(self) -> tuple[str, bool] | None:
         """The checkpoint that the run goes on from, and whether its steps are counted on; None for a run from the start."""
@@ -49,6 +56,9 @@ class Alone:
 
     def first_weights(self) -> None:
         return None
+
+    def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
+        return read_state_dict(source)
 
     def resumed(self) -> None:
         return None

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from opensora_perflow import __version__
 from opensora_perflow.atomic import replacing
+from opensora_perflow.checkpoints import read_metadata
 from opensora_perflow.method.windows import TimeWindows
 
 logger = logging.getLogger("opensora_perflow")
@@ -124,8 +123,7 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
     """
     path = Path(weights)
     if path.is_file() and path.suffix == ".safetensors":
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
+        text = read_metadata(path).get(METADATA_KEY)
         if text is not None:
             return StudentState.from_json(text, f"the metadata of {path}"), path
     folders = [path, path.resolve().parent] if path.resolve().name == "model" else [path if path.is_dir() else path.parent]

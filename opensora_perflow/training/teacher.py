@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.training.host import Host
+from opensora_perflow.checkpoints import misfits
+from opensora_perflow.training.host import Alone, Host
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import find_state
 
@@ -53,7 +53,7 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     """
     words = check_source(settings, host)
     source = settings.from_pretrained
-    network = load_teacher(host.settled(model), source)
+    network = load_teacher(host.settled(model), source, host.weights)
     weights = host.first_weights() if source is None else source
     taught = None if weights is None else find_state(weights)
     teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
@@ -116,13 +116,20 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     return copy.eval().requires_grad_(False)
 
 
-def load_teacher(network: nn.Module, source: str | os.PathLike | None) -> nn.Module:
+def load_teacher(
+    network: nn.Module,
+    source: str | os.PathLike | None,
+    weights: Callable[[str | os.PathLike, nn.Module], Mapping[str, Tensor]] | None = None,
+) -> nn.Module:
     """A frozen copy of `network` that holds the weights of `source` (None: those that `network` has now).
+
+    Args:
+        weights: Reads them, see host.Host.weights; None: as they are.
 
     Raises:
         ValueError: no checkpoint there, or it does not fit the network (the message names the first mismatches).
     """
-    state = None if source is None else read_state_dict(source)
+    state = None if source is None else (weights or Alone().weights)(source, network)
     if state is not None:
         check_fits(state, network, str(source))
     teacher = copy_frozen(network)
@@ -148,19 +155,10 @@ def fingerprint(network: nn.Module) -> str:
 
 def check_fits(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:
     """Raises ValueError unless the state dict has exactly the network's keys and shapes."""
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is not in the student" for key in found if key not in expected]
-    problems += [
-        f"{key} is {list(found[key])}, the student's is {list(expected[key])}"
-        for key in expected
-        if key in found and found[key] != expected[key]
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    problems = misfits(state, network, "the student")
+    if problems is not None:
         raise ValueError(
-            f"the teacher's weights in {source!r} do not fit the student: {shown}. Teacher and student must be the same "
+            f"the teacher's weights in {source!r} do not fit the student: {problems}. Teacher and student must be the same "
             "network; give the student the teacher's model settings"
         )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora_perflow.hosts.v1 import checkpoints, parallel, run_config
 from opensora_perflow.hosts.v1.network import settle, unwrap
+from opensora_perflow.hosts.v1.weights import read_weights
 
 
 class OpenSora:
@@ -21,6 +23,9 @@ class OpenSora:
 
     def first_weights(self) -> str | None:
         return run_config.loaded_weights()
+
+    def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
+        return read_weights(source, network)
 
     def resumed(self) -> tuple[str, bool] | None:
         return checkpoints.resumed_checkpoint()

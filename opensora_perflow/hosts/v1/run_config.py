@@ -53,7 +53,7 @@ def trained_students(weights: str | Path) -> bool:
     for folder in (path, *path.parents[:3]):
         try:
             config = json.loads((folder / "config.txt").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         scheduler = config.get("scheduler") if isinstance(config, dict) else None
         return isinstance(scheduler, dict) and str(scheduler.get("type", "")).startswith("perflow")
