@@ -31,7 +31,7 @@ FORMS = (
 )
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_RUN_FOLDER = re.compile(r"epoch\d+(-global_step\d+)?|\d{3}(-.*)?")  # as Open-Sora's train.py names them
+_RUN_FOLDER = re.compile(r"epoch\d+(-global_step\d+)?|\d{3,4}(-.*)?")  # as Open-Sora's train.py names them
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 _NESTS = ("ema", "state_dict", "model", "module", "model_state_dict")  # ema first: v1.0.0 opensora/utils/ckpt_utils.py:62
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

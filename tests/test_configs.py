@@ -9,6 +9,7 @@ from mmengine import Config
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.hosts.v1.keys import read_config
 from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.worlds.model import TinySTDiT
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "opensora"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py"))
@@ -61,9 +62,18 @@ def test_what_configs_write_out_are_the_defaults(name, load):
     assert (written.teacher.steps_per_window, written.teacher.solver) == (None, default.teacher.solver)
 
 
-@pytest.mark.parametrize("version", ["", "_v1_3"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "data_free"])
+def test_tiny_runs_begin_with_the_teacher_that_ships_and_can_be_resumed(name, load):
+    config, sizes = load(FOLDER / f"perflow_tiny_{name}.py"), TinySTDiT().host_config()
+    assert config.model.from_pretrained == config.scheduler.teacher.from_pretrained == "perflow_tiny_teacher"
+    assert all(sizes[key] == config.model[key] for key in ("hidden_size", "depth", "num_heads", "qk_norm"))
+    assert config.model.input_sq_size == sizes["input_sq_size"] * config.vae.shrink
+
+
+@pytest.mark.parametrize("version", ["", "_v1_3", "_tiny"])
 def test_stage_1_reaches_its_starts_with_the_scale_that_it_is_sampled_with(version, load):
-    trained, sampled = (scheduler_keys(load, f"{name}{version}") for name in ("stage1", "inference"))
+    names = ("tiny_stage1", "tiny_inference") if version == "_tiny" else (f"stage1{version}", f"inference{version}")
+    trained, sampled = (scheduler_keys(load, name) for name in names)
     for key in ("cfg_scale", "use_flaw_fix"):
         assert trained.get(key) == sampled.get(key)
 

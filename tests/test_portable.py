@@ -660,12 +660,29 @@ def test_tiny_network_loads_every_weight_or_refuses(tiny: ModuleType, tmp_path: 
         tiny.tiny_stdit3(hidden_size=10)
 
 
+def test_tiny_vae_shrinks_videos_to_the_size_that_the_teacher_knows(tiny: ModuleType) -> None:
+    """192 x 192 pixels, the host's smallest square, as the 64 x 64 that they are the enlargement of."""
+    plain, shrinking = tiny.HostVAE(), tiny.HostVAE(shrink=3)
+    small = torch.rand(1, 3, 17, 64, 64) * 2 - 1
+    large = small.repeat_interleave(3, 3).repeat_interleave(3, 4)
+    assert shrinking.get_latent_size([17, 192, None]) == [5, 8, None]
+    with torch.no_grad():
+        torch.testing.assert_close(shrinking.encode(large), plain.encode(small), rtol=1e-4, atol=1e-4)  # float32
+        assert shrinking.encode(large.bfloat16()).dtype == torch.bfloat16
+        latents = plain.encode(small)
+        video = shrinking.decode(latents, num_frames=17)
+        assert torch.equal(video[..., 1::3, 1::3], plain.decode(latents)) and video.shape == large.shape
+        assert shrinking.decode(latents[0]).shape == (3, 17, 192, 192)
+
+
 def test_tiny_vae_and_text_take_the_hosts_settings(tiny: ModuleType) -> None:
     vae = tiny.MODELS.build({"type": "perflow_tiny_vae", "pretrained": False, "micro_batch_size": 4, "from_pretrained": "x"})
     latents = torch.zeros(4, 5, 2, 2)  # v1.3 decodes one sample without a batch axis
     assert vae.decode(latents, num_frames=17).shape == (3, 17, 16, 16)
     assert vae.decode(latents[None], num_frames=51).shape == (1, 3, 17, 16, 16)  # the length of three loops, one of them here
     assert vae.temporal_overlap and vae.micro_frame_size == 17
+    with pytest.raises(ValueError, match="shrink must be a whole number"):
+        tiny.HostVAE(pretrained=False, shrink=0)
     text = tiny.MODELS.build(
         {"type": "perflow_tiny_text", "from_pretrained": "x", "shardformer": True, "dtype": torch.bfloat16}
     )

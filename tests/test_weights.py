@@ -11,6 +11,8 @@ from opensora_perflow.hosts.v1 import weights
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.weights import TABLES, ZERO_AT_FIRST, as_loaded, read_weights
 from opensora_perflow.training.teacher import load_teacher
+from opensora_perflow.worlds.model import TinySTDiT
+from opensora_perflow.worlds.model import load_teacher as shipped_teacher
 
 
 def with_tables(network: nn.Module, side: int) -> nn.Module:
@@ -105,6 +107,11 @@ def test_weights_for_4_channels_become_those_for_16_where_the_config_says_so(tmp
     with torch.no_grad():
         expected, out = small(x, **arguments), teacher(x.repeat(1, 4, 1, 1, 1), **arguments)
     torch.testing.assert_close(out[:, :16], expected[:, :4].repeat(1, 4, 1, 1, 1), rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_the_teacher_that_ships_has_a_name():
+    teacher = load_teacher(TinySTDiT(), "perflow_tiny_teacher", OpenSora().weights)
+    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in shipped_teacher().state_dict().items())
 
 
 def test_the_hosts_names_of_published_weights(tmp_path, monkeypatch):

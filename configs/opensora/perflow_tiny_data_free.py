@@ -8,5 +8,9 @@ custom_imports = dict(
     imports=["opensora_perflow", "opensora_perflow.hosts.tiny", "opensora_perflow.hosts.captions"], allow_failed_imports=False
 )
 
-scheduler = dict(teacher=dict(steps_per_window=1), draws=dict(starts="student"))
+scheduler = dict(
+    teacher=dict(from_pretrained="perflow_tiny_teacher", steps_per_window=2),
+    draws=dict(starts="student"),
+    guidance=dict(mode="fixed", scale=3.0),
+)
 dataset = dict(_delete_=True, type="perflow_captions", num_frames=18, image_size=(192, 192))

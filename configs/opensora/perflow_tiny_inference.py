@@ -8,5 +8,7 @@ custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.tiny"
 
 num_frames = 17
 image_size = (192, 192)
+aes = None  # the teacher knows no aesthetic scores
 save_fps = 8
 dtype = "fp32"
+scheduler = dict(cfg_scale=3.0)

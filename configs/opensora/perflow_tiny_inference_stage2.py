@@ -2,4 +2,4 @@
 
 _base_ = ["perflow_tiny_inference.py"]
 
-scheduler = dict(guidance=dict(mode="fixed", scale=7.0))
+scheduler = dict(guidance=dict(mode="fixed", scale=3.0))

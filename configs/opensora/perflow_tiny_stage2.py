@@ -4,5 +4,6 @@
 
 _base_ = ["_base_/tiny_train.py", "_base_/stage2.py"]
 
-# There is no original model of this size: the student of stage 1 teaches.
-scheduler = dict(teacher=dict(steps_per_window=1, allow_distilled=True))
+scheduler = dict(
+    teacher=dict(from_pretrained="perflow_tiny_teacher", steps_per_window=2), guidance=dict(mode="fixed", scale=3.0)
+)

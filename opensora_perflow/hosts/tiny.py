@@ -5,20 +5,25 @@ Importing this module registers "perflow_tiny_stdit3" (Open-Sora 1.2, 1.3), "per
 host's own:
 
     custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.tiny"], allow_failed_imports=False)
-    model = dict(type="perflow_tiny_stdit3", from_pretrained="outputs/000-perflow_tiny_stdit3/epoch0-global_step4")
-    vae = dict(type="perflow_tiny_vae")
+    model = dict(type="perflow_tiny_stdit3", from_pretrained="perflow_tiny_teacher", depth=3, input_sq_size=1536)
+    vae = dict(type="perflow_tiny_vae", shrink=3)
     text_encoder = dict(type="perflow_tiny_text")
 
 The networks are the host's own classes in other sizes; the host's factories fix depth and width (STDiT3-XL/2 is 1.1 B
 parameters). VAE and text encoder are the demo's, which the host calls in ways explained there.
+
+"perflow_tiny_teacher" names the demo's teacher, which was trained on clips of 64 x 64 pixels. The smallest bucket of the host
+has 192 x 192: with the settings above they reach the network as latents of 8 x 8 at the positions that it was trained with.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import misfits
@@ -49,8 +54,8 @@ def tiny_stdit3(
     """The host's STDiT3 in any size; the defaults give 0.7 M parameters.
 
     Args:
-        from_pretrained: None for random weights, or what `checkpoints.read_state_dict` takes: a checkpoint folder of
-            train.py (epochE-global_stepG), a .safetensors file or a .pt file of plain tensors.
+        from_pretrained: None for random weights, "perflow_tiny_teacher", or what `checkpoints.read_state_dict` takes: a
+            checkpoint folder of train.py (epochE-global_stepG), a .safetensors file or a .pt file of plain tensors.
         hidden_size: Divisible by 4 and by num_heads; hidden_size / num_heads even (rotary embedding).
         depth: Pairs of one spatial and one temporal block.
         kwargs: Everything else STDiT3Config knows; the host's scripts pass input_size, in_channels, caption_channels,
@@ -126,6 +131,8 @@ class HostVAE(TinyVAE):
 
     Args:
         pretrained: Whether to load the weights shipped with the demo.
+        shrink: Pixels of the video in one of the codec's, along each side, >= 1: encoding averages them, decoding spreads
+            them. Sides are cut to a multiple of 8 * shrink.
         from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone: the host's VAEs take
             settings that mean nothing here (micro batches, tiles).
     """
@@ -134,8 +141,22 @@ class HostVAE(TinyVAE):
     # the rule for pieces that do not overlap, an image (1 frame) would be cut to 0 // 17 * 17 = no frame at all.
     temporal_overlap = True
 
-    def __init__(self, pretrained: bool = True, from_pretrained: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, pretrained: bool = True, shrink: int = 1, from_pretrained: str | None = None, **kwargs: Any) -> None:
+        if not isinstance(shrink, int) or shrink < 1:
+            raise ValueError(f"shrink must be a whole number of pixels >= 1, got {shrink!r}")
         super().__init__(pretrained=pretrained)
+        self.shrink = shrink
+
+    def get_latent_size(self, input_size: Sequence[int | None]) -> list[int | None]:
+        """As TinyVAE.get_latent_size, after `shrink`."""
+        num_frames, *sides = input_size
+        return super().get_latent_size([num_frames, *(side if side is None else side // self.shrink for side in sides)])
+
+    def encode(self, x: Tensor) -> Tensor:
+        """As TinyVAE.encode, after `shrink`."""
+        if self.shrink > 1:  # in float32: a CPU averages no bfloat16 here
+            x = F.avg_pool3d(x.float(), (1, self.shrink, self.shrink)).to(x.dtype)
+        return super().encode(x)
 
     def decode(self, z: Tensor, num_frames: int | None = None, **kwargs: Any) -> Tensor:
         """As TinyVAE.decode; the host may name a length that the latents do not have, and then gets theirs.
@@ -146,7 +167,10 @@ class HostVAE(TinyVAE):
         num_latent_frames = z.shape[-3]
         if num_frames is not None and self.get_latent_size([num_frames, None, None])[0] != num_latent_frames:
             num_frames = None
-        return super().decode(z, num_frames)
+        if z.ndim == 4:  # v1.3 decodes one sample without a batch axis
+            return self.decode(z[None], num_frames)[0]
+        video = super().decode(z, num_frames)
+        return video if self.shrink == 1 else F.interpolate(video, scale_factor=(1, self.shrink, self.shrink))
 
 
 @MODELS.register_module("perflow_tiny_text")

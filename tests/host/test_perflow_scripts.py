@@ -12,6 +12,7 @@ import torch
 from _harness import REPOSITORY, Clips, checkpoints, decode_video, mp4_files, run_python, run_script
 
 from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.worlds.clips import recognise
 
 pytestmark = pytest.mark.host
 CONFIGS = REPOSITORY / "configs" / "opensora"
@@ -58,11 +59,21 @@ def test_sixteen_steps_train_the_student_and_nothing_else(stage1: tuple[Path, st
     assert [folder.name for folder in checkpoints(outputs)] == ["epoch1-global_step8", "epoch3-global_step16"]
     found = losses(printed)
     assert len(found) >= 16 and np.isfinite(found).all()
-    assert "PeRFlow teacher: a copy of the student's weights at this run's first step" in printed
+    assert "PeRFlow teacher: weights from perflow_tiny_teacher" in printed
     first, last = (read_state_dict(folder) for folder in checkpoints(outputs))
     ema = read_state_dict(checkpoints(outputs)[-1] / "ema.pt")
     assert first.keys() == last.keys() == ema.keys() and not any("teacher" in key for key in last)
     assert any(not torch.equal(first[key], last[key]) for key in last)
+
+
+def test_stage_1_is_resumed_with_its_own_config(
+    host_root: Path, clips: Clips, stage1: tuple[Path, str], tmp_path: Path
+) -> None:
+    start = checkpoints(stage1[0])[0]
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs", "--load", start]
+    printed = run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage1.py", *options, cwd=tmp_path)
+    assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step16"]
+    assert "PeRFlow goes on after 8 training steps" in printed and np.isfinite(losses(printed)).all()
 
 
 def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
@@ -70,12 +81,15 @@ def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
 ) -> None:
     start = checkpoints(stage1[0])[0]
     options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs", "--load", start]
+    config = child_config(tmp_path / "none.py", "perflow_tiny_stage1.py", scheduler=dict(teacher=dict(from_pretrained=None)))
     with pytest.raises(AssertionError, match="its weights are already those of a student and must not become"):
-        run_script(host_root, "train.py", CONFIGS / "perflow_tiny_stage1.py", *options, cwd=tmp_path)
+        run_script(host_root, "train.py", config, *options, cwd=tmp_path)
     assert checkpoints(tmp_path / "outputs") == []
     scheduler = dict(teacher=dict(from_pretrained=str(start), allow_distilled=True))
     config = child_config(tmp_path / "other.py", "perflow_tiny_stage1.py", scheduler=scheduler)
-    with pytest.raises(AssertionError, match=r"teacher was [0-9a-f]{16} \(a copy of the student's weights .*now [0-9a-f]{16}"):
+    with pytest.raises(
+        AssertionError, match=r"teacher was [0-9a-f]{16} \(weights from perflow_tiny_teacher\), now [0-9a-f]{16}"
+    ):
         run_script(host_root, "train.py", config, *options, cwd=tmp_path)
     assert checkpoints(tmp_path / "outputs") == []
     config = child_config(tmp_path / "resume.py", "perflow_tiny_stage1.py", scheduler=dict(scheduler, allow_change=True))
@@ -164,14 +178,15 @@ def test_guided_inference_of_stage_1(host_root: Path, stage1: tuple[Path, str], 
     options = ["--num-sampling-steps", "8", "--cfg-scale", "4.0"]
     video = sample(host_root, "inference.py", checkpoints(stage1[0])[-1], tmp_path, *options, stage=1, verbose=2)
     assert video.shape == (17, 192, 192, 3) and "8/8" in (tmp_path / "inference.log").read_text()
+    assert recognise(video) == ("red", "circle", "right")
 
 
 @pytest.mark.parametrize("joint", [None, dict(edit=0.1, frames=2)])
 def test_loops_extend_the_video(host_root: Path, stage2: Path, tmp_path: Path, joint: dict[str, float] | None) -> None:
     options = ["--loop", "2", "--condition-frame-length", "5"]
-    changes = dict(num_frames=34, image_size=(64, 64), scheduler=dict(long_video=joint))
+    changes = dict(num_frames=34, image_size=(192, 192), scheduler=dict(long_video=joint))
     video = sample(host_root, "inference.py", stage2, tmp_path, *options, **changes)
-    assert video.shape == (51, 64, 64, 3)  # 34 + 34 frames, 17 of them shared
+    assert video.shape == (51, 192, 192, 3)  # 34 + 34 frames, 17 of them shared
 
 
 def test_image_to_video(host_root: Path, host_tag: str, clips: Clips, stage2: Path, tmp_path: Path) -> None:
@@ -181,8 +196,8 @@ def test_image_to_video(host_root: Path, host_tag: str, clips: Clips, stage2: Pa
 
     Image.fromarray(decode_video(clips.videos[0])[0]).save(tmp_path / "reference.png")
     options = ["--cond-type", "i2v_head", "--reference-path", tmp_path / "reference.png"]
-    video = sample(host_root, "inference_i2v.py", stage2, tmp_path, *options, image_size=(64, 64), use_sdedit=True)
-    assert video.shape == (17, 64, 64, 3)
+    video = sample(host_root, "inference_i2v.py", stage2, tmp_path, *options, use_sdedit=True)
+    assert video.shape == (17, 192, 192, 3)
 
 
 def test_sampler_equals_the_hosts_own(host_root: Path, tmp_path: Path) -> None:

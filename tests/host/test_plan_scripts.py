@@ -18,7 +18,7 @@ RFLOW = dict(_delete_=True, type="rflow", use_timestep_transform=True, num_sampl
 
 def inference_config(path: Path, **changes: object) -> Path:
     """A child of the repository's tiny inference config, with the demo's clip size."""
-    settings = dict(num_frames=17, image_size=(64, 64), fps=8, batch_size=2, multi_resolution="STDiT2", aes=None, **changes)
+    settings = dict(num_frames=17, image_size=(192, 192), fps=8, batch_size=2, multi_resolution="STDiT2", aes=None, **changes)
     base = str(REPOSITORY / "configs" / "opensora" / "perflow_tiny_inference.py")
     path.write_text("\n".join([f"_base_ = {base!r}", *(f"{key} = {value!r}" for key, value in settings.items())]) + "\n")
     path.with_suffix(".txt").write_text("a red circle moving right\na blue square moving left\n")

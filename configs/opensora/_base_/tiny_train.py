@@ -12,5 +12,5 @@ grad_checkpoint = False
 epochs = 4  # passes over the clips
 log_every = 1
 ckpt_every = 8  # steps
-lr = 1e-3
+lr = 2e-4
 warmup_steps = None  # no warm-up

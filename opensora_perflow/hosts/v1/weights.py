@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts.v1.run_config import running_config
+from opensora_perflow.worlds.model import WEIGHTS
 
 logger = logging.getLogger("opensora_perflow")
 
+SHIPPED = {"perflow_tiny_teacher": WEIGHTS}
+"""Names of weights that come with the package, for configs, which cannot know where it is."""
 TABLES = ("pos_embed", "pos_embed_temporal")
 """STDiT computes them from its video size. The host throws a file's away (v1.1.0 ckpt_utils.py:67-71), and published weights of
 1.0 have none."""
@@ -36,14 +39,17 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> dict[str, Ten
     """The weights that the host's own loader would give a network from a source.
 
     Args:
-        source: As `read_state_dict` takes it, or one of the host's names of published weights that it has fetched.
+        source: As `read_state_dict` takes it, one of SHIPPED, or one of the host's names of published weights that it has
+            fetched.
         network: The bare network. Only what it computes is taken from it.
 
     Raises:
         ValueError, OSError: see `read_state_dict`.
     """
     fetched = Path("pretrained_models") / source  # v1.1.0 ckpt_utils.py:104
-    state = read_state_dict(fetched if not Path(source).exists() and fetched.is_file() else source)
+    if not Path(source).exists():
+        source = fetched if fetched.is_file() else SHIPPED.get(str(source), source)
+    state = read_state_dict(source)
     model = (running_config() or {}).get("model") or {}
     return as_loaded(_with_16_channels(state) if model.get("adapt_16ch") else state, network)
 
