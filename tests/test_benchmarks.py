@@ -82,3 +82,8 @@ def test_workers_end_with_the_process_that_was_killed(tmp_path):
         assert pool.stdout.readline() == b"works\n"
         pool.kill()
         pool.communicate(timeout=60)  # raises while anyone, such as the worker, still holds the other end of the pipe
+
+
+def test_damaged_weights_are_refused_by_name(script):
+    ends = script("faults").damaged_files(150, seed=3)
+    assert ends["raw"] == ends["silent"] == 0 and ends["told"] > 100, ends

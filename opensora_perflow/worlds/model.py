@@ -214,6 +214,7 @@ class TinySTDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _load(self, path: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not path.is_file():
@@ -223,7 +224,7 @@ class TinySTDiT(nn.Module):
             )
         try:
             self.load_state_dict(load_file(path))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} does not fit TinySTDiT({self.host_config()}): {error}; pass its own sizes") from error
 
 
