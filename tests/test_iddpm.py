@@ -312,7 +312,7 @@ def test_keys_of_both_paths_are_refused():
         (dict(noise_schedule="sqrt"), "noise_schedule must be one of linear, squaredcos_cap_v2"),
         (dict(diffusion_steps=0), "diffusion_steps must be an integer >= 1"),
         (dict(cfg_channel=0), "cfg_channel .* must be an integer >= 1"),
-        (dict(learn_sigma="no"), "learn_sigma must be one of True, False"),
+        (dict(learn_sigma="no"), "learn_sigma must be True or False"),
         (dict(path="cosine"), "path must be one of auto, linear, ddpm"),
     ],
 )

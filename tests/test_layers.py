@@ -12,7 +12,7 @@ LAYERS = {
     "registry": set(),
     "checkpoints": {"atomic"},
     "method": {"conventions", "checks"},
-    "objectives": {"conventions", "registry", "method"},
+    "objectives": {"conventions", "checks", "registry", "method"},
     "planning": {"conventions", "checks", "method"},
     "training": {"conventions", "checks", "atomic", "checkpoints", "method", "objectives"},
     "worlds": {"conventions", "atomic"},

@@ -1,13 +1,19 @@
 import copy
 import json
+from dataclasses import asdict, fields
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import CountCalls, batch, tiny_network
 
 from opensora_perflow import SCHEDULERS, PeRFlow, build_module
-from opensora_perflow.hosts.v1.keys import Keys, read_config
+from opensora_perflow.hosts.v1.keys import Keys, LongVideoConfig, read_config
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training import recipe
+from opensora_perflow.training.curriculum import AdvanceRule
 from opensora_perflow.training.recipe import Recipe
 
 
@@ -235,3 +241,118 @@ def test_a_refused_re_init_changes_nothing():
         scheduler.__init__(windows=2, path="linear", prediction="ddim_eps")
     assert scheduler.recipe is recipe and run.recipe is recipe and scheduler.windows.num_windows == 4
     scheduler.training_losses(network, x, args)
+
+
+# --- types, at the door ---
+
+SWITCHES = [
+    "allow_change", "use_discrete_timesteps", "use_timestep_transform", "scale_temporal", "use_oscillation_guidance",
+    "use_flaw_fix", "scale_image_weight", "learn_sigma",
+]  # fmt: skip
+
+
+class NeverEqual:
+    def __eq__(self, other):
+        raise RuntimeError("compared")
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("printed")
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_take_true_and_false_alone(name):
+    for value in ("False", "yes", 1, 0, 1.0, None, [], np.array([True])):
+        refused(f"{name} must be True or False, got ", **{name: value})
+    for value in (True, np.True_, torch.tensor(True)):
+        scheduler = PeRFlow(**{name: value})
+        assert getattr(scheduler.recipe if name == "allow_change" else scheduler.keys, name) is True
+
+
+def test_numbers_of_other_libraries_become_pythons():
+    config = dict(
+        windows=np.int64(3), num_sampling_steps=torch.tensor(6), num_timesteps=1000.0, cfg_scale=np.float64(2),
+        force_num=np.int8(2), x_cond_weight=Fraction(1, 2), long_video=dict(edit=np.float64(0.5), frames=3.0),
+        drop_condition=dict(keep=np.float64(0.5)), teacher=dict(steps_per_window=np.int32(2), from_pretrained=Path("t.pt")),
+        draws=dict(seed=np.int64(7), grids=(np.int64(5), 6.0)), watch=dict(every=torch.tensor(50)),
+        objective=dict(type=np.str_("perflow"), weight=torch.tensor(0.5)),
+    )  # fmt: skip
+    scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
+    assert settings(copy.deepcopy(scheduler)) == settings(scheduler)
+    text = json.loads(json.dumps([asdict(scheduler.recipe), asdict(scheduler.keys)]))
+    assert text[0]["draws"]["grids"] == [5, 6] and text[0]["objective"] == {"type": "perflow", "weight": 0.5}
+    assert text[1]["num_timesteps"] == 1000 and isinstance(text[1]["num_timesteps"], int)
+    assert PeRFlow(cfg_channel=4.0).keys.cfg_channel == 4 and isinstance(PeRFlow(cfg_channel=4.0).keys.cfg_channel, int)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(drop_condition="auto"), r"drop_condition must be a dict or None, got 'auto'; write for example dict\(keep="),
+        (dict(drop_condition={NeverEqual: 1}), "a key of drop_condition must be one of null, cond, text, keep"),
+        (dict(windows=10**8), "the number of windows must be at most 1000, got 100000000; write windows=4"),
+        (dict(windows=10**400), "the number of windows must be at most 1000, got 1000"),
+        (dict(windows=10**5000), "at most 1000, got a value of type int"),
+        (dict(windows=range(10**9)), "window edges must be a list of at most 1001 times"),
+        (dict(windows=[1, 1 - 1e-9, 0]), "window edges must lie at least 1e-06 apart"),
+        (dict(windows=b"4"), "windows must be a number of windows .*, got b'4'"),
+        (dict(windows=nested(100_000)), "window edges must be finite numbers, got "),
+        (dict(num_sampling_steps=float("inf")), "num_sampling_steps must be an integer >= 1, got inf"),
+        (dict(num_sampling_steps=float("nan")), "num_sampling_steps must be an integer >= 1, got nan"),
+        (dict(num_sampling_steps=10**8), "num_sampling_steps must be at most 10000, got 100000000"),
+        (dict(teacher=dict(steps_per_window=1001)), "teacher.steps_per_window must be at most 1000"),
+        (dict(draws=dict(per_solve=10**8)), "draws.per_solve must be at most 100"),
+        (dict(draws=dict(grids=range(10**9))), "draws.grids takes at most 100 values, got 1000000000"),
+        (dict(cfg_channel=2.5), "cfg_channel .* must be an integer >= 1, got 2.5"),
+        (dict(cfg_channel=np.array([1, 2])), "cfg_channel .* must be an integer >= 1, got array"),
+        (dict(cfg_scale=float("inf")), "cfg_scale must be finite, from 0 to 1000 in size, got inf"),
+        (dict(cfg_scale=[1.0] * 10**6), "cfg_scale must be one number, or one for each"),
+        (dict(guidance=dict(mode="fixed", scale=float("inf"))), "guidance.scale must be finite"),
+        (dict(guidance=dict(mode="fixed", scale=2, image_scale=1e9)), "guidance.image_scale must be finite, from 0 to 1000"),
+        (dict(guidance=dict(mode=NeverEqual())), "guidance.mode must be one of sync, fixed, range, got "),
+        (dict(guidance={1: 2}), "unknown key.* 1 in guidance"),
+        (dict(loc=float("nan")), "loc must be finite"),
+        (dict(transform_scale=1e-300), "transform_scale must be finite, from 0.001 to 1000 in size, got 1e-300"),
+        (dict(path=NeverEqual()), "path must be one of auto, linear, ddpm, got "),
+        (dict(path=["ddpm"]), "path must be one of auto, linear, ddpm, got "),
+        (dict(noise_schedule=np.array(["a"])), "noise_schedule must be one of"),
+        (dict(timestep_respacing=[20]), "timestep_respacing must be an integer >= 1, got "),
+        (dict(timestep_respacing="9" * 5000), "divides a diffusion into sections"),
+        (dict(diffusion_steps=20), 'diffusion_steps must be > 20 with noise_schedule="linear"'),
+        (dict(objective=""), "objective must be one of perflow"),
+        (dict(objective="mmengine.perflow"), "objective must be one of perflow"),
+        (dict(objective=nested(100_000)), "objective must hold words, numbers"),
+        (
+            dict(objective=dict(type="perflow", weight=1e300)),
+            "weight of objective 'perflow' must be finite, from 0 to 1e.09 in size, got 1e.300",
+        ),
+        (
+            dict(objective=dict(type="perflow_consistency", target=Unprintable())),
+            "objective.target must hold words.*got <Unprintable instance",
+        ),
+        (dict(teacher=dict(from_pretrained="")), "teacher.from_pretrained must be a path, a repository id or None, got ''"),
+        (dict(teacher=dict(from_pretrained="a\0b")), "teacher.from_pretrained must be a path"),
+        (dict(watch=dict(tolerance=float("inf"))), "watch.tolerance must be finite"),
+        (dict(self=1), r"unknown key.*'self' in scheduler"),
+        (dict(guidance=dict(self=1)), r"unknown key.*'self' in guidance"),
+    ],
+)
+def test_odd_values_are_refused_with_what_is_accepted(config, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        PeRFlow(**config)
+    assert len(str(refusal.value)) < 2500
+
+
+def test_every_key_names_the_kind_of_its_values():
+    """Nothing is accepted unseen: a new key without a kind fails here."""
+    records = (Recipe, Keys, LongVideoConfig, AdvanceRule, recipe.TeacherSettings, recipe.Guidance, recipe.Draws, recipe.Stages)
+    for record in (*records, recipe.WatchSettings):
+        assert [one.name for one in fields(record) if "kind" not in one.metadata] == []

@@ -6,10 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from opensora_perflow.checks import MOST_STEPS, MOST_WINDOWS, as_number, is_list, shown, whole
+
+LEAST_WIDTH = 1e-6
+"""Of a window and of a sampling step: velocities divide by it, in float32."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class TimeWindows:
         grids: Sampling grids that a plan chose, at most one for each number of steps; N + 1 times from 1 to 0 for N steps.
 
     Raises:
-        ValueError: edges or grids that are not finite numbers, do not descend strictly, or do not run from 1 to 0; two grids
-            of as many steps.
+        ValueError: edges or grids that are not finite numbers, do not descend strictly (by LEAST_WIDTH), or do not run from 1
+            to 0; two grids of as many steps; more than MOST_WINDOWS windows or MOST_STEPS steps.
 
     Source: PeRFlow (arXiv:2405.07510), section 3: the time windows of the piecewise flow.
     """
@@ -33,8 +37,10 @@ class TimeWindows:
     grids: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "edges", _descending(self.edges, "window edges", ", or the number of windows alone"))
-        grids = tuple(_descending(grid, "a plan's sampling grid") for grid in self.grids)
+        object.__setattr__(
+            self, "edges", _descending(self.edges, "window edges", MOST_WINDOWS, ", or the number of windows alone")
+        )
+        grids = tuple(_descending(grid, "a plan's sampling grid", MOST_STEPS) for grid in self.grids)
         if len({len(grid) for grid in grids}) < len(grids):
             raise ValueError(f"a plan holds one grid for a number of steps, got {sorted(len(g) - 1 for g in grids)} steps")
         object.__setattr__(self, "grids", grids)
@@ -44,10 +50,9 @@ class TimeWindows:
         """K windows of equal width in untransformed time.
 
         Raises:
-            ValueError: num_windows is not an integer >= 1.
+            ValueError: num_windows is not an integer from 1 to MOST_WINDOWS.
         """
-        if isinstance(num_windows, bool) or not isinstance(num_windows, int) or num_windows < 1:
-            raise ValueError(f"the number of windows must be an integer >= 1, got {num_windows!r}; write windows=4")
+        num_windows = whole(high=MOST_WINDOWS, remedy="; write windows=4")("the number of windows", num_windows)
         return cls(tuple(1.0 - k / num_windows for k in range(num_windows)) + (0.0,))
 
     @cached_property
@@ -95,15 +100,19 @@ class TimeWindows:
         return edges[window_idx], edges[window_idx + 1]
 
 
-def _descending(times: Sequence[float], name: str, alternative: str = "") -> tuple[float, ...]:
+def _descending(times: Sequence[float], name: str, most: int, alternative: str = "") -> tuple[float, ...]:
     """The times as floats; raises ValueError unless they descend strictly from 1 to 0."""
-    if not all(isinstance(time, Real) and not isinstance(time, bool) and math.isfinite(time) for time in times):
-        raise ValueError(f"{name} must be finite numbers, got {list(times)}; write for example [1, 0.6, 0]")
-    values = tuple(float(time) for time in times)
+    if not is_list(times) or len(times) > most + 1:
+        raise ValueError(f"{name} must be a list of at most {most + 1} times, got {shown(times)}; write [1, 0.6, 0]")
+    values = tuple(as_number(time) for time in times)
+    if not all(value is not None and abs(value) < math.inf for value in values):
+        raise ValueError(f"{name} must be finite numbers, got {shown(list(times))}; write for example [1, 0.6, 0]")
     descending = all(start > end for start, end in zip(values, values[1:]))
     if len(values) < 2 or values[0] != 1.0 or values[-1] != 0.0 or not descending:
         raise ValueError(
-            f"{name} must descend strictly from 1 to 0, got {list(times)}; "
+            f"{name} must descend strictly from 1 to 0, got {shown(list(times))}; "
             f"write for example [1, 0.75, 0.5, 0.25, 0]{alternative}"
         )
-    return values
+    if any(start - end < LEAST_WIDTH for start, end in zip(values, values[1:])):
+        raise ValueError(f"{name} must lie at least {LEAST_WIDTH:g} apart, got {shown(list(times))}; leave one of them out")
+    return tuple(map(float, values))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opensora_perflow.checks import is_list, number, shown
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity, remember_last
 from opensora_perflow.registry import OBJECTIVES
@@ -29,7 +29,7 @@ def combine(value: Any) -> Objective:
         ValueError: an unknown name or keyword, a keyword's value that the objective refuses, an empty list, or a weight that
             is not a number >= 0.
     """
-    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    items = list(value) if is_list(value) else [value]
     if not items:
         raise ValueError("objective must name at least one objective, got an empty list")
     terms = [_term(item) for item in items]
@@ -46,12 +46,13 @@ def combine(value: Any) -> Objective:
 def _term(value: Any) -> tuple[float, Objective]:
     settings = {"type": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else {}
     name, weight = settings.pop("type", None), settings.pop("weight", 1.0)
-    objective = OBJECTIVES.get(name) if isinstance(name, str) else None
+    objective = OBJECTIVES.module_dict.get(name) if isinstance(name, str) else None
     if objective is None:
         known = ", ".join(sorted(OBJECTIVES.module_dict))
-        raise ValueError(f"objective must be one of {known}, dict(type=one of them, ...), or a list of those, got {value!r}")
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not weight >= 0:
-        raise ValueError(f"the weight of objective {name!r} must be a number >= 0, got {weight!r}")
+        raise ValueError(
+            f"objective must be one of {known}, dict(type=one of them, ...), or a list of those, got {shown(value)}"
+        )
+    weight = number(low=0)(f"the weight of objective {name!r}", weight)
     known = list(inspect.signature(objective).parameters)[4:]
     unknown = [key for key in settings if key not in known]
     if unknown:

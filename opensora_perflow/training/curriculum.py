@@ -18,20 +18,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from opensora_perflow.checks import check_num_steps
+from opensora_perflow.checks import MOST_WINDOWS, check_keys, choice, key, listed, number, optional, shown, whole
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
 
 TEACHERS = ("original", "previous")
+COUNTS = listed(whole(high=MOST_WINDOWS), "a list of numbers", "[8, 4, 2, 1]")
+"""What curriculum.windows holds."""
 
 
 @dataclass(frozen=True)
 class AdvanceRule:
     """When a stage ends: its held-out error has stopped falling, or it has had its steps."""
 
-    min_steps: int = 200
+    min_steps: int = key(200, whole())
     """Training steps that every stage has at least, >= 1."""
-    max_steps: int = 2000
+    max_steps: int = key(2000, whole())
     """Training steps that a stage has at most (up to the next measurement), >= min_steps."""
 
     every: ClassVar[int] = 25
@@ -42,8 +44,7 @@ class AdvanceRule:
     """Share of the best error by which another must lie below it to count as an improvement."""
 
     def __post_init__(self) -> None:
-        for name in ("min_steps", "max_steps"):
-            check_num_steps(getattr(self, name), f"curriculum.advance.{name}")
+        check_keys(self, "curriculum.advance.")
         if self.min_steps > self.max_steps:
             raise ValueError(
                 f"curriculum.advance.min_steps must not exceed max_steps, got {self.min_steps} and {self.max_steps}"
@@ -61,6 +62,15 @@ class Progress:
     """Least held-out error of this stage."""
     stale: int = 0
     """Measurements since then."""
+
+
+def progress(name: str, state: Any) -> dict[str, Any]:
+    """What `Curriculum.state` gave, see checks.py."""
+    kinds = {"stage": whole(0), "step": whole(0), "best": optional(number(low=0, most=1e308)), "stale": whole(0)}
+    if not isinstance(state, Mapping) or set(state) != set(kinds):
+        got = ", ".join(map(str, state)) if isinstance(state, Mapping) and len(state) < 20 else shown(state)
+        raise ValueError(f"a curriculum's state has the keys {', '.join(kinds)}, got {got}")
+    return {one: kind(f"{name}.{one}", state[one]) for one, kind in kinds.items()}
 
 
 def merge_windows(windows: TimeWindows, num_windows: int) -> TimeWindows:
@@ -96,13 +106,8 @@ class Curriculum:
     rule: AdvanceRule = field(default_factory=AdvanceRule)
 
     def __post_init__(self) -> None:
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"curriculum.teacher must be one of {', '.join(TEACHERS)}, got {self.teacher!r}")
-        if not isinstance(self.counts, Sequence) or isinstance(self.counts, str):
-            raise ValueError(f"curriculum.windows must be a list of numbers, got {self.counts!r}; write [8, 4, 2, 1]")
-        counts = list(self.counts)
-        for count in counts:
-            check_num_steps(count, "each of curriculum.windows")
+        self.teacher = choice(*TEACHERS)("curriculum.teacher", self.teacher)
+        counts = list(COUNTS("curriculum.windows", self.counts))
         if len(counts) < 2 or any(before <= after for before, after in zip(counts, counts[1:])):
             raise ValueError(f"curriculum.windows must be two or more descending numbers, got {counts}; write [8, 4, 2, 1]")
         if counts[0] != self.windows.num_windows:
@@ -176,12 +181,9 @@ class Curriculum:
         """Continue from a `state`.
 
         Raises:
-            ValueError: not the keys of a state, or a stage that this curriculum does not have.
+            ValueError: not a state, or a stage that this curriculum does not have.
         """
-        if set(state) != set(vars(Progress())):
-            raise ValueError(
-                f"a curriculum's state has the keys {', '.join(vars(Progress()))}, got {', '.join(map(str, state))}"
-            )
+        state = progress("curriculum", state)
         if not 0 <= state["stage"] < len(self.stages):
             raise ValueError(
                 f"the state is in stage {state['stage']}, this curriculum has the stages 0..{len(self.stages) - 1}; "

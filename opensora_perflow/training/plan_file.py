@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from opensora_perflow.atomic import replacing
+from opensora_perflow.checks import file_name, is_list, parse_json, plain, read_bounded, shown
 from opensora_perflow.method.windows import TimeWindows
 
 FORMAT = "opensora_perflow.plan/1"
@@ -39,10 +39,10 @@ def read_plan(path: str | os.PathLike) -> tuple[tuple[Any, ...], tuple[tuple[Any
     """
     name = os.fspath(path)
     try:
-        plan = json.loads(Path(path).read_text())
+        plan = parse_json(read_bounded(path))
     except OSError as error:
         raise ValueError(
-            f"windows names the plan {name!r}, which cannot be read from {os.getcwd()} ({error.strerror}); "
+            f"windows names the plan {name!r}, which cannot be read from {os.getcwd()} ({error.strerror or error}); "
             "write one with `opensora-perflow plan`, or give its full path"
         ) from error
     except ValueError as error:
@@ -52,7 +52,7 @@ def read_plan(path: str | os.PathLike) -> tuple[tuple[Any, ...], tuple[tuple[Any
     found = plan.get("format") if isinstance(plan, Mapping) else None
     if found != FORMAT:
         raise ValueError(
-            f'{name!r} is no plan: expected "format": "{FORMAT}", got {found!r}; write one with `opensora-perflow plan`'
+            f'{name!r} is no plan: expected "format": "{FORMAT}", got {shown(found)}; write one with `opensora-perflow plan`'
         )
     edges, grids = plan.get("edges"), plan.get("grids", [])
     if not isinstance(edges, list) or not isinstance(grids, list) or not all(isinstance(grid, list) for grid in grids):
@@ -66,19 +66,21 @@ def windows_of(value: int | Sequence[float] | str | os.PathLike | TimeWindows) -
     Raises:
         ValueError: anything else, invalid edges, or a file that is not there or holds no plan.
     """
+    value = plain(value)
     if isinstance(value, TimeWindows):
         return value
     if isinstance(value, int):
         return TimeWindows.uniform(value)
     if isinstance(value, os.PathLike) or (isinstance(value, str) and value.endswith(".json")):
-        edges, grids = read_plan(value)
+        name = file_name("a number, a list of edges or the name of a plan's file")("windows", value)
+        edges, grids = read_plan(name)
         try:
             return TimeWindows(edges, grids)
         except ValueError as error:
-            raise ValueError(f"{os.fspath(value)}: {error}") from error
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return TimeWindows(tuple(value))
+            raise ValueError(f"{name}: {error}") from error
+    if is_list(value):
+        return TimeWindows(value)
     raise ValueError(
         "windows must be a number of windows (4), a descending list of edges ([1, 0.6, 0.2, 0]) or a plan's file "
-        f'("plan.json"), got {value!r}'
+        f'("plan.json"), got {shown(value)}'
     )

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora_perflow.checks import (
+    MOST_SCALE,
+    MOST_WINDOWS,
+    Kind,
     as_scales,
-    check_choice,
-    check_num_steps,
-    check_number,
-    check_path,
-    check_switch,
-    from_mapping,
+    check_keys,
+    choice,
+    data,
+    file_name,
+    is_list,
+    key,
+    listed,
+    number,
+    optional,
+    section,
+    switch,
+    whole,
 )
 from opensora_perflow.method.ddpm import DDPM, PREDICTIONS
 from opensora_perflow.method.guidance import draw_scales, scale_of_window
 from opensora_perflow.method.process import Process, check_prediction
-from opensora_perflow.training.curriculum import AdvanceRule, Curriculum
+from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.removed import refuse_removed_keys, refuse_removed_value
 
@@ -32,60 +40,69 @@ SOLVERS = ("midpoint", "euler")
 GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("student", "diffused")
 
+_section = partial(section, refuse=refuse_removed_keys)
+
+
+def _kept(*choices: str) -> Kind:
+    """One of a few words, of which others were removed."""
+
+    def check(name: str, value: Any) -> str:
+        refuse_removed_value(name, value)
+        return choice(*choices)(name, value)
+
+    return check
+
+
+def _objective(name: str, value: Any) -> Any:
+    """What a config calls an objective; `objectives.combine` knows the names."""
+    items = data(name, value)
+    for item in items if is_list(items) else [items]:
+        refuse_removed_value(name, item.get("type") if isinstance(item, Mapping) else item)
+    return items
+
 
 @dataclass(frozen=True)
 class TeacherSettings:
     """Where the frozen teacher comes from and how its ODE is solved."""
 
-    from_pretrained: str | None = None
+    from_pretrained: str | None = key(None, optional(file_name("a path, a repository id or None")))
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
-    steps_per_window: int | None = None
+    steps_per_window: int | None = key(None, optional(whole(high=MOST_WINDOWS)))
     """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
     draws.grids), rounded up."""
-    solver: str = "midpoint"
+    solver: str = key("midpoint", _kept(*SOLVERS))
     """euler (1 evaluation a step) or midpoint (2)."""
-    allow_distilled: bool = False
+    allow_distilled: bool = key(False, switch)
     """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
 
     def __post_init__(self) -> None:
-        if self.from_pretrained is not None:
-            check_path("teacher.from_pretrained", self.from_pretrained, "a path, a repository id or None")
-        if self.steps_per_window is not None:
-            check_num_steps(self.steps_per_window, "teacher.steps_per_window")
-        refuse_removed_value("teacher.solver", self.solver)
-        check_choice("teacher.solver", self.solver, SOLVERS)
-        check_switch("teacher.allow_distilled", self.allow_distilled)
+        check_keys(self, "teacher.")
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Where classifier-free guidance happens."""
 
-    mode: str = "sync"
+    mode: str = key("sync", choice(*GUIDANCE_MODES))
     """sync: the student learns the unguided flow, with text dropout, and is guided when sampled (2 evaluations a step).
     fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step).
     range: the teacher is guided with a scale that is drawn for each sample, and the student gets it as an input, see
     hosts/scale_input.py; it is sampled with any cfg_scale of the range (1 a step)."""
-    scale: Any = None
+    scale: Any = key(None, optional(as_scales))
     """Text guidance of the teacher. Mode fixed: a number >= 0 (1 = a teacher that needs none, itself a student of mode fixed),
     or a list of one number a window, noisiest first. Mode range: (low, high), 0 <= low < high; drawn uniformly."""
-    image_scale: float | None = None
+    image_scale: float | None = key(None, optional(number(low=0, most=MOST_SCALE)))
     """Guidance by reference frames in modes fixed and range (Open-Sora 1.3's image/video conditioning); None: as by text."""
-    negative: str | None = None
+    negative: str | None = key(None, optional(file_name("the path of a .safetensors file or None")))
     """Modes fixed and range: a negative prompt in place of the null text, as a file that `opensora-perflow embed` wrote."""
 
     def __post_init__(self) -> None:
-        check_choice("guidance.mode", self.mode, GUIDANCE_MODES)
+        check_keys(self, "guidance.")
         if self.mode == "sync":
             self._check_sync()
-            return
-        self._check_scale()
-        if self.image_scale is not None:
-            check_number("guidance.image_scale", self.image_scale, low=0)
-        if self.negative is not None:
-            check_path("guidance.negative", self.negative, "the path of a .safetensors file or None")
-            object.__setattr__(self, "negative", os.fspath(self.negative))  # as perflow.json can hold it
+        else:
+            self._check_scale()
 
     def _check_sync(self) -> None:
         given = {name: getattr(self, name) for name in ("scale", "image_scale", "negative")}
@@ -102,7 +119,6 @@ class Guidance:
             raise ValueError(
                 f'guidance mode "{self.mode}" needs a scale, for example dict(mode="{self.mode}", scale={example})'
             )
-        object.__setattr__(self, "scale", as_scales("guidance.scale", self.scale))
         pair = isinstance(self.scale, tuple) and len(self.scale) == 2
         if self.mode == "range" and not (pair and self.scale[0] < self.scale[1]):
             raise ValueError(
@@ -143,40 +159,28 @@ class Guidance:
 class Draws:
     """What the student is trained on: where windows start, and at which times inside them."""
 
-    starts: str = "student"
+    starts: str = key("student", _kept(*STARTS))
     """student: states that the student itself reaches from noise, one step a window, guided as it is sampled; no data is
     used, only its shape. diffused: data with noise."""
-    edge_mass: float = 0.75
+    edge_mass: float = key(0.75, number(low=0, high=1))
     """Share of the times exactly at the window's noisy edge, 0..1."""
-    per_solve: int | None = None
+    per_solve: int | None = key(None, optional(whole(high=100)))
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). None: 2, or 1 where there can be one only (edge_mass=1,
     use_discrete_timesteps) and under Open-Sora 1.0 and 1.1."""
-    seed: int | None = None
+    seed: int | None = key(None, optional(whole(None, 2**64, accepted="an integer, or None for the host's")))
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
-    overlap: float = 0.0
+    overlap: float = key(0.0, number(low=0, high=1))
     """How far the lines of a window are continued over its noisy edge, as a share 0..1 of the window above, which trains those
     times too; weights fall and rise linearly (see overlap.py). prediction="velocity" only, as `grids`."""
-    grids: Any = ()
+    grids: Any = key((), listed(whole(high=MOST_WINDOWS), "a list of numbers of steps", "[5, 6, 7]", most=100))
     """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`: it is
     then trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
     sampling_grid="uniform"."""
 
     def __post_init__(self) -> None:
-        refuse_removed_value("draws.starts", self.starts)
-        check_choice("draws.starts", self.starts, STARTS)
-        check_number("draws.edge_mass", self.edge_mass, low=0, high=1)
-        if self.per_solve is not None:
-            check_num_steps(self.per_solve, "draws.per_solve")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ValueError(f"draws.seed must be an integer, or None for the host's, got {self.seed!r}")
-        check_number("draws.overlap", self.overlap, low=0, high=1)
-        if not isinstance(self.grids, Sequence) or isinstance(self.grids, str):
-            raise ValueError(f"draws.grids must be a list of numbers of steps, got {self.grids!r}; write for example [5, 6, 7]")
-        for steps in self.grids:
-            check_num_steps(steps, "each of draws.grids")
-        object.__setattr__(self, "grids", tuple(int(steps) for steps in self.grids))
+        check_keys(self, "draws.")
         if self.edge_mass == 1 and (self.per_solve or 1) > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
@@ -187,78 +191,63 @@ class Draws:
 class Stages:
     """Fewer windows stage by stage; see curriculum.py."""
 
-    windows: Any = (8, 4, 2, 1)
+    windows: Any = key((8, 4, 2, 1), COUNTS)
     """Number of windows of each stage, descending; each divides the one before, and the first is that of `windows`."""
-    teacher: str = "original"
+    teacher: str = key("original", choice(*TEACHERS))
     """original: the run's teacher in every stage, with teacher.steps_per_window steps for each window of the first stage.
     previous: from the second stage on the student as it was when the stage before ended, with one Euler step for each of
     that stage's windows and without guidance, which is folded in. A run that is resumed inside such a stage goes on with the
     student that it loads as the teacher: the one before is not kept."""
-    advance: AdvanceRule = field(default_factory=AdvanceRule)
+    advance: AdvanceRule = key(AdvanceRule(), _section(AdvanceRule))
     """When a stage ends: dict(min_steps=200, max_steps=2000), and between them where its held-out error stops falling."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.advance, Mapping):
-            refuse_removed_keys("curriculum.advance", self.advance)
-            object.__setattr__(self, "advance", from_mapping(AdvanceRule, self.advance, "curriculum.advance"))
-        elif not isinstance(self.advance, AdvanceRule):
-            raise ValueError(f"curriculum.advance must be a dict, got {self.advance!r}; known keys: min_steps, max_steps")
+        check_keys(self, "curriculum.")
 
 
 @dataclass(frozen=True)
 class WatchSettings:
     """When a run measures itself, and what it warns of."""
 
-    every: int = 200
+    every: int = key(200, whole())
     """Training steps between two measurements, >= 1; the first ones come after a quarter and a half of that, as a learning rate
     that is too high shows early (not earlier: a good one may lose a little at first). One costs an evaluation of the student
     for each window; the first also the teacher's path through all windows."""
-    tolerance: float = 0.25
+    tolerance: float = key(0.25, number(low=0))
     """Share by which the error may rise above its least before a warning, >= 0."""
 
     def __post_init__(self) -> None:
-        check_num_steps(self.every, "watch.every")
-        check_number("watch.tolerance", self.tolerance, low=0)
+        check_keys(self, "watch.")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a student is trained, and what of that its sampler has to know."""
 
-    windows: Any = 4
+    windows: Any = key(4, lambda name, value: windows_of(value))
     """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or the file that
     `opensora-perflow plan` wrote (a name that ends in .json), whose sampling grids then serve the step counts they are for."""
-    prediction: str = "auto"
+    prediction: str = key("auto", choice("auto", *PREDICTIONS))
     """What the student's network outputs: velocity; or, for epsilon networks, ddim_eps or diff_eps too, see method/ddpm.py.
     auto: velocity for rectified flows, ddim_eps for epsilon networks. Sample with what was trained."""
-    teacher: TeacherSettings = field(default_factory=TeacherSettings)
-    guidance: Guidance = field(default_factory=Guidance)
-    draws: Draws = field(default_factory=Draws)
-    curriculum: Stages | None = None
+    teacher: TeacherSettings = key(TeacherSettings(), _section(TeacherSettings))
+    guidance: Guidance = key(Guidance(), _section(Guidance))
+    draws: Draws = key(Draws(), _section(Draws))
+    curriculum: Stages | None = key(None, _section(Stages, none=True))
     """Training only: merge `windows` stage by stage. None: one stage. Sample with windows=the last stage's."""
-    objective: Any = "perflow"
+    objective: Any = key("perflow", _objective)
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
-    watch: WatchSettings | None = field(default_factory=WatchSettings)
+    watch: WatchSettings | None = key(WatchSettings(), _section(WatchSettings, none=True))
     """Training only: dict(every=200, tolerance=0.25): log every so many steps how far the student's few steps end from the
     teacher on the run's first batch, and warn where that gets worse (see monitor.py). None: off."""
-    allow_change: bool = False
+    allow_change: bool = key(False, switch)
     """Go on with --load although windows, process, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
-        set_(self, "windows", windows_of(self.windows))
-        for name, cls in (("teacher", TeacherSettings), ("guidance", Guidance), ("draws", Draws)):
-            set_(self, name, _section(name, cls, getattr(self, name)))
+        check_keys(self)
         if self.curriculum is not None:
-            set_(self, "curriculum", _section("curriculum", Stages, self.curriculum, optional=True))
             self._check_curriculum()
-        if self.watch is not None:
-            set_(self, "watch", _section("watch", WatchSettings, self.watch, optional=True))
-        check_choice("prediction", self.prediction, ("auto", *PREDICTIONS))
-        check_switch("allow_change", self.allow_change)
-        for name in _names(self.objective):
-            refuse_removed_value("objective", name)
         if self.guidance.mode == "fixed":
             as_scales("guidance.scale", self.guidance.scale, self.windows.num_windows)
             if self.needs_one_scale:
@@ -275,7 +264,7 @@ class Recipe:
     def times_a_solve(self) -> int:
         """Times that one solution of the teacher feeds."""
         if self.draws.per_solve is not None:
-            return int(self.draws.per_solve)
+            return self.draws.per_solve
         return 1 if self.draws.edge_mass == 1 else 2
 
     @cached_property
@@ -283,7 +272,7 @@ class Recipe:
         """The teacher's steps in each window."""
         each = self.teacher.steps_per_window
         fewest = min([self.windows.num_windows, *self.draws.grids])
-        return math.ceil(8 / fewest) if each is None else int(each)
+        return math.ceil(8 / fewest) if each is None else each
 
     def stages(self) -> Curriculum | None:
         """A curriculum at its beginning, if there is one."""
@@ -329,20 +318,3 @@ def refuse_list_of_scales(name: str, value: Any, why: str) -> None:
     """Raises ValueError where a scale is a list of one a window."""
     if isinstance(value, tuple):
         raise ValueError(f"{why}, so one scale a window has no meaning, got {name}={list(value)}; give one number")
-
-
-def _section(name: str, cls: type, value: Any, optional: bool = False) -> Any:
-    """A part of the config as its dataclass."""
-    if isinstance(value, Mapping):
-        refuse_removed_keys(name, value)
-        return from_mapping(cls, value, name)
-    if isinstance(value, cls):
-        return value
-    known = ", ".join(f.name for f in fields(cls))
-    raise ValueError(f"{name} must be a dict{' or None' * optional}, got {value!r}; known keys: {known}")
-
-
-def _names(objective: Any) -> list[Any]:
-    """The names in what a config calls an objective."""
-    items = objective if isinstance(objective, Sequence) and not isinstance(objective, str) else [objective]
-    return [item.get("type") if isinstance(item, Mapping) else item for item in items]

@@ -8,13 +8,20 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from opensora_perflow.checks import (
+    MOST_SCALE,
+    MOST_STEPS,
     as_scales,
-    check_choice,
-    check_num_steps,
-    check_number,
-    from_mapping,
+    check_keys,
+    choice,
+    key,
+    number,
+    optional,
     refuse_unknown,
+    section,
+    switch,
+    whole,
 )
+from opensora_perflow.hosts.v1.key_kinds import channels, only_false, respacing, weights
 from opensora_perflow.hosts.v1.timestep_transform import installed_formula
 from opensora_perflow.method.ddpm import NOISE_SCHEDULES
 from opensora_perflow.method.grids import sampling_grid
@@ -66,170 +73,122 @@ PATH_KEYS = {
 WITHOUT_EFFECT = ("sample_method", "loc", "scale", "uniform_over_threshold")
 """Keys by which Open-Sora chooses training times."""
 
+MOST_TIMESTEPS = 100_000
+"""Size of a network's timestep range."""
+
 
 @dataclass(frozen=True)
 class LongVideoConfig:
     """How the clips of a long video (Open-Sora's `loop`) are joined at the frames that they share, in every clip that has
     reference frames. Those come back as they were given."""
 
-    edit: float = 0.05
+    edit: float = key(0.05, number(low=0, high=1))
     """Reference frames of edit ratio 0 are made anew from this flow time on while the others are generated, 0..1; 0 keeps them.
     Between two grid points it costs an evaluation a clip; 0.75 is one of 4 uniform windows. Small values change little; 0.75
     softened the seams of one model and broke another's (benchmarks/README.md). No effect with mask_index (v1.3), where the
     network makes them anew anyway."""
-    frames: int = 2
+    frames: int = key(2, whole(0))
     """Latent frames beside reference frames over which the difference is faded out, >= 0; see long_video.py."""
 
     def __post_init__(self) -> None:
-        check_number("long_video.edit", self.edit, low=0, high=1)
-        if isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 0:
-            raise ValueError(f"long_video.frames must be an integer >= 0, got {self.frames!r}")
+        check_keys(self, "long_video.")
 
 
 @dataclass(frozen=True)
 class Keys:
     """What the host's scripts and networks add to a recipe."""
 
-    path: str = "auto"
+    path: str = key("auto", choice(*PATHS))
     """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
     variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
     what the host and its network allow (see iddpm.find_process)."""
-    transform: str = "auto"
+    transform: str = key("auto", choice(*TRANSFORM_FORMULAS))
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
-    long_video: LongVideoConfig | None = None
+    long_video: LongVideoConfig | None = key(None, section(LongVideoConfig, none=True, example="dict(edit=0.05, frames=2)"))
     """dict(edit=0.05, frames=2): smoother, less repetitive long videos, see LongVideoConfig. None: join clips as upstream."""
 
-    num_sampling_steps: int | None = None
+    num_sampling_steps: int | None = key(None, optional(whole(high=MOST_STEPS)))
     """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
     number of windows serves every window alike."""
-    sampling_grid: str = "edges"
+    sampling_grid: str = key("edges", choice(*SAMPLING_GRIDS))
     """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows, or to where the plan
     that `windows` names wants them; uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same
     where the number of windows divides that of steps."""
-    num_timesteps: int = 1000
+    num_timesteps: int = key(1000, whole(high=MOST_TIMESTEPS))
     """Size of the network's timestep range."""
-    cfg_scale: Any = 4.0
+    cfg_scale: Any = key(4.0, as_scales)
     """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
     or a list of one a window, noisiest first. No effect in mode fixed."""
-    use_discrete_timesteps: bool = False
+    use_discrete_timesteps: bool = key(False, switch)
     """Round drawn times, window edges and the sampling grid to whole timesteps."""
-    use_timestep_transform: bool = False
+    use_timestep_transform: bool = key(False, switch)
     """Warp time by resolution and length."""
-    sample_method: str = "uniform"
+    sample_method: str = key("uniform", choice(*TIME_DISTRIBUTIONS))
     """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often, and
     times evenly inside them."""
-    loc: float = 0.0
+    loc: float = key(0.0, number())
     """As sample_method: no effect."""
-    scale: float = 1.0
+    scale: float = key(1.0, number(above=0))
     """As sample_method: no effect."""
-    transform_scale: float = 1.0
+    transform_scale: float = key(1.0, number(above=0, least=1e-3, most=1e3))
     """Factor on the warp's ratio, > 0, in sampling and windows under v1.3. Under v1.2, which warps drawn times by the
     factor, no effect."""
-    scale_temporal: bool = True
+    scale_temporal: bool = key(True, switch)
     """False: the warp ignores the number of frames (v1.3)."""
-    uniform_over_threshold: float | None = None
+    uniform_over_threshold: float | None = key(None, optional(number(low=0)))
     """As sample_method: no effect (v1.3)."""
-    drop_condition: Mapping[str, float] | None = None
+    drop_condition: Mapping[str, float] | None = key(None, optional(weights))
     """Weights of null / cond / text / keep for image and video conditioning in mode sync (v1.3); None: always keep."""
-    x_cond_weight: float = 1.0
+    x_cond_weight: float = key(1.0, number(low=0))
     """Loss weight of the conditioned frames (v1.3)."""
-    use_oscillation_guidance: bool = False
+    use_oscillation_guidance: bool = key(False, switch)
     """Guidance on even steps only, after the first force_num (v1.3)."""
-    force_num: int = 10
+    force_num: int = key(10, whole(0))
     """Guided steps before the oscillation begins."""
-    use_flaw_fix: bool = False
+    use_flaw_fix: bool = key(False, switch)
     """Rescale the guided prediction's standard deviation (v1.3)."""
-    scale_image_weight: bool = False
+    scale_image_weight: bool = key(False, switch)
     """Image guidance decays over the steps and grows over the frames (v1.3)."""
-    initial_image_scale: float = 1.0
+    initial_image_scale: float = key(1.0, number(low=0, most=MOST_SCALE))
     """Where scale_image_weight decays to."""
 
-    cfg_channel: int | str | None = "auto"
+    cfg_channel: int | str | None = key("auto", channels)
     """iddpm: guidance acts on the first so many channels; None: on all. auto: 3 under Open-Sora 1.0, which knows no other;
     all under later ones."""
-    timestep_respacing: str | int | None = None
+    timestep_respacing: str | int | None = key(None, respacing)
     """iddpm's other name of num_sampling_steps; "" and None leave that to num_sampling_steps."""
-    noise_schedule: str = "linear"
+    noise_schedule: str = key("linear", choice(*NOISE_SCHEDULES))
     """iddpm: linear or squaredcos_cap_v2, see ddpm.alpha_bars."""
-    diffusion_steps: int = 1000
+    diffusion_steps: int = key(1000, whole(high=MOST_TIMESTEPS))
     """iddpm: size of the network's timestep range."""
-    learn_sigma: bool = True
+    learn_sigma: bool = key(True, switch)
     """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too, at an
     evaluation of the teacher for each time that is trained. False: there is none worth keeping. With prediction="velocity": no
     effect."""
-    sigma_small: bool = False
+    sigma_small: bool = key(False, only_false)
     """iddpm; only False."""
-    predict_xstart: bool = False
+    predict_xstart: bool = key(False, only_false)
     """iddpm; only False."""
-    use_kl: bool = False
+    use_kl: bool = key(False, only_false)
     """iddpm; only False."""
-    rescale_learned_sigmas: bool = False
+    rescale_learned_sigmas: bool = key(False, only_false)
     """iddpm; only False."""
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # a frozen dataclass normalises its own fields this way
-        if isinstance(self.long_video, Mapping):
-            set_(self, "long_video", from_mapping(LongVideoConfig, self.long_video, "long_video"))
-        elif not isinstance(self.long_video, LongVideoConfig | None):
-            raise ValueError(
-                f"long_video must be a dict or None, got {self.long_video!r}; write for example dict(edit=0.05, frames=2)"
-            )
-        set_(self, "cfg_scale", as_scales("cfg_scale", self.cfg_scale))
-        check_choice("path", self.path, PATHS)
-        check_choice("transform", self.transform, TRANSFORM_FORMULAS)
-        self._check_sampling()
-        self._check_times()
-        self._check_iddpm()
-        if self.drop_condition is not None:
-            for key, weight in self.drop_condition.items():
-                check_choice("a key of drop_condition", key, ("null", "cond", "text", "keep"))
-                check_number(f"drop_condition[{key!r}]", weight, low=0)
-            if not sum(self.drop_condition.values()) > 0:
-                raise ValueError(f"drop_condition needs a positive weight, got {dict(self.drop_condition)}")
-
-    def _check_sampling(self) -> None:
-        check_choice("sampling_grid", self.sampling_grid, SAMPLING_GRIDS)
-        if self.num_sampling_steps is not None:
-            check_num_steps(self.num_sampling_steps, "num_sampling_steps")
-        for name in ("x_cond_weight", "initial_image_scale", "force_num"):
-            check_number(name, getattr(self, name), low=0)
-
-    def _check_times(self) -> None:
-        check_num_steps(self.num_timesteps, "num_timesteps")
-        check_choice("sample_method", self.sample_method, TIME_DISTRIBUTIONS)
-        check_number("loc", self.loc)
-        for name in ("scale", "transform_scale"):
-            check_number(name, getattr(self, name))
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        if self.uniform_over_threshold is not None:
-            check_number("uniform_over_threshold", self.uniform_over_threshold, low=0)
+        check_keys(self)
         if self.use_discrete_timesteps and self.sample_method != "uniform":
             raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
-
-    def _check_iddpm(self) -> None:
-        check_choice("noise_schedule", self.noise_schedule, NOISE_SCHEDULES)
-        check_num_steps(self.diffusion_steps, "diffusion_steps")
-        check_choice("learn_sigma", self.learn_sigma, (True, False))
-        if self.cfg_channel not in ("auto", None):
-            check_num_steps(self.cfg_channel, "cfg_channel (or None for all channels)")
-        respacing = self.timestep_respacing
-        if respacing not in (None, ""):
-            if not str(respacing).isdecimal():
-                raise ValueError(
-                    f"timestep_respacing={respacing!r} divides a diffusion into sections, which is what windows do here; write "
-                    "windows=[1, ..., 0] for where steps end and num_sampling_steps for how many there are"
-                )
-            if self.num_sampling_steps is not None:
-                raise ValueError(
-                    f"timestep_respacing={respacing!r} and num_sampling_steps={self.num_sampling_steps!r} name the same "
-                    "number; leave out timestep_respacing"
-                )
-            check_num_steps(int(respacing), "timestep_respacing")
-        for name, remedy in _ONLY_FALSE.items():
-            if getattr(self, name) is not False:
-                raise ValueError(f"{name}={getattr(self, name)!r} is iddpm's, and perflow takes only False: {remedy}")
+        if self.timestep_respacing is not None and self.num_sampling_steps is not None:
+            raise ValueError(
+                f"timestep_respacing={self.timestep_respacing!r} and num_sampling_steps={self.num_sampling_steps!r} name the "
+                "same number; leave out timestep_respacing"
+            )
+        if self.noise_schedule == "linear" and self.diffusion_steps <= 20:
+            raise ValueError(
+                f'diffusion_steps must be > 20 with noise_schedule="linear", whose last beta is 20 / diffusion_steps, got '
+                f"{self.diffusion_steps}; use that of the network, usually 1000"
+            )
 
     def say_what_has_no_effect(self) -> None:
         """Name in the log the host's keys that choose training times: perflow draws its own."""
@@ -261,9 +220,9 @@ class Keys:
 
     def steps_over(self, windows: TimeWindows) -> int:
         """Number of sampling steps: num_sampling_steps (or timestep_respacing), a plan's only grid's, or one a window."""
-        steps = self.num_sampling_steps if self.timestep_respacing in (None, "") else self.timestep_respacing
+        steps = self.num_sampling_steps if self.timestep_respacing is None else self.timestep_respacing
         if steps is not None:
-            return int(steps)
+            return steps
         return len(windows.grids[0]) - 1 if len(windows.grids) == 1 else windows.num_windows
 
     def grid(self, windows: TimeWindows) -> tuple[float, ...]:
@@ -285,14 +244,6 @@ class Keys:
         return self.cfg_scale[window] if isinstance(self.cfg_scale, tuple) else self.cfg_scale
 
 
-_ONLY_FALSE = {
-    "use_kl": "the student's loss is chosen by `objective`",
-    "rescale_learned_sigmas": "the variance is kept as the teacher's by a loss of its own (learn_sigma=True)",
-    "sigma_small": "the sampler takes deterministic steps, so the size of random ones means nothing; leave it out",
-    "predict_xstart": "teacher and student predict noise (`prediction`); networks that predict clean data are not supported",
-}
-
-
 def path_of_keys(config: Mapping[str, Any]) -> str:
     """The path that a config names: by its key `path`, or by keys that only rflow or only iddpm has; else "auto".
 
@@ -301,7 +252,7 @@ def path_of_keys(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: keys of both, or keys of one and `path` naming the other.
     """
-    named = config.get("path", "auto")
+    named = choice(*PATHS)("path", config.get("path", "auto"))
     found = {path: [key for key in keys if key in config] for path, keys in PATH_KEYS.items()}
     for path, other in (("linear", "ddpm"), ("ddpm", "linear")):
         if found[path] and (found[other] or named == other):
@@ -334,7 +285,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[Recipe, Keys]:
                 "use_discrete_timesteps draws whole timesteps as the host does, one a solution: it needs draws.per_solve=1 or "
                 f"None, got {recipe.draws.per_solve}"
             )
-        recipe = replace(recipe, windows=recipe.windows.rounded(int(keys.num_timesteps)))
+        recipe = replace(recipe, windows=recipe.windows.rounded(keys.num_timesteps))
     as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
     if recipe.needs_one_scale:
         refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)

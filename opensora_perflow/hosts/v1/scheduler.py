@@ -60,7 +60,7 @@ class PeRFlow:
     run: TrainingRun | None = None
     curriculum: Curriculum | None = None
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, /, **config: Any) -> None:
         previous: Recipe | None = getattr(self, "recipe", None)
         recipe, keys = read_config(config)
         objective, known = combine(recipe.objective), find_process(keys.path)

@@ -1,6 +1,6 @@
 """What the package makes of damaged input: how often it fails without a name, and how often it goes on with wrong values.
 
-    python benchmarks/faults.py --what files [--count 3000] [--seed 0] [--json out.json]
+    python benchmarks/faults_files.py [--count 3000] [--seed 0] [--json out.json]
 
 files: weights of a small network, saved as safetensors, as torch files and in shards, are damaged and named as a teacher. A
 minute for 3,000 on a CPU. An error is told where it is a ValueError or OSError that names the file, and raw otherwise.
