@@ -84,6 +84,12 @@ def test_a_missing_plan_is_named_with_where_it_was_looked_for(tmp_path, monkeypa
     [
         ("{", "which is not JSON"),
         ("[]", 'is no plan: expected "format"'),
+        ("[" * 10**5, "which is not JSON .it is nested too deeply"),
+        (" " * (2**20 + 1), "which is not JSON .it is larger than 1048576 bytes"),
+        ('{"format": "%s", "edges": [1, NaN, 0]}', "which is not JSON .NaN is no number"),
+        ('{"format": "%s", "edges": [1, 0], "grids": {"a": 1}}', "is no whole plan"),
+        ('{"format": "%s", "edges": [1, [0.5], 0]}', "plan.json: window edges must be finite numbers"),
+        ('{"format": "%s", "edges": [' + "1, " * 2000 + "0]}", "plan.json: window edges must be a list of at most 1001 times"),
         ('{"format": "opensora_perflow.plan/0"}', "got 'opensora_perflow.plan/0'"),
         ('{"format": "%s"}', "is no whole plan"),
         ('{"format": "%s", "edges": [1, 0], "grids": [8]}', "is no whole plan"),
@@ -97,3 +103,12 @@ def test_what_is_no_plan_is_refused(tmp_path, text, message):
     (tmp_path / "plan.json").write_text(text.replace("%s", FORMAT))
     with pytest.raises(ValueError, match=message):
         windows_of(str(tmp_path / "plan.json"))
+
+
+def test_a_folder_or_bytes_that_are_no_text_are_no_plan(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"plan '.*folder.json', which cannot be read from .*it is no file"):
+        windows_of(tmp_path / "folder.json")
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="which is not JSON"):
+        windows_of(tmp_path / "plan.json")

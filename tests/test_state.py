@@ -80,6 +80,56 @@ def test_an_unreadable_state_is_named(tmp_path, text):
         find_state(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("windows", "1, 0", "window edges must be a list"),
+        ("windows", [1, True, 0], "window edges must be finite numbers"),
+        ("transform", ["v1.2"], "transform must be a dict, got"),
+        ("path", 3, "path must be one of linear, ddpm, got 3"),
+        ("prediction", ["velocity"], "prediction must be one of velocity"),
+        ("guidance", "sync", "guidance must be a dict, got 'sync'"),
+        ("guidance", [["mode", "sync"]], "guidance must be a dict"),
+        ("teacher", 12, "teacher must be text, got 12"),
+        ("stage", "1", "stage must be an integer >= 1, got '1'"),
+        ("stage", 10**30, "stage must be at most"),
+        ("curriculum", {"stage": 0}, "a curriculum's state has the keys stage, step, best, stale, got stage"),
+        ("curriculum", {"stage": "0", "step": 0, "best": None, "stale": 0}, "curriculum.stage must be an integer >= 0"),
+        ("curriculum", {"stage": 0, "step": 0, "best": "low", "stale": 0}, "curriculum.best must be a number >= 0"),
+        ("draws", [1], "draws must be a dict"),
+        ("draws", {"seed": "4"}, "draws.seed must be an integer or None, got '4'"),
+        ("steps", -1, "steps must be an integer >= 0, got -1"),
+        ("steps", None, "steps must be an integer >= 0, got None"),
+    ],
+)
+def test_values_of_another_type_are_refused_when_a_state_is_read(tmp_path, name, value, message):
+    (tmp_path / "perflow.json").write_text(json.dumps({**json.loads(STATE.to_json()), name: value}))
+    with pytest.raises(ValueError, match=rf"perflow\.json is not a state .*{message}.*; restore it, or remove it to use"):
+        find_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (STATE.to_json().replace('"steps": 12', '"steps": NaN').encode(), "NaN is no number"),
+        (STATE.to_json().encode() + b" " * 2**20, "it is larger than 1048576 bytes"),
+        (b'{"format": 1, "guidance": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "it is nested too deeply"),
+        (STATE.to_json().encode("utf-16"), "UnicodeDecodeError"),
+    ],
+)
+def test_a_states_text_is_bounded(tmp_path, text, message):
+    (tmp_path / "perflow.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"perflow\.json is not a state .*{message}"):
+        find_state(tmp_path)
+
+
+def test_broken_safetensors_are_named(tmp_path):
+    (tmp_path / "student.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"student\.safetensors cannot be read as safetensors"):
+        find_state(tmp_path / "student.safetensors")
+    assert find_state("x" * 5000) is None  # no file has such a name
+
+
 def test_a_later_versions_state_is_refused(tmp_path):
     (tmp_path / "perflow.json").write_text(STATE.to_json().replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="has format 2, this version reads 1; update opensora_perflow"):

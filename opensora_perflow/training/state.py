@@ -9,15 +9,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from opensora_perflow import __version__
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checkpoints import read_metadata
+from opensora_perflow.checks import (
+    check_keys,
+    choice,
+    data,
+    key,
+    optional,
+    parse_json,
+    read_bounded,
+    shown,
+    whole,
+    words,
+)
+from opensora_perflow.method.ddpm import PREDICTIONS
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.curriculum import progress
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -31,62 +45,74 @@ FOR_SAMPLING = ("windows", "transform", "path", "prediction")
 """What the sampler must share with the training; of the guidance, its mode."""
 
 
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    """Keys of the config, as they come back from JSON: lists for tuples, dict for ConfigDict."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict, got {shown(value)}")
+    return data(name, value)
+
+
+def _draws(name: str, value: Any) -> dict[str, Any]:
+    found = _settings(name, value)
+    if "seed" in found:
+        found["seed"] = optional(whole(None, 2**64, accepted="an integer or None"))(f"{name}.seed", found["seed"])
+    return found
+
+
 @dataclass(frozen=True)
 class StudentState:
     """All of it survives JSON.
 
     Raises:
-        ValueError: windows that are none.
+        ValueError: a value of another type than is said here, or windows that are none.
     """
 
-    windows: Sequence[float]
+    windows: Sequence[float] = key(MISSING, lambda name, value: TimeWindows(value).edges)
     """Edges in untransformed time, from 1 to 0."""
-    transform: dict[str, Any] | None
+    transform: dict[str, Any] | None = key(MISSING, optional(_settings))
     """The host's timestep transform that the edges pass through: formula, scale, scale_temporal; None: they do not."""
-    path: str
+    path: str = key(MISSING, choice("linear", "ddpm"))
     """linear or ddpm."""
-    prediction: str
-    guidance: dict[str, Any]
+    prediction: str = key(MISSING, choice(*PREDICTIONS))
+    guidance: dict[str, Any] = key(MISSING, _settings)
     """The keys of recipe.Guidance."""
-    teacher: str | None = None
+    teacher: str | None = key(None, optional(words))
     """teacher.fingerprint of its weights; None before there is one."""
-    teacher_source: str | None = None
+    teacher_source: str | None = key(None, optional(words))
     """Where they came from, in words."""
-    stage: int = 1
+    stage: int = key(1, whole())
     """1: the teacher is an original model; 2: it is a student of stage 1; and so on."""
-    curriculum: dict[str, Any] | None = None
+    curriculum: dict[str, Any] | None = key(None, optional(progress))
     """curriculum.Curriculum.state, where there is one; `windows` are those of its stage."""
-    objective: Any = None
-    draws: dict[str, Any] = field(default_factory=dict)
+    objective: Any = key(None, data)
+    draws: dict[str, Any] = field(default_factory=dict, metadata={"kind": _draws})
     """The keys of recipe.Draws, and the seed that was really used."""
-    steps: int = 0
+    steps: int = key(0, whole(0))
     """Training steps so far: calls of training_losses, in each process."""
-    version: str = __version__
+    version: str = key(__version__, words)
     """Of the package that wrote it."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", TimeWindows(tuple(self.windows)).edges)
-        for name in ("transform", "guidance", "objective", "draws"):  # as they come back: lists for tuples, dict for ConfigDict
-            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
+        check_keys(self)
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> StudentState:
+    def from_json(cls, text: str | bytes, where: str) -> StudentState:
         """Raises ValueError where the text is not what `to_json` writes."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             found = values.pop("format")
             if found == FORMAT:
                 known = {f.name for f in fields(cls)}
-                return cls(**{key: value for key, value in values.items() if key in known})
+                return cls(**{one: value for one, value in values.items() if one in known})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{where} is not a state that opensora_perflow wrote ({type(error).__name__}: {error}); restore it, or "
                 "remove it to use the weights without it"
             ) from error
-        raise ValueError(f"{where} has format {found!r}, this version reads {FORMAT}; update opensora_perflow")
+        raise ValueError(f"{where} has format {shown(found)}, this version reads {FORMAT}; update opensora_perflow")
 
     def differences(self, other: StudentState, names: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """name -> (this one's value, the other's), of those that are not the same."""
@@ -122,14 +148,21 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
         ValueError: there is one, and it is unreadable.
     """
     path = Path(weights)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and os.path.isfile(path):
         text = read_metadata(path).get(METADATA_KEY)
         if text is not None:
             return StudentState.from_json(text, f"the metadata of {path}"), path
-    folders = [path, path.resolve().parent] if path.resolve().name == "model" else [path if path.is_dir() else path.parent]
-    for folder in folders if path.exists() else ():
-        if (folder / FILE_NAME).is_file():
-            return StudentState.from_json((folder / FILE_NAME).read_text(), str(folder / FILE_NAME)), folder / FILE_NAME
+    folders = (
+        [path, path.resolve().parent] if path.resolve().name == "model" else [path if os.path.isdir(path) else path.parent]
+    )
+    for folder in folders if os.path.exists(path) else ():
+        file = folder / FILE_NAME
+        if os.path.isfile(file):
+            try:
+                text = read_bounded(file)
+            except OSError as error:
+                raise ValueError(f"{file} cannot be read ({error}); see to its permissions, or restore it") from error
+            return StudentState.from_json(text, str(file)), file
     return None
 
 
