@@ -1,6 +1,7 @@
 """Every mode of guidance against its closed form, on a teacher that is linear in the state and in the text."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -208,6 +209,17 @@ def test_negative_files_are_checked(tmp_path):
         save_file(content, path)
         with pytest.raises(ValueError, match=r"must hold y \[1, L, D\] and mask \[1, L\], got"):
             read_negative(path)
+    for y, mask in (
+        (torch.full((1, 4, 3), torch.nan), torch.ones(1, 4)),
+        (torch.ones(1, 4, 3).int(), torch.ones(1, 4)),
+        (torch.ones(1, 4, 3), torch.zeros(1, 4)),
+    ):
+        save_file({"y": y, "mask": mask}, path)
+        with pytest.raises(ValueError, match="n.safetensors' must hold finite numbers y and a mask that marks tokens"):
+            read_negative(path)
+    os.truncate(path, 2**26 + 1)
+    with pytest.raises(ValueError, match=r"n.safetensors' cannot be read .it is larger than 67108864 bytes.; write it with"):
+        read_negative(path)
     save_file({"y": torch.zeros(1, 4, 5), "mask": torch.ones(1, 4)}, path)
     x, encoded, *_ = inputs(network)
     with pytest.raises(ValueError, match=r"negative prompt's y is \[1, 4, 5\], which does not go with .*\[2, 1, 4, 3\]"):

@@ -288,10 +288,20 @@ def test_no_git_is_a_clear_error(tree: Path, monkeypatch: pytest.MonkeyPatch, tm
     assert snapshot(tree) == before
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"version": "0"}', '{"version":"0","patch":"","copied":true,"configs":[]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"version": "0"}', '{"version":"0","patch":"","copied":true,"configs":[]}',
+        '{"version":"0","patch":"","copied":"yes","configs":{}}', '{"version":0,"patch":"","copied":true,"configs":{}}',
+        '{"version":"0","patch":null,"copied":true,"configs":{}}', '{"version":"0","patch":"","copied":NaN,"configs":{}}',
+        '{"version":"0","patch":"","copied":true,"configs":{"perflow_a.py":1}}', "[" * 10**5, " " * (2**20 + 1), "\udcff",
+        '{"version":"0","patch":"","copied":true,"configs":{"train/16x256x256.py":"sha256 0"}}',
+        '{"version":"0","patch":"--- a/scripts/train.py\\n+++ /dev/null","copied":true,"configs":{}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_record_is_refused(tree: Path, text: str) -> None:
-    (tree / RECORD).write_text(text)
-    with pytest.raises(ValueError, match=f"{re.escape(RECORD)} cannot be read"):
+    (tree / RECORD).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"{re.escape(RECORD)} cannot be read .*; it says what was put into this tree"):
         uninstall(tree)
 
 
@@ -304,6 +314,20 @@ def test_a_record_cannot_remove_files_elsewhere(tree: Path, name: str) -> None:
     with pytest.raises(ValueError, match="leads out of configs/opensora"):
         uninstall(tree)
     assert (tree / "scripts" / "train.py").is_file()
+
+
+def test_a_record_cannot_remove_files_through_a_link(tree: Path, tmp_path: Path) -> None:
+    install(tree, copy=True)
+    elsewhere = tmp_path / "elsewhere"
+    (tree / CONFIGS / "_base_").rename(elsewhere)
+    (tree / CONFIGS / "_base_").symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    for act in (uninstall, install, check):
+        with pytest.raises(ValueError, match=r"configs/opensora/_base_ is a link to '.*elsewhere', out of the checkout"):
+            act(tree)
+    assert snapshot(elsewhere) == before
+    (tree / CONFIGS / "_base_").unlink()
+    uninstall(tree)
 
 
 def test_an_incomplete_package_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -333,6 +357,34 @@ def test_a_failure_leaves_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch, c
     with pytest.raises(OSError, match="No space left"):
         install(tree, copy=copy)
     assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 4, len(SHIPPED)])
+@pytest.mark.parametrize("half", [True, False])
+def test_uninstall_finds_what_a_killed_install_left(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, half: bool
+) -> None:
+    """Killed in the middle of a file (the record is the first, then come the configs), or before it takes its place."""
+    before, written = snapshot(tree), []
+
+    def replace(part: Path, path: Path) -> None:
+        written.append(path)
+        if len(written) == killed_at + 1:
+            if half:
+                os.truncate(part, 10)
+            os._exit(9)
+        os.rename(part, path)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(module.os, "replace", replace)
+        try:
+            install(tree, copy=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and snapshot(tree) != before
+    assert uninstall(tree) is True
+    assert snapshot(tree) == before and uninstall(tree) is False
 
 
 def test_what_is_missing_is_named_and_repaired(tree: Path, tmp_path: Path) -> None:

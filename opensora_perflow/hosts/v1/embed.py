@@ -43,8 +43,8 @@ def _text_encoder(config: Path, open_sora: Path | None) -> Any:
         raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
     from mmengine import Config
 
-    settings = dict(Config.fromfile(config).get("text_encoder") or {})
-    if not settings:
+    settings = Config.fromfile(config).get("text_encoder")
+    if not isinstance(settings, dict) or "type" not in settings:
         raise ValueError(f"{str(config)!r} has no text_encoder; name the config that the student will be trained with")
-    settings.pop("shardformer", None)  # for training in many processes
+    settings = {name: value for name, value in settings.items() if name != "shardformer"}  # for training in many processes
     return build_module(settings, MODELS, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -8,19 +8,28 @@ takes out what an earlier one put in. Nothing that the record does not name is e
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import opensora_perflow
-from opensora_perflow.atomic import replacing
+from opensora_perflow.hosts.v1.install_record import (
+    CONFIGS,
+    PATCHED,
+    RECORD,
+    Record,
+    part_of,
+    read_record,
+    refuse_links,
+    write_record,
+    write_whole,
+)
 
 TAGS = {
     "v1.3": "scripts/inference_i2v.py",
@@ -30,27 +39,7 @@ TAGS = {
 }
 """Open-Sora's tags, newest first, each with a file that the older ones lack. Its setup.py says 1.2.0 in v1.3 too."""
 
-CONFIGS = "configs/opensora"
-"""Folder of the host that takes our configs: `configs/opensora` of this package, under the same names."""
-
-RECORD = f"{CONFIGS}/.perflow_install.json"
-"""What was put into a tree: the fields of `Record`."""
-
-_COMMON = ("opensora/registry.py", "opensora/schedulers/__init__.py", "scripts/train.py", CONFIGS)
-
-
-@dataclass(frozen=True)
-class Record:
-    """What `install` put into a tree."""
-
-    version: str
-    """Of this package."""
-    patch: str
-    """Text of the patch."""
-    copied: bool
-    """Whether the configs are copies; else they are links."""
-    configs: Mapping[str, str]
-    """Path below CONFIGS -> what was put there, as `_content` tells it."""
+_COMMON = ("opensora/registry.py", PATCHED, "scripts/train.py", CONFIGS)
 
 
 @dataclass(frozen=True)
@@ -97,13 +86,14 @@ def check(root: str | os.PathLike) -> Status:
     """What of the plugin is in the tree at `root`. Changes nothing.
 
     Raises:
-        ValueError: a tree that is none of Open-Sora's tags, a damaged record, no git.
+        ValueError: a tree that is none of Open-Sora's tags, a damaged record, folders that are links out of the tree, no git.
     """
     root = Path(root).resolve()
-    tag, record = find_tag(root), _read_record(root)
+    tag, record = find_tag(root), read_record(root)
     patch = _patch_for(tag)
     registers, conflict = _patch_state(root, record.patch if record else patch)
     wanted = _wanted(copy=record is not None and record.copied)
+    refuse_links(root, {**wanted, **(record.configs if record else {})})
     if record is None:
         return Status(tag, registers, conflict, None, tuple(f"{CONFIGS}/{name}" for name in wanted), (), False)
     missing = tuple(f"{CONFIGS}/{name}" for name in record.configs if not (root / CONFIGS / name).exists())
@@ -146,7 +136,7 @@ def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
     if status.record:
         uninstall(root)
     try:
-        _write_record(root, record)
+        write_record(root, record)
         for name in record.configs:
             _put(_shipped("configs") / "opensora" / name, root / CONFIGS / name, copy)
         if not _patch_state(root, record.patch)[0]:  # a line that was there before, put in by hand, is taken as ours
@@ -177,7 +167,8 @@ def uninstall(root: str | os.PathLike) -> bool:
         _git_apply(root, status.record.patch if status.record else _patch_for(status.tag), "--reverse")
     if status.record:
         _remove_configs(root, status.record)
-    return status.registers or status.record is not None
+    halves = _remove_parts(root, _wanted(copy=False))
+    return status.registers or status.record is not None or halves
 
 
 def imported_tree() -> Path | None:
@@ -217,10 +208,18 @@ def _content(path: Path) -> str | None:
 def _put(source: Path, path: Path, copy: bool) -> None:
     path.parent.mkdir(exist_ok=True)
     if copy:
-        with replacing(path) as temporary:
-            shutil.copyfile(source, temporary)
+        write_whole(path, source.read_bytes())
     else:
         path.symlink_to(source)
+
+
+def _remove_parts(root: Path, names: Iterable[str]) -> bool:
+    """Remove what a process left that was killed while it wrote configs or the record; was there anything?"""
+    parts = [part_of(root / RECORD), *(part_of(root / CONFIGS / name) for name in names)]
+    found = [part for part in parts if os.path.lexists(part)]
+    for part in found:
+        part.unlink()
+    return bool(found)
 
 
 def _remove_configs(root: Path, record: Record) -> None:
@@ -229,34 +228,11 @@ def _remove_configs(root: Path, record: Record) -> None:
         path = root / CONFIGS / name
         if _content(path) == content:
             path.unlink()
+    _remove_parts(root, record.configs)
     for folder in {(root / CONFIGS / name).parent for name in record.configs} - {root / CONFIGS}:
         with suppress(OSError):  # it is not there, or holds files of the user's
             folder.rmdir()
     (root / RECORD).unlink(missing_ok=True)
-
-
-def _write_record(root: Path, record: Record) -> None:
-    with replacing(root / RECORD) as temporary:
-        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-
-
-def _read_record(root: Path) -> Record | None:
-    path = root / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = Record(**json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(record.configs, dict):
-            raise TypeError("configs must be an object")
-        for name in record.configs:  # they will be removed: none may lead out of the folder
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} leads out of {CONFIGS}")
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{RECORD} cannot be read ({error}); it says what was put into this tree, so restore it, or remove it and the "
-            f"perflow configs in {CONFIGS} by hand"
-        ) from error
-    return record
 
 
 def _patch_state(root: Path, patch: str) -> tuple[bool, str]:

@@ -18,6 +18,9 @@ from torch import Tensor
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1.conditions import encode_text
 
+MOST_BYTES = 2**26
+"""Of an embedding: T5-XXL's of 300 tokens has 5 million."""
+
 
 def write_negative(path: str | os.PathLike, text_encoder: Any, prompt: str) -> None:
     """Write a negative prompt's embedding.
@@ -45,6 +48,8 @@ def read_negative(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     remedy = "write it with `opensora-perflow embed`"
     try:
+        if os.path.getsize(path) > MOST_BYTES:
+            raise OSError(f"it is larger than {MOST_BYTES} bytes")
         found = load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"guidance.negative {str(path)!r} cannot be read ({error}); {remedy}") from error
@@ -52,4 +57,11 @@ def read_negative(path: str | os.PathLike) -> dict[str, Tensor]:
     fits = shapes.keys() == {"y", "mask"} and [len(s) for s in shapes.values()] == [2, 3] and shapes["mask"] == shapes["y"][:2]
     if not fits or shapes["mask"][0] != 1:
         raise ValueError(f"guidance.negative {str(path)!r} must hold y [1, L, D] and mask [1, L], got {shapes}; {remedy}")
+    y, mask = found["y"], found["mask"]
+    tokens = int(mask.count_nonzero())
+    if not y.is_floating_point() or not bool(y.isfinite().all()) or tokens == 0 or mask.is_complex():
+        raise ValueError(
+            f"guidance.negative {str(path)!r} must hold finite numbers y and a mask that marks tokens, got y of {y.dtype} and "
+            f"a mask of {mask.dtype} that marks {tokens}; {remedy}"
+        )
     return found

@@ -1,0 +1,103 @@
+"""The record of what `install` put into a checkout, and how its files are written: whole, and never out of the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from opensora_perflow.checks import check_keys, from_mapping, key, parse_json, read_bounded, shown, switch, words
+
+CONFIGS = "configs/opensora"
+"""Folder of the host that takes our configs: `configs/opensora` of this package, under the same names."""
+
+RECORD = f"{CONFIGS}/.perflow_install.json"
+"""What was put into a tree: the fields of `Record`."""
+
+PATCHED = "opensora/schedulers/__init__.py"
+"""The file that our patches change."""
+
+
+def _patch(name: str, value: Any) -> str:
+    """A patch of the one file that ours change: it will be taken back."""
+    text = words(name, value)
+    touched = set(re.findall(r"^(?:---|\+\+\+) (.+)$", text, re.M))
+    more = re.search(r"^(?:(?:rename|copy) (?:from|to)|(?:deleted|new) file mode|old mode) ", text, re.M)
+    if more or touched - {f"a/{PATCHED}", f"b/{PATCHED}"}:
+        raise ValueError(f"{name} may change {PATCHED} alone, got {shown(sorted(touched))}")
+    return text
+
+
+def _configs(name: str, value: Any) -> dict[str, str]:
+    """Names and contents of configs: they will be removed, so that none may be another's file."""
+    if not isinstance(value, Mapping) or len(value) > 1000:
+        raise ValueError(f"{name} must be an object, got {shown(value)}")
+    for path in value:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            raise ValueError(f"{path!r} leads out of {CONFIGS}")
+        if not re.fullmatch(r"(perflow_\w+|_base_/\w+)\.py", path):
+            raise ValueError(f"{shown(path)} is no name of a config of this package")
+    return {path: words(f"{name}[{path!r}]", content) for path, content in value.items()}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `install` put into a tree."""
+
+    version: str = key(MISSING, words)
+    """Of this package."""
+    patch: str = key(MISSING, _patch)
+    """Text of the patch."""
+    copied: bool = key(MISSING, switch)
+    """Whether the configs are copies; else they are links."""
+    configs: Mapping[str, str] = key(MISSING, _configs)
+    """Path below CONFIGS -> what was put there, as `_content` tells it."""
+
+    def __post_init__(self) -> None:
+        check_keys(self)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its place. The name is known, so that what a killed process left is found."""
+    return path.with_name(f".{path.name}.part")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is seen whole or not at all, also where the process is killed."""
+    part = part_of(path)
+    part.unlink(missing_ok=True)  # it may be a link
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def write_record(root: Path, record: Record) -> None:
+    """Write the record into the tree at `root`."""
+    write_whole(root / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
+
+
+def read_record(root: Path) -> Record | None:
+    """The record in the tree at `root`; None without. Raises ValueError for one that `write_record` did not write."""
+    path = root / RECORD
+    if not path.is_file():
+        return None
+    try:
+        return from_mapping(Record, parse_json(read_bounded(path)), RECORD)
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{RECORD} cannot be read ({error}); it says what was put into this tree, so restore it, or remove it and the "
+            f"perflow configs in {CONFIGS} by hand"
+        ) from error
+
+
+def refuse_links(root: Path, names: Iterable[str]) -> None:
+    """Raises ValueError where a folder of configs is a link that leads out of the tree, where nothing is to be changed."""
+    for folder in sorted({(root / CONFIGS / name).parent for name in names}):
+        if not folder.resolve().is_relative_to(root):
+            raise ValueError(
+                f"{folder.relative_to(root).as_posix()} is a link to {str(folder.resolve())!r}, out of the checkout, where "
+                "nothing is put or removed; make it a folder"
+            )
