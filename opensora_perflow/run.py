@@ -96,7 +96,7 @@ def _visible_lines() -> Iterator[None]:
 
 
 def register_with_host() -> None:
-    """Enter the package's schedulers in the host's SCHEDULERS.
+    """Enter the package's schedulers in the host's SCHEDULERS, and its checks before the host's models.
 
     `python -m` imports the package before the checkout is on sys.path, so that its own registration may have found no
     host to register with. A host without SCHEDULERS (Open-Sora 2.0) is left alone.
@@ -108,6 +108,7 @@ def register_with_host() -> None:
     for name, scheduler in opensora_perflow.SCHEDULERS.module_dict.items():
         if name not in host_schedulers.module_dict:
             host_schedulers.register_module(name=name, module=scheduler)
+    opensora_perflow.check_early()
 
 
 def prepare(script: str) -> None:

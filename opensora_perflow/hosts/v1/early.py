@@ -1,0 +1,91 @@
+"""What is wrong with a run, told before Open-Sora builds its models.
+
+Open-Sora's scripts build the text encoder, the VAE and the network first and the scheduler after them: a misspelt key of the
+scheduler cost the loading of T5-XXL. All of them build with the registries of opensora/registry.py, whose `build_func` is
+theirs to have: the package's import puts a check before it, for scripts whose config says scheduler=dict(type="perflow").
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from mmengine.registry import Registry
+
+from opensora_perflow.hosts.v1.host import OpenSora
+from opensora_perflow.hosts.v1.install import find_tag, imported_tree
+from opensora_perflow.hosts.v1.run_config import main_variable, running_config
+from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.training.teacher import check_source
+
+
+def check_early() -> None:
+    """Have `check_script` called before anything is built with the host's MODELS and DATASETS; does nothing without a host."""
+    try:
+        from opensora import registry as host
+    except ImportError:
+        return
+    for name in ("MODELS", "DATASETS"):  # 1.0 has no DATASETS
+        registry = getattr(host, name, None)
+        if isinstance(registry, Registry) and not hasattr(registry.build_func, "checks_early"):
+            registry.build_func = _checked(registry.build_func)
+
+
+def _checked(build: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(build)
+    def checked(cfg: Any, *args: Any, registry: Registry, **kwargs: Any) -> Any:
+        config = running_config()
+        if config is not None and config["scheduler"].get("type") == "perflow":
+            check_script(config)
+            check_type(cfg, registry)
+        return build(cfg, *args, registry=registry, **kwargs)
+
+    checked.checks_early = True
+    return checked
+
+
+def check_script(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for keys of the scheduler that are wrong, a resumed run that names no teacher, and a training set that
+    gives no batch."""
+    scheduler = PeRFlow(**{key: value for key, value in config["scheduler"].items() if key != "type"})
+    teacher, host = scheduler.recipe.teacher, OpenSora()
+    if teacher.from_pretrained is None and host.resumed() is not None:
+        check_source(teacher, host)
+    if _num_batches() == 0:
+        dataset = main_variable("dataset")
+        raise ValueError(
+            f"the training set gives no batch, of {len(dataset)} samples: no bucket of bucket_config gets a whole batch, or "
+            "there are fewer samples than batch_size. Videos shorter or smaller than every bucket are left out: add a bucket "
+            "that they fit, or lower its batch size"
+        )
+
+
+def check_type(cfg: Any, registry: Registry) -> None:
+    """Raises ValueError where a config asks for a type that this Open-Sora does not have, as one of another version does."""
+    name = cfg.get("type") if isinstance(cfg, Mapping) else None
+    if isinstance(name, str) and registry.get(name) is None:
+        root = imported_tree()
+        raise ValueError(
+            f"the config asks for a {registry.name} of type {name!r}, which this Open-Sora ({_tag(root)} in {root}) does not "
+            "have; use a config for that version (perflow_*_v1_3.py are for v1.3, the others for v1.2). Known: "
+            + ", ".join(sorted(registry.module_dict))
+        )
+
+
+def _tag(root: Any) -> str:
+    try:
+        return find_tag(root)
+    except (TypeError, ValueError):
+        return "of no known tag"
+
+
+def _num_batches() -> int | None:
+    """Batches an epoch of the running script; None before it has a dataloader."""
+    counted, loader = main_variable("num_steps_per_epoch"), main_variable("dataloader")
+    if counted is not None or loader is None:
+        return counted
+    # 1.0 and 1.1 count later than they build. 1.1's buckets are counted over all processes (scripts/train.py:186).
+    count = getattr(getattr(loader, "batch_sampler", None), "get_num_batch", None)
+    return len(loader) if count is None else count() // (dist.get_world_size() if dist.is_initialized() else 1)
