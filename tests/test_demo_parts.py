@@ -13,7 +13,7 @@ import torch
 import train_teacher
 from safetensors.torch import load_file
 
-from opensora_perflow.worlds import clips, codec, model, text
+from opensora_perflow.worlds import clips, codec, model, text, videos
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.model import TinySTDiT
 from opensora_perflow.worlds.text import TinyTextEncoder
@@ -115,7 +115,7 @@ def test_other_sizes_lengths_and_names_are_read(tmp_path: Path) -> None:
 def test_a_long_video_is_thinned_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ramp = np.arange(100, dtype=np.uint8)[:, None, None, None].repeat(16, 1).repeat(16, 2).repeat(3, 3) * 2
     clips.write_video(tmp_path / "ramp.mp4", ramp)
-    monkeypatch.setattr(clips, "_MAX_HELD_FRAMES", 40)
+    monkeypatch.setattr(videos, "_MAX_HELD_FRAMES", 40)
     levels = clips.read_clips(tmp_path, num_frames=5, height=16, width=16).frames.mean(axis=(2, 3, 4))[0]
     steps = np.diff(levels)
     assert levels[0] < 6 and levels[-1] > 150 and steps.min() > 0.6 * steps.max()
@@ -154,7 +154,7 @@ def test_write_video_leaves_no_part_of_a_failed_file(tmp_path: Path, monkeypatch
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(clips.np, "ascontiguousarray", fail)
+    monkeypatch.setattr(videos.np, "ascontiguousarray", fail)
     with pytest.raises(RuntimeError, match="disk on fire"):
         clips.write_video(tmp_path / "good.mp4", frames)
     assert (tmp_path / "good.mp4").read_bytes() == before

@@ -14,10 +14,10 @@ import csv
 import itertools
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from opensora_perflow.atomic import replacing
+from opensora_perflow.worlds.captions import Caption, captions_of_folder, captions_of_table
+from opensora_perflow.worlds.videos import FPS, VIDEO_SUFFIXES, find_files, read_video, unreadable, write_video
 
 logger = logging.getLogger(__name__)
 
-NUM_FRAMES, HEIGHT, WIDTH, FPS = 17, 64, 64, 8
+NUM_FRAMES, HEIGHT, WIDTH = 17, 64, 64
 BACKGROUND = (18, 18, 26)
 COLORS = {
     "red": (232, 52, 48),
@@ -40,9 +42,6 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # (x, y), y downwards
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
-# Longest run of frames held while a video is read; a longer one is thinned evenly, so memory does not grow with length.
-_MAX_HELD_FRAMES = 1024
 
 
 class Content(NamedTuple):
@@ -204,18 +203,19 @@ def read_clips(
     num_frames: int = NUM_FRAMES,
     height: int = HEIGHT,
     width: int = WIDTH,
+    skip: Callable[[Path], bool] | None = None,
 ) -> ClipSet:
-    """Read videos of any size and length and bring them all to one size.
+    """Read videos of any size and length and bring them all to one size, as `videos.read_video` does.
 
-    Every frame is scaled until it covers height x width and cropped at the center; `num_frames` frames are taken evenly
-    from the first to the last (a shorter video repeats some). A file that cannot be read is skipped: each is named in a
-    warning and counted in a last one.
+    A file that cannot be read is skipped: each is named in a warning and counted in a last one. A video with several
+    captions is a clip for each.
 
     Args:
         source: A folder (its videos, subfolders included, in order of name), or a CSV with the column path and, if
-            there are captions, text; relative paths are relative to the CSV. In a folder, captions come from a CSV
-            with the columns path and text if there is one, and from the file's name otherwise.
+            there are captions, text; relative paths are relative to the CSV. In a folder, captions come from its CSVs
+            with the columns path and text, and from the file's name otherwise.
         num_frames, height, width: Wanted size.
+        skip: Subfolders for which this is true are left out.
 
     Returns:
         ClipSet with frames uint8 [N, num_frames, height, width, 3].
@@ -224,67 +224,28 @@ def read_clips(
         ValueError: no such folder or CSV, no video in it, or none that can be read.
     """
     source = Path(source)
-    paths, captions = _list_videos(source)
-    frames, kept_paths, kept_captions, rates = [], [], [], []
+    entries = _list_captions(source, skip)
+    paths = list(dict.fromkeys(entry.path for entry in entries))
+    read: dict[Path, tuple[np.ndarray, float]] = {}
     for path in tqdm(paths, desc="reading clips", unit="clip"):
         try:
-            clip, fps = _read_video(path, num_frames, height, width)
-        except _unreadable() as error:
+            read[path] = read_video(path, num_frames, height, width)
+        except unreadable() as error:
             logger.warning("skipped %s: %s: %s", path, type(error).__name__, error)
-            continue
-        frames.append(clip)
-        kept_paths.append(path)
-        kept_captions.append(captions.get(path) or _caption_from_name(path))
-        rates.append(fps)
-    if len(frames) < len(paths):
-        logger.warning("skipped %d of %d videos in %s, see above", len(paths) - len(frames), len(paths), source)
-    if not frames:
+    if len(read) < len(paths):
+        logger.warning("skipped %d of %d videos in %s, see above", len(paths) - len(read), len(paths), source)
+    if not read:
         raise ValueError(
             f"none of the {len(paths)} videos in {source} can be read; files that ffmpeg reads are accepted: check "
             "one of them in a player, or use clips made by write_clips"
         )
-    return ClipSet(np.stack(frames), kept_captions, kept_paths, rates)
-
-
-def write_video(path: str | Path, frames: np.ndarray, *, fps: float = FPS) -> Path:
-    """Save frames as a video; H.264 where the encoder is there, else MPEG-4.
-
-    The file appears under its name only when it is complete: it is written under a temporary name beside it first.
-
-    Args:
-        path: Of the file; its suffix names the container (.mp4).
-        frames: uint8 [T, H, W, 3], T >= 1, H and W even (the encoders halve the colour resolution).
-        fps: Frames per second, > 0.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ValueError: another shape or type, an odd side, or fps <= 0.
-    """
-    import av
-
-    path, frames = Path(path), np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[0] < 1 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
-        raise ValueError(
-            f"frames must be uint8 [T >= 1, H, W, 3], got {frames.dtype} {list(frames.shape)}; "
-            "tensor_to_frames makes them from a decoded video"
-        )
-    if frames.shape[1] % 2 or frames.shape[2] % 2 or fps <= 0:
-        raise ValueError(
-            f"height and width must be even and fps > 0, got {frames.shape[1]}x{frames.shape[2]} at {fps}; crop a "
-            "row or a column"
-        )
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, av.open(str(temporary), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.options = {"crf": "12", "preset": "fast"} if codec == "libx264" else {"qscale": "2"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-    return path
+    kept = [entry for entry in entries if entry.path in read]
+    return ClipSet(
+        np.stack([read[entry.path][0] for entry in kept]),
+        [entry.text or _caption_from_name(entry.path) for entry in kept],
+        [entry.path for entry in kept],
+        [read[entry.path][1] for entry in kept],
+    )
 
 
 def frames_to_tensor(frames: np.ndarray) -> Tensor:
@@ -350,86 +311,21 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
     return np.maximum(y - radius, np.abs(x) * slope[0] - (y + radius) * slope[1])
 
 
-def _list_videos(source: Path) -> tuple[list[Path], dict[Path, str]]:
-    """(videos, captions of those that have one) of a folder or a CSV."""
+def _list_captions(source: Path, skip: Callable[[Path], bool] | None) -> list[Caption]:
+    """(video, caption or "") of a folder or a CSV."""
     if source.is_file() and source.suffix.lower() == ".csv":
-        return _videos_of_table(source)
+        return captions_of_table(source)
     if not source.is_dir():
         raise ValueError(f"{source} is neither a folder nor a CSV file; pass a folder of videos, or make one with write_clips")
-    paths = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    paths = find_files(source, VIDEO_SUFFIXES, skip)
     if not paths:
         raise ValueError(
             f"no video in {source}; files ending in {', '.join(VIDEO_SUFFIXES)} are accepted: put some there, or make "
             "them with write_clips"
         )
-    return paths, _captions_beside(source, paths)
-
-
-def _videos_of_table(table: Path) -> tuple[list[Path], dict[Path, str]]:
-    rows = _read_csv(table)
-    if not rows or "path" not in rows[0]:
-        raise ValueError(
-            f"{table} names no videos; a CSV with a header line, the column path, and text for captions is "
-            "accepted: write_clips makes one"
-        )
-    paths = [_resolve(table, row["path"]) for row in rows]
-    return paths, {path: row.get("text") or "" for path, row in zip(paths, rows)}
-
-
-def _captions_beside(folder: Path, paths: list[Path]) -> dict[Path, str]:
-    """Captions from the first table in a folder that has some; empty without one."""
-    for table in sorted(folder.glob("*.csv")):
-        rows = _read_csv(table)
-        if rows and {"path", "text"} <= rows[0].keys():
-            # by name too: a folder that was moved still finds its captions
-            by_path = {_resolve(table, row["path"]): row["text"] for row in rows}
-            by_name = {Path(row["path"]).name: row["text"] for row in rows}
-            return {path: by_path.get(path.resolve()) or by_name.get(path.name, "") for path in paths}
-    return {}
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _resolve(table: Path, path: str) -> Path:
-    return (table.parent / path).resolve()  # an absolute `path` wins over the folder
+    return captions_of_folder(paths, find_files(source, (".csv",), skip))
 
 
 def _caption_from_name(path: Path) -> str:
     words = [word for word in re.split(r"[\W_]+", path.stem) if word and not word.isdigit()]
     return " ".join(words).lower() or "a video"
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    import av
-
-    return (av.error.FFmpegError, OSError, ValueError)
-
-
-def _read_video(path: Path, num_frames: int, height: int, width: int) -> tuple[np.ndarray, float]:
-    """(frames uint8 [num_frames, height, width, 3], frames per second)."""
-    import av
-
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError("no video stream in it")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        fps = float(stream.average_rate or FPS)
-        held, stride = [], 1
-        for index, frame in enumerate(container.decode(stream)):
-            if index % stride:
-                continue
-            scale = max(height / frame.height, width / frame.width)
-            new_height, new_width = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
-            image = frame.reformat(new_width, new_height, format="rgb24", interpolation="AREA").to_ndarray()
-            top, left = (new_height - height) // 2, (new_width - width) // 2
-            held.append(image[top : top + height, left : left + width])
-            if len(held) > _MAX_HELD_FRAMES:
-                held, stride = held[::2], stride * 2
-    if not held:
-        raise ValueError("no frame in it")
-    take = np.linspace(0, len(held) - 1, num_frames).round().astype(int)
-    return np.stack([held[index] for index in take]), fps
