@@ -11,10 +11,15 @@ The table (--data-path) needs a column `text`; `num_frames`, `height` and `width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
+
+from opensora_perflow.checks import check_num_steps, check_number, check_path
+from opensora_perflow.worlds.tables import read_table
 
 try:
     from opensora.datasets.datasets import VariableVideoTextDataset
@@ -27,12 +32,17 @@ except ImportError as error:
     ) from error
 
 
+SIZES = ("num_frames", "height", "width")
+MISSING = {"na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "nil"}
+"""Words that tables have where nothing is known, lower case."""
+
+
 @DATASETS.register_module("perflow_captions")
 class Captions(VariableVideoTextDataset):
     """Captions with blank videos. The host's buckets decide on the sizes, as for videos.
 
     Args:
-        data_path: Table of captions (CSV, JSON, parquet: what the host's read_file takes).
+        data_path: Table of captions: CSV, or what else the host's read_file takes (parquet).
         num_frames: Frames of every video where the table has no such column, >= 1; the host's buckets take videos longer
             than theirs.
         image_size: (height, width) in pixels, likewise.
@@ -40,7 +50,8 @@ class Captions(VariableVideoTextDataset):
         others: As the host's VariableVideoTextDataset (v1.3 passes tokenize_fn).
 
     Raises:
-        ValueError: no column `text`, or sizes neither in the table nor given.
+        ValueError: no column `text`, sizes neither in the table nor given, or rows that are no captions. The message names
+            the rows, from 1 for the first after the header.
     """
 
     def __init__(
@@ -51,19 +62,41 @@ class Captions(VariableVideoTextDataset):
         fps: float = 24,
         **others: Any,
     ) -> None:
-        super().__init__(data_path, num_frames=num_frames, image_size=tuple(image_size), **others)
+        given = dict(zip(SIZES, (num_frames, *_two_sizes(image_size))))
+        for name, value in given.items():
+            if value is not None:
+                check_num_steps(value, f"{name} of perflow_captions")
+        check_number("fps of perflow_captions", fps)
+        if not 0 < fps < math.inf:
+            raise ValueError(f"fps of perflow_captions must be > 0 and finite, got {fps!r}")
+        check_path("data_path of perflow_captions", data_path, "the table of captions (--data-path)")
+        # pandas reads a caption with a comma as two cells, and takes the first one for the row's name.
+        rows = read_table(data_path) if str(data_path).endswith(".csv") else None
+        try:
+            super().__init__(str(data_path), num_frames=num_frames, image_size=tuple(image_size), **others)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the host reads tables in UTF-8 only, {data_path} is {error}; save it as CSV UTF-8") from error
+        self.data.columns = [str(name).strip() for name in self.data.columns]
         if "text" not in self.data.columns:
             raise ValueError(f"perflow_captions needs a column 'text' in {data_path!r}, got {list(self.data.columns)}")
-        given = {"num_frames": num_frames, "height": image_size[0], "width": image_size[1]}
         missing = [name for name, value in given.items() if name not in self.data.columns and value is None]
         if missing:
             raise ValueError(
                 f"perflow_captions needs the size of its videos: {data_path!r} has no column {', '.join(missing)}; add "
                 "dataset=dict(num_frames=51, image_size=(240, 426)), or the columns"
             )
+        # pandas reads the words NA, null and None as missing, and 007 as 7: the message shows what is written.
+        written = self.data["text"].tolist() if rows is None else [row.cells["text"] for row in rows]
+        if not written or len(written) != len(self.data):
+            raise ValueError(f"{data_path}: no captions, or empty rows among them; take the empty rows out")
+        _refuse_rows(data_path, "text", written, _is_caption, "no caption (empty, a word for 'missing', or a number)")
         for name, value in given.items():
-            if name not in self.data.columns:
-                self.data[name] = value
+            if name in self.data.columns:
+                _refuse_rows(data_path, name, self.data[name].tolist(), _is_size, "no integer >= 1")
+                self.data[name] = self.data[name].astype(int)
+            else:
+                self.data[name] = int(value)
+        self.data["text"] = written
         self.fps = fps
 
     def getitem(self, index: str) -> dict[str, Any]:
@@ -87,6 +120,35 @@ class Captions(VariableVideoTextDataset):
     def get_path(self, index: str) -> str:
         """What v1.3's messages call a sample."""
         return f"caption {index}"
+
+
+def _two_sizes(image_size: Any) -> tuple[int | None, int | None]:
+    """(height, width), refusing what only looks like a pair: the string "64" has two parts too."""
+    if isinstance(image_size, str) or not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise ValueError(f"image_size of perflow_captions must be (height, width), such as (240, 426), got {image_size!r}")
+    return image_size[0], image_size[1]
+
+
+def _is_caption(text: Any) -> bool:
+    if not isinstance(text, str) or not text.strip() or text.strip().lower() in MISSING:
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 1 <= value < math.inf and int(value) == value
+
+
+def _refuse_rows(table: Any, column: str, values: list[Any], accepted: Callable[[Any], bool], what: str) -> None:
+    """Raises ValueError that names the rows whose value is not accepted."""
+    wrong = [(place + 1, value) for place, value in enumerate(values) if not accepted(value)]
+    if wrong:
+        shown = ", ".join(f"row {row}: {value!r}" for row, value in wrong[:5])
+        raise ValueError(f"{table}, column {column}: {shown}: {what} ({len(wrong)} such rows); mend them, or take them out")
 
 
 __all__ = ["Captions"]
