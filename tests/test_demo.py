@@ -2,6 +2,9 @@
 
 import json
 import logging
+import signal
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -12,8 +15,10 @@ from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.tools import cli, demo
 from opensora_perflow.training.state import find_state
 from opensora_perflow.training.teacher import fingerprint
-from opensora_perflow.worlds.clips import write_clips
+from opensora_perflow.worlds.clips import COLORS, read_clips, write_clips
 from opensora_perflow.worlds.model import load_teacher
+from opensora_perflow.worlds.tables import read_table
+from opensora_perflow.worlds.videos import write_video
 
 SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch-size", "2"]
 
@@ -98,6 +103,88 @@ def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["demo", "--videos", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
     assert "video" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_own_clips_are_shown_and_unknown_captions_named(tmp_path, caplog):
+    (tmp_path / "mine").mkdir()
+    for color, name in (("red", "ein Hund"), ("green", "a red circle moving left")):
+        frames = np.full((17, 64, 64, 3), COLORS[color], np.uint8)
+        write_video(tmp_path / "mine" / f"{name}.mp4", frames)
+    with caplog.at_level(logging.WARNING):
+        assert cli.main(["demo", "--videos", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), *SMALL]) == 0
+    messages = [record.message for record in caplog.records if "does not know" in record.message]
+    assert len(messages) == 1 and "1 of your 2: 'ein hund'" in messages[0]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["unknown_captions"] == ["ein hund"]
+    with av.open(str(tmp_path / "out" / "side_by_side.mp4")) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    first_row = frame[36 : 36 + 180]
+    for color in ("red", "green"):
+        assert (np.abs(first_row - COLORS[color]).sum(axis=-1) < 60).sum() > 20_000  # most of 192 x 192 pixels
+
+
+def test_earlier_outputs_are_no_clips(tmp_path):
+    videos = write_clips(tmp_path / "F", 1, seed=5).parent
+    (videos / "clips.csv").unlink()
+    mine = next(videos.iterdir()).rename(videos / "mine.mp4").name
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    for out in (videos / "deeper" / "perflow_demo", videos):
+        write_clips(out / "clips", 1)
+        write_video(out / "side_by_side.mp4", frames)
+        for name in ("results.json", "student.safetensors"):
+            (out / name).write_text("{}")
+        assert [path.name for path in demo._clips(demo.DemoSettings(videos=videos, out=out)).paths] == [mine]
+    # the clips of an earlier demo, asked for by name
+    assert len(demo._clips(demo.DemoSettings(videos=videos / "clips", out=videos)).paths) == 1
+
+
+def test_the_table_of_clips_names_them_where_they_are(finished):
+    found = read_clips(finished / "clips" / "clips.csv")
+    assert len(found) == 3 and {path.parent for path in found.paths} == {finished / "clips"}
+    assert all(str(finished / "clips") in row.cells["path"] for row in read_table(finished / "clips" / "clips.csv"))
+
+
+def test_a_full_disk_leaves_the_earlier_run(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert cli.main(["demo", "--out", str(out), *SMALL]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo.report, "write_result", full)
+    assert cli.main(["demo", "--out", str(out), "--seed", "1", *SMALL]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("No space left on device")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["demo", "install", "embed", "plan", "curve"])
+def test_ctrl_c_is_one_line_and_status_130(command, monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli._COMMANDS, command, stop)
+    needed = {"install": ["root"], "embed": ["config", "prompt"], "plan": ["config"], "curve": ["config"]}
+    assert cli.main([command, *needed.get(command, [])]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "opensora-perflow: stopped by Ctrl-C; files that were complete before are kept"
+    ]
+
+
+def test_ctrl_c_in_a_running_demo(tmp_path):
+    out = tmp_path / "out"
+    (out / "clips").mkdir(parents=True)
+    (out / "clips" / "mine.txt").write_text("mine")
+    command = [sys.executable, "-m", "opensora_perflow.tools.cli", "demo", "--out", str(out), "--num-clips", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    text = ""
+    while "fine path" not in text and process.poll() is None:
+        text += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    text += process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in text
+    assert text.splitlines()[-1].endswith("opensora-perflow: stopped by Ctrl-C; files that were complete before are kept")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == ["out/clips/mine.txt"]
 
 
 def test_help_teaches(capsys):

@@ -15,7 +15,23 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status. A user's mistake is one line on stderr and status 2, not a traceback."""
+    """Entry point; returns the exit status.
+
+    A user's mistake is one line on stderr and status 2, and Ctrl-C one line and status 130; neither is a traceback.
+    """
+    try:
+        return _run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"opensora-perflow: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        # A terminal shows ^C at the end of a progress bar.
+        begin = "\n" if sys.stderr.isatty() else ""
+        print(f"{begin}opensora-perflow: stopped by Ctrl-C; files that were complete before are kept", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import plan as plan_command
 
     parser = argparse.ArgumentParser(
@@ -30,11 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        return _COMMANDS[args.pop("command")](args)
-    except (ValueError, OSError) as error:
-        print(f"opensora-perflow: {error}", file=sys.stderr)
-        return 2
+    return _COMMANDS[args.pop("command")](args)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:

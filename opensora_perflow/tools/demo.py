@@ -6,7 +6,6 @@ train.py and inference.py call it.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.checks import check_num_steps, check_number
 from opensora_perflow.hosts.v1.conditions import sampling_condition
 from opensora_perflow.hosts.v1.stdit import velocity_field
@@ -29,19 +27,9 @@ from opensora_perflow.method.metrics import endpoint_error, energy_distance, tem
 from opensora_perflow.method.motion import motion_report
 from opensora_perflow.method.solvers import solve
 from opensora_perflow.registry import SCHEDULERS, build_module
-from opensora_perflow.tools import plots
-from opensora_perflow.training.state import METADATA_KEY, StudentState
-from opensora_perflow.worlds.clips import (
-    FPS,
-    ClipSet,
-    contents,
-    frames_to_tensor,
-    read_clips,
-    recognise,
-    tensor_to_frames,
-    write_clips,
-    write_video,
-)
+from opensora_perflow.tools import outputs, report
+from opensora_perflow.tools.report import table
+from opensora_perflow.worlds.clips import FPS, ClipSet, frames_to_tensor, name_folder, read_clips, write_clips
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT, load_teacher
 from opensora_perflow.worlds.text import TinyTextEncoder
@@ -97,20 +85,34 @@ class Batch:
 def run(settings: DemoSettings) -> dict[str, Any]:
     """Run the demo and return what it wrote to results.json.
 
+    The output folder is not touched before everything is there: then all of it takes its place at once.
+
     Raises:
-        ValueError: invalid settings, no readable video, or an Open-Sora checkout without STDiT3. Raised before anything in
-            the output folder is touched, except by videos that turn out to be unreadable.
+        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder with files
+            of other origin under the names of the demo's.
     """
     began = time.perf_counter()
     torch.manual_seed(settings.seed)
     vae, text_encoder, teacher = TinyVAE().eval(), TinyTextEncoder(), build_network(settings.open_sora)
-    clips = _clips(settings)
+    clips = None if settings.videos is None else _clips(settings)
+    with outputs.together(settings.out, report.KIND) as folder:
+        if clips is None:
+            clips = _own_clips(settings, folder)
+        outcome = _distil_and_compare(settings, clips, vae, text_encoder, teacher)
+        report.write(folder, outcome, vae)
+        outcome.result["seconds"] = time.perf_counter() - began
+        report.write_result(folder, outcome.result)
+    return outcome.result
+
+
+def _distil_and_compare(
+    settings: DemoSettings, clips: ClipSet, vae: TinyVAE, text_encoder: TinyTextEncoder, teacher: nn.Module
+) -> report.Outcome:
     with torch.no_grad():
         pixels = frames_to_tensor(clips.frames)
         latents = torch.cat([vae.encode(part) for part in tqdm(pixels.split(8), desc="encoding clips", unit="batch")])
     text_encoder.y_embedder = teacher.y_embedder
-    height, width = clips.frames.shape[2:4]
-    num_frames = clips.frames.shape[1]
+    num_frames, height, width = clips.frames.shape[1:4]
 
     scheduler = build_module(
         dict(
@@ -152,22 +154,19 @@ def run(settings: DemoSettings) -> dict[str, Any]:
                 "endpoint_error": endpoint_error(samples[name], path.states[-1]),
                 "energy_distance": energy_distance(samples[name], path.states[-1]),
                 "motion_energy": temporal_difference_energy(samples[name]),
-                "as_described": _as_described(vae, samples[name], batch.prompts),
+                "as_described": report.as_described(vae, samples[name], batch.prompts),
             }
         )
-    windows = _window_errors(scheduler, teacher, student, text_encoder, batch, path)
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
         "samplers": rows,
-        "windows": windows,
+        "windows": _window_errors(scheduler, teacher, student, text_encoder, batch, path),
         "loss": {"first": float(np.mean(history[:10])), "last": float(np.mean(history[-10:]))},
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
-        "seconds": time.perf_counter() - began,
+        "unknown_captions": report.unknown_captions(clips.captions),
     }
-    _write(settings.out, result, samples, batch, vae, student, scheduler.state(), history)
-    result["seconds"] = time.perf_counter() - began
-    (settings.out / "results.json").write_text(json.dumps(result, indent=1))
-    return result
+    own_clips = None if settings.videos is None else clips
+    return report.Outcome(result, samples, batch.prompts, student, scheduler.state(), history, own_clips)
 
 
 @dataclass(frozen=True)
@@ -203,9 +202,18 @@ def build_network(open_sora: Path | None) -> nn.Module:
 
 
 def _clips(settings: DemoSettings) -> ClipSet:
-    if settings.videos is not None:
-        return read_clips(settings.videos)
-    return read_clips(write_clips(settings.out / "clips", settings.num_clips, seed=settings.seed))
+    """The user's clips, without what earlier demos wrote below the same folder."""
+    clips = read_clips(settings.videos, skip=lambda path: report.is_output(path, settings.videos))
+    report.warn_of_unknown(clips.captions)
+    return clips
+
+
+def _own_clips(settings: DemoSettings, folder: Path) -> ClipSet:
+    """Clips of moving shapes, written to the folder's `clips` with a table that names them in the output folder."""
+    table = write_clips(folder / report.CLIPS, settings.num_clips, seed=settings.seed)
+    clips = read_clips(table)
+    name_folder(table, settings.out.resolve() / report.CLIPS)
+    return clips
 
 
 def _sizes(batch_size: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -297,16 +305,6 @@ def _train(
 
 
 @torch.no_grad()
-def _as_described(vae: TinyVAE, samples: Tensor, prompts: list[str]) -> float | None:
-    """Share of samples that show the colour, shape and direction of their prompt; None for prompts of other clips."""
-    known = {content.caption for content in contents()}
-    if not set(prompts) <= known:
-        return None
-    shown = (recognise(frames).caption for frames in tensor_to_frames(vae.decode(samples)))
-    return sum(seen == prompt for seen, prompt in zip(shown, prompts)) / len(prompts)
-
-
-@torch.no_grad()
 def _window_errors(
     scheduler: Any, teacher: nn.Module, student: nn.Module, text_encoder: Any, batch: Batch, path: TeacherPath
 ) -> list[dict[str, float]]:
@@ -327,40 +325,4 @@ def _window_errors(
     return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]
 
 
-@torch.no_grad()
-def _write(
-    out: Path,
-    result: dict[str, Any],
-    samples: dict[str, Tensor],
-    batch: Batch,
-    vae: TinyVAE,
-    student: nn.Module,
-    state: StudentState,
-    history: list[float],
-) -> None:
-    """Videos, pictures and weights; results.json comes last, so that it stands for a whole run."""
-    out.mkdir(parents=True, exist_ok=True)
-    shown = {name: samples[name] for name in samples if not name.startswith(f"teacher, {REFERENCE_STEPS}")}
-    videos = {name: tensor_to_frames(vae.decode(value[:6])) for name, value in shown.items()}
-    nfe = {row["sampler"]: row["nfe"] for row in result["samplers"]}
-    labels = {name: f"{name}\n{nfe[name]} evaluations" for name in videos}
-    side_by_side = plots.side_by_side({labels[name]: frames for name, frames in videos.items()}, batch.prompts[:6])
-    write_video(out / "side_by_side.mp4", side_by_side, fps=FPS)
-    plots.frames_figure(out / "frames.png", {labels[n]: v for n, v in videos.items()}, batch.prompts[:3])
-    plots.training_figure(out / "training.png", history, result["windows"])
-    metadata = {"format": "pt", METADATA_KEY: state.to_json()}
-    write_state_dict(out / "student.safetensors", student.state_dict(), metadata)
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result in a few lines for the terminal."""
-    lines = [f"{'':24}{'NFE':>6}{'s/sample':>10}{'endpoint error':>16}{'energy distance':>17}{'as described':>14}"]
-    for row in result["samplers"]:
-        share = "-" if row["as_described"] is None else f"{row['as_described']:.0%}"
-        lines.append(
-            f"{row['sampler']:24}{row['nfe']:6d}{row['seconds_per_sample']:10.3f}"
-            f"{row['endpoint_error']:16.4f}{row['energy_distance']:17.5f}{share:>14}"
-        )
-    windows = [(f"{row['t_start']:g}-{row['t_end']:g}", row["motion"]) for row in result["windows"]]
-    shares = (f"{name} {m['student'] / m['teacher']:.0%}" if m["teacher"] > 0 else f"{name} -" for name, m in windows)
-    return "\n".join([*lines, f"the student's motion, in parts of the teacher's, by window: {', '.join(shares)}"])
+__all__ = ["DemoSettings", "REFERENCE_STEPS", "build_network", "run", "table"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from opensora_perflow.atomic import replacing
+from opensora_perflow.tools.fonts import Label, as_label
 
 TEACHER, STUDENT = "#8a8a8a", "#d1495b"
 
 
-def side_by_side(videos: dict[str, np.ndarray], captions: list[str], scale: int = 3) -> np.ndarray:
+def side_by_side(videos: dict[str, np.ndarray], captions: Sequence[str | Label], scale: int = 3) -> np.ndarray:
     """One video that shows every sampler's clips in a row of its own, one column a caption.
 
     Args:
         videos: Label -> uint8 [N, T, H, W, 3], the same shape for all.
-        captions: N captions.
+        captions: N captions; those of `fonts.labels` can be drawn in any script.
         scale: Each pixel becomes scale x scale.
 
     Returns:
@@ -39,8 +41,8 @@ def side_by_side(videos: dict[str, np.ndarray], captions: list[str], scale: int 
         for axis, clip in zip(row, clips):
             axis.axis("off")
             images.append((axis.imshow(clip[0], interpolation="nearest"), clip))
-    for axis, caption in zip(axes[0], captions):
-        axis.set_title(caption, fontsize=8)
+    for axis, caption in zip(axes[0], map(as_label, captions)):
+        axis.set_title(caption.text, fontsize=8, **caption.style)
     frames = []
     for i in range(num_frames):
         for image, clip in images:
@@ -51,7 +53,7 @@ def side_by_side(videos: dict[str, np.ndarray], captions: list[str], scale: int 
     return video[:, : video.shape[1] // 2 * 2, : video.shape[2] // 2 * 2]
 
 
-def frames_figure(path: Path, videos: dict[str, np.ndarray], captions: list[str], num_frames: int = 5) -> None:
+def frames_figure(path: Path, videos: dict[str, np.ndarray], captions: Sequence[str | Label], num_frames: int = 5) -> None:
     """Frames of a few clips as a grid: a block of rows for each caption, one row a sampler, time to the right."""
     clips = next(iter(videos.values()))
     shown = np.linspace(0, clips.shape[1] - 1, num_frames).round().astype(int)
@@ -60,10 +62,10 @@ def frames_figure(path: Path, videos: dict[str, np.ndarray], captions: list[str]
     # The first block is wider by the room for its labels, so that all frames come out the same size.
     ratios = [0.96 / 0.73] + [1.0] * (len(captions) - 1)
     blocks = figure.subfigures(1, len(captions), squeeze=False, wspace=0.02, width_ratios=ratios)[0]
-    for n, (block, caption) in enumerate(zip(blocks, captions)):
+    for n, (block, caption) in enumerate(zip(blocks, map(as_label, captions))):
         axes = block.subplots(len(videos), num_frames, squeeze=False)
         block.subplots_adjust(0.26 if n == 0 else 0.03, 0.02, 0.99, 0.86, wspace=0.04, hspace=0.04)
-        block.suptitle(caption, fontsize=10)
+        block.suptitle(caption.text, fontsize=10, **caption.style)
         for row, (label, frames) in zip(axes, videos.items()):
             for axis, i in zip(row, shown):
                 axis.axis("off")

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.worlds.captions import Caption, captions_of_folder, captions_of_table
+from opensora_perflow.worlds.tables import read_table
 from opensora_perflow.worlds.videos import FPS, VIDEO_SUFFIXES, find_files, read_video, unreadable, write_video
 
 logger = logging.getLogger(__name__)
@@ -190,11 +191,27 @@ def write_clips(
                 "resolution": height * width,
             }
         )
-    with replacing(folder / "clips.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    _write_table(folder / "clips.csv", rows)
+    return folder / "clips.csv"
+
+
+def name_folder(table: Path, folder: Path) -> None:
+    """Let a table of `write_clips` name its clips in the folder that they will be moved to."""
+    rows = [row.cells for row in read_table(table)]
+    _write_table(table, [{**row, "path": str(folder / Path(row["path"]).name)} for row in rows])
+
+
+def is_written(name: str) -> bool:
+    """Whether a file's name is one that `write_clips` gives."""
+    caption = re.sub(r"_\d{4,}\.mp4$", "", name).replace("_", " ")
+    return name == "clips.csv" or (name.endswith(".mp4") and caption in {content.caption for content in contents()})
+
+
+def _write_table(table: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    return folder / "clips.csv"
 
 
 def read_clips(
@@ -215,7 +232,7 @@ def read_clips(
             there are captions, text; relative paths are relative to the CSV. In a folder, captions come from its CSVs
             with the columns path and text, and from the file's name otherwise.
         num_frames, height, width: Wanted size.
-        skip: Subfolders for which this is true are left out.
+        skip: Files and subfolders of a folder for which this is true are left out.
 
     Returns:
         ClipSet with frames uint8 [N, num_frames, height, width, 3].

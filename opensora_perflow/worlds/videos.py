@@ -23,15 +23,18 @@ _MAX_HELD_FRAMES = 1024
 def find_files(folder: Path, suffixes: tuple[str, ...], skip: Callable[[Path], bool] | None = None) -> list[Path]:
     """Files of a folder and its subfolders with one of the suffixes (lower case), in order of path.
 
-    Subfolders for which `skip` is true are left out. So are hidden files and folders: macOS writes a hidden `._clip.mp4`
+    Files and subfolders for which `skip` is true are left out. So are hidden ones: macOS writes a hidden `._clip.mp4`
     beside each clip on other file systems.
     """
+
+    def is_shown(path: Path) -> bool:
+        return not path.name.startswith(".") and not (skip is not None and skip(path))
+
     found = []
     for parent, folders, names in os.walk(folder):
-        own = Path(parent)
-        folders[:] = [name for name in folders if not name.startswith(".") and not (skip is not None and skip(own / name))]
-        found += [own / name for name in names if not name.startswith(".") and Path(name).suffix.lower() in suffixes]
-    return sorted(path for path in found if path.is_file())
+        folders[:] = [name for name in folders if is_shown(Path(parent, name))]
+        found += [Path(parent, name) for name in names if Path(name).suffix.lower() in suffixes]
+    return sorted(path for path in found if is_shown(path) and path.is_file())
 
 
 def read_video(path: str | Path, num_frames: int, height: int, width: int) -> tuple[np.ndarray, float]:

@@ -1,0 +1,117 @@
+"""Kills the demo at random moments and counts folders whose files are not of one run.
+
+    python benchmarks/kills.py --kills 100
+
+Each run has its own seed, so that each of its files differs from those of all other runs. Half of the kills come at a random
+moment of the run, half within a few milliseconds of the moment when the files take their places. After each kill the output
+folder must hold every file of the last whole run or every file of the killed one, and the user's own files. "too late" counts
+runs that had ended by themselves. Needs a system that can fork; about 10 minutes for 100 kills on 2 CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from opensora_perflow.tools import demo
+from opensora_perflow.tools.report import KIND
+
+OWN = {"notes.txt": "mine", "clips/holiday.mp4": "my video", "sub/deep/list.csv": "1,2"}
+"""The user's files, which must outlive every kill."""
+
+
+def start(out: Path, seed: int) -> int:
+    """Fork a demo with everything small, and return its process id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            torch.set_num_threads(1)
+            demo.REFERENCE_STEPS = 4
+            demo.run(demo.DemoSettings(out=out, seed=seed, iterations=1, batch_size=1, num_clips=2, num_samples=2))
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return pid
+
+
+def digest(out: Path) -> dict[str, str]:
+    """Every file below a folder, user's files apart, and what is in it."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.relative_to(out).as_posix() not in OWN]
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def is_of(out: Path, files: dict[str, str], before: dict[str, str], seed: int) -> bool:
+    """Whether all files are those of the run with this seed, and none of the run before."""
+    if not set(KIND.names) <= files.keys() or any(files[name] == before.get(name) for name in files):
+        return False
+    return json.loads((out / "results.json").read_text())["settings"]["seed"] == seed
+
+
+def when_written(out: Path, pid: int) -> None:
+    """Wait until the run `pid` has written its last file aside, or has ended."""
+    while not any(out.parent.glob(f".{out.name}.unfinished-*/results.json")):
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.0002)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="kills (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    counts = {"all old": 0, "all new": 0, "too late": 0, "mixed": 0, "user's files lost": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "perflow_demo"
+        began = time.perf_counter()
+        if os.waitpid(start(out, 1), 0)[1]:
+            raise RuntimeError("the demo failed without being killed")
+        length = time.perf_counter() - began
+        for name, text in OWN.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text)
+        before = digest(out)
+        for kill in range(args.kills):
+            pid = start(out, seed := kill + 2)
+            if kill % 2:
+                when_written(out, pid)
+                time.sleep(rng.uniform(0, 0.005))
+            else:
+                time.sleep(rng.uniform(0, 1.1 * length))
+            os.kill(pid, signal.SIGKILL)
+            counts["too late"] += os.WIFEXITED(os.waitpid(pid, 0)[1])
+            files = digest(out)
+            if files == before:
+                counts["all old"] += 1
+            elif is_of(out, files, before, seed):
+                counts["all new"] += 1
+                before = files
+            else:
+                counts["mixed"] += 1
+                before = files
+            counts["user's files lost"] += any(
+                not (out / name).is_file() or (out / name).read_text() != text for name, text in OWN.items()
+            )
+        left = len(list(out.parent.glob(".*")))
+        os.waitpid(start(out, 0), 0)
+        counts |= {"folders left by kills": left, "folders left after the next run": len(list(out.parent.glob(".*")))}
+    print(json.dumps(counts))
+    return int(counts["mixed"] > 0 or counts["user's files lost"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""All files of a run appear together or not at all: they are written aside, and one rename puts them in place.
+
+A rename of a folder is the only step that changes several files at once. A new folder is renamed to its place. A folder
+that is there changes places with the new one, which holds the user's own files by then (as hard links, so nothing is
+copied and nothing is ever missing). Linux and macOS have this exchange. Elsewhere, and for the current folder and mount
+points, files are replaced one by one: the last one goes first and comes last, so that it stands for a whole run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger("opensora_perflow")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What belongs to a run in its folder; everything else is the user's.
+
+    names: Files of a run; the last one stands for a whole run.
+    marks: Names that are all there in the folder of an earlier run.
+    is_own: Whether a path from the folder on, in a subfolder, is a run's.
+    """
+
+    names: tuple[str, ...]
+    marks: tuple[str, ...]
+    is_own: Callable[[Path], bool]
+
+    def wrote(self, folder: Path) -> bool:
+        """Whether a folder holds an earlier run."""
+        return all((folder / name).is_file() for name in self.marks)
+
+    def refuse_foreign(self, folder: Path) -> None:
+        """Raises ValueError where a run would replace files that no run wrote, or the folder is a file."""
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; choose another --out")
+        foreign = [name for name in self.names if os.path.lexists(folder / name)]
+        if foreign and not self.wrote(folder):
+            raise ValueError(
+                f"{folder} holds {', '.join(foreign)}, but no whole earlier run ({' and '.join(self.marks)}); move these files "
+                "away, or choose another --out"
+            )
+
+
+@contextmanager
+def together(out: Path, kind: Kind) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in `out` at the end, or disappear on an error.
+
+    Raises:
+        ValueError: `out` is a file, or holds files of a run's names that no run wrote.
+    """
+    out = Path(os.path.realpath(out))
+    # A mount point, or a folder in one that may not be written to, has no place beside it.
+    beside = not out.is_dir() or (os.access(out.parent, os.W_OK) and not os.path.ismount(out))
+    home = out.parent if beside else out
+    leftovers = f".{out.name}.unfinished-"
+    # A run that was killed while it replaced files one by one left some of them.
+    killed = any(home.glob(f"{_escaped(leftovers)}*"))
+    if not killed:
+        kind.refuse_foreign(out)
+    home.mkdir(parents=True, exist_ok=True)
+    with _locked(home):
+        _recover(home, leftovers, out, kind)
+        folder = Path(tempfile.mkdtemp(prefix=leftovers, dir=home))
+        in_use = _try_lock(folder)
+    removable = True
+    try:
+        yield folder
+        with _locked(home):
+            if not killed:
+                kind.refuse_foreign(out)
+            removable = False
+            _put_in_place(folder, out, kind)
+            removable = True
+    finally:
+        if in_use is not None:
+            os.close(in_use)
+        if removable:  # else the next run looks what is in it
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(new: Path, out: Path, kind: Kind) -> None:
+    if not out.is_dir():
+        os.chmod(new, 0o777 & ~_umask())
+        os.rename(new, out)
+        return
+    renewed = {path.name for path in new.iterdir()}
+    if new.parent != out and not _is_current(out):
+        try:
+            _carry(out, new, lambda path: _belongs(path, kind) and path.parts[0] in renewed | set(kind.names))
+            shutil.copystat(out, new)
+            _exchange(new, out)
+        except OSError as error:
+            logger.debug("%s cannot be exchanged at once: %s", out, error)
+        else:
+            # What was put into the old folder in the meantime.
+            _carry(new, out, lambda path: _belongs(path, kind))
+            return
+    _replace_one_by_one(new, out, kind, renewed)
+
+
+def _belongs(path: Path, kind: Kind) -> bool:
+    return str(path) in kind.names or kind.is_own(path)
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether this process, and so likely the user's shell, is in the folder: it would stay in the old one."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
+
+
+def _carry(source: Path, target: Path, left_out: Callable[[Path], bool], place: Path = Path()) -> None:
+    """Link files of one folder into another, unless something has their name there.
+
+    Raises:
+        OSError: a file system without hard links, or files that may not be linked.
+    """
+    for name in os.listdir(source / place):
+        path = place / name
+        old, new = source / path, target / path
+        if left_out(path):
+            continue
+        if old.is_dir() and not old.is_symlink():
+            if not new.exists() and not any(left_out(path / one) for one in os.listdir(old)):
+                new.mkdir(parents=True)
+                shutil.copystat(old, new)
+            _carry(source, target, left_out, path)
+        elif not os.path.lexists(new):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            if old.is_symlink():
+                os.symlink(os.readlink(old), new)
+            else:
+                os.link(old, new)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two folders change their names in one step.
+
+    Raises:
+        OSError: the system or the file system cannot.
+    """
+    library = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        status = library.renameat2(here, names[0], here, names[1], exchange)
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        status = library.renamex_np(*names, 2)  # RENAME_SWAP
+    else:
+        raise OSError("no exchange of folders on this system")
+    if status:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+def _replace_one_by_one(new: Path, out: Path, kind: Kind, renewed: set[str]) -> None:
+    """The way without an exchange: no run stands in the folder in between, since its last file is taken away first."""
+    *names, last = kind.names
+    with suppress(FileNotFoundError):
+        os.unlink(out / last)
+    for folder in (new / name for name in renewed if (new / name).is_dir()):
+        (out / folder.name).mkdir(exist_ok=True)
+        for name in os.listdir(out / folder.name):
+            if kind.is_own(Path(folder.name) / name) and not (folder / name).exists():
+                os.unlink(out / folder.name / name)
+        for path in folder.iterdir():
+            if path.is_file() and kind.is_own(path.relative_to(new)):
+                os.replace(path, out / folder.name / path.name)
+    for name in (*names, last):
+        if (new / name).exists():
+            os.replace(new / name, out / name)
+
+
+def _recover(home: Path, prefix: str, out: Path, kind: Kind) -> None:
+    """Take away what killed runs left; a kill right after an exchange may have left a user's file there."""
+    for folder in home.glob(f"{_escaped(prefix)}*"):
+        lock = _try_lock(folder)
+        if lock is None:
+            continue
+        try:
+            if out.is_dir() and home != out:
+                _carry(folder, out, lambda path: _belongs(path, kind))
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            logger.warning("left %s as it is: %s", folder, error)
+        finally:
+            os.close(lock)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; without locks on this system or file system, none waits."""
+    handle = None
+    if fcntl is not None:
+        handle = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """A handle that locks a folder for as long as this process lives; None if another has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+__all__ = ["Kind", "together"]
