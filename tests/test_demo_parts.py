@@ -458,6 +458,9 @@ def test_model_errors(network: TinySTDiT, tmp_path: Path) -> None:
         TinySTDiT(from_pretrained=tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="does not fit TinySTDiT"):
         TinySTDiT(hidden_size=16, num_heads=2, from_pretrained=model.WEIGHTS)
+    (tmp_path / "cut.safetensors").write_bytes(model.WEIGHTS.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="cut.safetensors does not fit TinySTDiT"):
+        TinySTDiT(from_pretrained=tmp_path / "cut.safetensors")
 
 
 # ---------------------------------------------------------------- shipped weights

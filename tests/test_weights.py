@@ -1,4 +1,4 @@
-"""What Open-Sora's own loaders make of a file. tests/host/test_weights.py asks the real ones."""
+"""What Open-Sora's own loaders make of a file. tests/host/test_published_weights.py asks the real ones."""
 
 import pytest
 import torch
