@@ -27,14 +27,14 @@ def host(monkeypatch):
     return module
 
 
-def script(host, scheduler, *, batches=None, loader=None, type="t5", **values):
+def script(host, scheduler, *, batches=None, loader=None, **values):
     """Stands for main() of a script, which builds a training set, counts its batches and builds a text encoder."""
 
     def main():
         cfg = Config(dict(scheduler=scheduler, **values))
         dataset = host.DATASETS.build(dict(type="videos"))
         num_steps_per_epoch, dataloader = batches, loader
-        host.MODELS.build(dict(type=type))
+        host.MODELS.build(dict(type="t5"))
         return cfg, dataset, num_steps_per_epoch, dataloader
 
     main()
@@ -79,9 +79,12 @@ def test_a_training_set_without_a_batch_is_an_error(host, counted):
     assert script(host, dict(type="perflow"), loader=Buckets(2))[1:] == ["videos", "t5"]
 
 
-def test_a_config_of_another_version_says_so(host):
-    with pytest.raises(ValueError, match="asks for a model of type 'OpenSoraVAE_V1_3', which this Open-Sora .* Known: t5"):
-        script(host, dict(type="perflow"), type="OpenSoraVAE_V1_3")
+@pytest.mark.parametrize("section, known", [("vae", "t5"), ("model", "t5"), ("text_encoder", "t5"), ("dataset", "videos")])
+def test_a_config_of_another_version_says_so(host, section, known):
+    message = rf"the config says {section}=dict\(type='V1_3'\), which this Open-Sora .* does not have; .*v1.3.* Known: {known}"
+    with pytest.raises(ValueError, match=message):
+        script(host, dict(type="perflow"), **{section: dict(type="V1_3")})
+    assert host.built == []
 
 
 def test_a_host_without_those_registries_is_left_alone(monkeypatch):

@@ -20,6 +20,9 @@ from opensora_perflow.hosts.v1.run_config import main_variable, running_config
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.teacher import check_source
 
+SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "model": "MODELS"}
+"""Section of a script's config -> the host's registry that builds it."""
+
 
 def check_early() -> None:
     """Have `check_script` called before anything is built with the host's MODELS and DATASETS; does nothing without a host."""
@@ -27,32 +30,38 @@ def check_early() -> None:
         from opensora import registry as host
     except ImportError:
         return
-    for name in ("MODELS", "DATASETS"):  # 1.0 has no DATASETS
-        registry = getattr(host, name, None)
-        if isinstance(registry, Registry) and not hasattr(registry.build_func, "checks_early"):
-            registry.build_func = _checked(registry.build_func)
+    found = {section: getattr(host, name, None) for section, name in SECTIONS.items()}  # 1.0 has no DATASETS
+    registries = {section: registry for section, registry in found.items() if isinstance(registry, Registry)}
+    for registry in registries.values():
+        if not hasattr(registry.build_func, "checks_early"):
+            registry.build_func = _checked(registry.build_func, registries)
 
 
-def _checked(build: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(build: Callable[..., Any], registries: Mapping[str, Registry]) -> Callable[..., Any]:
     @functools.wraps(build)
-    def checked(cfg: Any, *args: Any, registry: Registry, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         config = running_config()
         if config is not None and config["scheduler"].get("type") == "perflow":
             check_script(config)
-            check_type(cfg, registry)
-        return build(cfg, *args, registry=registry, **kwargs)
+            for section, registry in registries.items():
+                check_type(section, config.get(section), registry)
+            check_batches()
+        return build(*args, **kwargs)
 
     checked.checks_early = True
     return checked
 
 
 def check_script(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for keys of the scheduler that are wrong, a resumed run that names no teacher, and a training set that
-    gives no batch."""
+    """Raises ValueError for keys of the scheduler that are wrong, and a resumed run that names no teacher."""
     scheduler = PeRFlow(**{key: value for key, value in config["scheduler"].items() if key != "type"})
     teacher, host = scheduler.recipe.teacher, OpenSora()
     if teacher.from_pretrained is None and host.resumed() is not None:
         check_source(teacher, host)
+
+
+def check_batches() -> None:
+    """Raises ValueError where a training set gives no batch: the script would end without a word."""
     if _num_batches() == 0:
         dataset = main_variable("dataset")
         raise ValueError(
@@ -62,13 +71,13 @@ def check_script(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_type(cfg: Any, registry: Registry) -> None:
+def check_type(section: str, settings: Any, registry: Registry) -> None:
     """Raises ValueError where a config asks for a type that this Open-Sora does not have, as one of another version does."""
-    name = cfg.get("type") if isinstance(cfg, Mapping) else None
+    name = settings.get("type") if isinstance(settings, Mapping) else None
     if isinstance(name, str) and registry.get(name) is None:
         root = imported_tree()
         raise ValueError(
-            f"the config asks for a {registry.name} of type {name!r}, which this Open-Sora ({_tag(root)} in {root}) does not "
+            f"the config says {section}=dict(type={name!r}), which this Open-Sora ({_tag(root)} in {root}) does not "
             "have; use a config for that version (perflow_*_v1_3.py are for v1.3, the others for v1.2). Known: "
             + ", ".join(sorted(registry.module_dict))
         )
