@@ -13,7 +13,8 @@ from opensora_perflow.tools.outputs import Kind, together
 KIND = Kind(
     names=("video", "weights", "numbers"),
     marks=("weights", "numbers"),
-    is_own=lambda path: len(path.parts) == 2 and path.parts[0] == "clips" and path.name.startswith("clip"),
+    folder="clips",
+    is_own=lambda name: name.startswith("clip"),
 )
 MINE = ("notes", "clips/holiday", "photos/deep/one", "photos/empty")
 
@@ -112,6 +113,15 @@ def test_files_of_other_origin_are_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         write_run(tmp_path / "file", "first")
     assert contents(tmp_path) == {"out/numbers": "mine", "file": "mine"}
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("elsewhere")])
+def test_a_file_in_the_place_of_the_subfolder_is_not_replaced(tmp_path, make):
+    write_run(tmp_path / "out", "first", clips=0)
+    make(tmp_path / "out" / "clips")
+    with pytest.raises(ValueError, match="clips is a file or a link"):
+        write_run(tmp_path / "out", "second")
+    assert os.path.lexists(tmp_path / "out" / "clips")
 
 
 def test_files_of_other_origin_that_appear_during_a_run_are_not_replaced(tmp_path):

@@ -33,12 +33,19 @@ class Kind:
 
     names: Files of a run; the last one stands for a whole run.
     marks: Names that are all there in the folder of an earlier run.
-    is_own: Whether a path from the folder on, in a subfolder, is a run's.
+    folder: Subfolder that runs may write.
+    is_own: Whether a file of that subfolder is a run's, by its name.
     """
 
     names: tuple[str, ...]
     marks: tuple[str, ...]
-    is_own: Callable[[Path], bool]
+    folder: str
+    is_own: Callable[[str], bool]
+
+    def belongs(self, place: Path) -> bool:
+        """Whether a path from the folder on is a run's."""
+        in_folder = len(place.parts) == 2 and place.parts[0] == self.folder and self.is_own(place.name)
+        return str(place) in self.names or in_folder
 
     def wrote(self, folder: Path) -> bool:
         """Whether a folder holds an earlier run."""
@@ -48,6 +55,9 @@ class Kind:
         """Raises ValueError where a run would replace files that no run wrote, or the folder is a file."""
         if os.path.lexists(folder) and not folder.is_dir():
             raise ValueError(f"{folder} is no folder; choose another --out")
+        below = folder / self.folder
+        if below.is_symlink() or (below.exists() and not below.is_dir()):
+            raise ValueError(f"{below} is a file or a link, where a run writes a folder; move it away, or choose another --out")
         foreign = [name for name in self.names if os.path.lexists(folder / name)]
         if foreign and not self.wrote(folder):
             raise ValueError(
@@ -101,20 +111,16 @@ def _put_in_place(new: Path, out: Path, kind: Kind) -> None:
     renewed = {path.name for path in new.iterdir()}
     if new.parent != out and not _is_current(out):
         try:
-            _carry(out, new, lambda path: _belongs(path, kind) and path.parts[0] in renewed | set(kind.names))
+            _carry(out, new, lambda path: kind.belongs(path) and path.parts[0] in renewed | set(kind.names))
             shutil.copystat(out, new)
             _exchange(new, out)
         except OSError as error:
             logger.debug("%s cannot be exchanged at once: %s", out, error)
         else:
             # What was put into the old folder in the meantime.
-            _carry(new, out, lambda path: _belongs(path, kind))
+            _carry(new, out, kind.belongs)
             return
     _replace_one_by_one(new, out, kind, renewed)
-
-
-def _belongs(path: Path, kind: Kind) -> bool:
-    return str(path) in kind.names or kind.is_own(path)
 
 
 def _is_current(folder: Path) -> bool:
@@ -173,14 +179,14 @@ def _replace_one_by_one(new: Path, out: Path, kind: Kind, renewed: set[str]) -> 
     *names, last = kind.names
     with suppress(FileNotFoundError):
         os.unlink(out / last)
-    for folder in (new / name for name in renewed if (new / name).is_dir()):
-        (out / folder.name).mkdir(exist_ok=True)
-        for name in os.listdir(out / folder.name):
-            if kind.is_own(Path(folder.name) / name) and not (folder / name).exists():
-                os.unlink(out / folder.name / name)
-        for path in folder.iterdir():
-            if path.is_file() and kind.is_own(path.relative_to(new)):
-                os.replace(path, out / folder.name / path.name)
+    if kind.folder in renewed:
+        target = out / kind.folder
+        target.mkdir(exist_ok=True)
+        for name in filter(kind.is_own, os.listdir(target)):
+            if not (new / kind.folder / name).exists():
+                os.unlink(target / name)
+        for name in filter(kind.is_own, os.listdir(new / kind.folder)):
+            os.replace(new / kind.folder / name, target / name)
     for name in (*names, last):
         if (new / name).exists():
             os.replace(new / name, out / name)
@@ -194,7 +200,7 @@ def _recover(home: Path, prefix: str, out: Path, kind: Kind) -> None:
             continue
         try:
             if out.is_dir() and home != out:
-                _carry(folder, out, lambda path: _belongs(path, kind))
+                _carry(folder, out, kind.belongs)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
             logger.warning("left %s as it is: %s", folder, error)

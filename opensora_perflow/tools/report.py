@@ -31,7 +31,8 @@ CLIPS = "clips"
 KIND = Kind(
     names=("side_by_side.mp4", "frames.png", "training.png", "student.safetensors", "results.json"),
     marks=("student.safetensors", "results.json"),
-    is_own=lambda path: len(path.parts) == 2 and path.parts[0] == CLIPS and is_written(path.name),
+    folder=CLIPS,
+    is_own=is_written,
 )
 """Files of a demo; results.json stands for a whole run."""
 
@@ -40,8 +41,7 @@ def is_output(path: Path, videos: Path) -> bool:
     """Whether a file or folder below a folder of videos was written by an earlier demo."""
     if path.is_dir():
         return KIND.wrote(path)
-    place = path.relative_to(videos)
-    return KIND.wrote(videos) and (str(place) in KIND.names or KIND.is_own(place))
+    return KIND.wrote(videos) and KIND.belongs(path.relative_to(videos))
 
 
 def unknown_captions(captions: list[str]) -> list[str]:
