@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -206,3 +210,28 @@ def test_names_with_brackets_are_names(tmp_path):
     (tmp_path / ".out[1].unfinished-a").mkdir()
     write_run(tmp_path / "out[1]", "first")
     assert [path.name for path in tmp_path.iterdir()] == ["out[1]"]
+
+
+KILLS = 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_leaves_all_of_one_run(tmp_path):
+    """benchmarks/kills.py does this to the whole demo."""
+    out, rng = tmp_path / "out", random.Random(0)
+    write_run(out, "first")
+    write_mine(out)
+    for kill in range(KILLS):
+        pid = os.fork()
+        if pid == 0:
+            for place in itertools.count():
+                write_run(out, f"{kill}-{place}", clips=place % 3 + 1)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        found = contents(out)
+        label = found["numbers"]
+        clips = sum(name.startswith("clips/clip") for name in found)
+        assert found == {**whole(label, clips), **OWN}
+    write_run(out, "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(out) == {**whole("last"), **OWN}
