@@ -1,9 +1,10 @@
-"""Open-Sora's networks: what is inside a booster's wrapper, what its forward accepts, its null text and text dropout."""
+"""Open-Sora's networks: what is inside their wrappers, what their forward accepts, their null text and text dropout."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +13,43 @@ from torch import Tensor, nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside a booster's wrapper (train.py passes the wrapper, eval_loss.py the network itself)."""
-    return getattr(model, "module", model)
+    """The network inside any nesting of wrappers; a bare network is returned as it is.
+
+    Known are torch.compile's OptimizedModule, the boosters' wrappers, DistributedDataParallel and peft's PeftModel. The
+    network in a PeftModel keeps its adapters. Only calls go through wrappers; whatever is read or set is the network's.
+    """
+    *_, network = _layers(model)
+    return network
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    """A model, and what is inside each of its wrappers, outermost first."""
+    yield model
+    while (inside := _inside(model)) is not None:
+        model = inside
+        yield model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    # Children, not attributes: transformers' networks have an attribute `base_model`, which is the network itself.
+    children = getattr(model, "_modules", {})
+    adapted = getattr(children.get("base_model"), "_modules", {})  # a PeftModel holds a LoraModel, which holds the network
+    candidates = (children.get("_orig_mod"), getattr(model, "module", None), adapted.get("model"))
+    return next((inside for inside in candidates if isinstance(inside, nn.Module)), None)
+
+
+def compiler_is_loaded() -> bool:
+    """May something be compiled in this process? Asked without loading torch's compiler, which takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def forget_compiled() -> None:
+    """Have torch compile anew, at their next calls, all functions that it has compiled.
+
+    Compiled code does not see hooks that came later; torch 2.2's does not see changed attributes of modules either.
+    """
+    if compiler_is_loaded():
+        torch.compiler.reset()
 
 
 def weights_dtype(network: nn.Module) -> torch.dtype:
@@ -27,7 +63,8 @@ def settle(model: nn.Module) -> None:
     v1.3 boosts with overlap_allgather: after an optimizer step the weights arrive while the next forward runs, and only the
     wrapper's own forward waits for them. Reading them earlier gives stale shards on a GPU.
     """
-    wait = getattr(model, "_force_wait_all_gather", None)
+    waits = (getattr(layer, "_force_wait_all_gather", None) for layer in _layers(model))
+    wait = next((wait for wait in waits if wait is not None), None)
     if wait is not None:
         wait()
 
@@ -66,8 +103,9 @@ def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Parameters of a network's forward; cached, because they are asked for at every sampling step."""
+    forward = unwrap(network).forward  # wrappers take everything
     # The function behind the bound method: it is the same at every access, and it does not keep the network alive.
-    return _signature(getattr(network.forward, "__func__", network.forward))
+    return _signature(getattr(forward, "__func__", forward))
 
 
 def accepted_arguments(network: nn.Module, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,7 +125,13 @@ def declares(network: nn.Module, name: str) -> bool:
 
 def takes_projected_text(network: nn.Module) -> bool:
     """Is the network fed text that its y_embedder has already projected and packed (v1.2's and v1.3's skip_y_embedder)?"""
-    return bool(getattr(getattr(network, "config", None), "skip_y_embedder", False))
+    return bool(getattr(getattr(unwrap(network), "config", None), "skip_y_embedder", False))
+
+
+def text_embedder(network: nn.Module) -> nn.Module | None:
+    """The network's y_embedder, bare, or None."""
+    embedder = getattr(unwrap(network), "y_embedder", None)
+    return embedder if embedder is None else unwrap(embedder)
 
 
 def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
@@ -95,7 +139,7 @@ def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
 
     A network with skip_y_embedder is fed projected, packed text, for which it has no null.
     """
-    embedding = getattr(getattr(network, "y_embedder", None), "y_embedding", None)
+    embedding = getattr(text_embedder(network), "y_embedding", None)
     if embedding is None or takes_projected_text(network):
         return None
     if like.dim() != 4 or tuple(like.shape[2:]) != tuple(embedding.shape):
@@ -111,6 +155,6 @@ def text_dropout(network: nn.Module) -> float:
 
     That passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
     """
-    if not network.training or takes_projected_text(network):
+    if not unwrap(network).training or takes_projected_text(network):
         return 0.0
-    return float(getattr(getattr(network, "y_embedder", None), "uncond_prob", 0.0))
+    return float(getattr(text_embedder(network), "uncond_prob", 0.0))
