@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
@@ -362,9 +363,38 @@ def test_scale_one_is_the_network_as_it_was_and_others_are_not():
 
 def test_the_scale_is_forgotten_after_an_error():
     network = tiny_network()
-    with pytest.raises(RuntimeError, match="stop"), told_scale(network, torch.ones(2)):
+    x, args = batch(network)
+    t = torch.tensor([900.0, 100.0])
+    plain = network(x, t, **args)
+    with pytest.raises(RuntimeError, match="stop"), told_scale(network, torch.full((2,), 5.0)):
         raise RuntimeError("stop")
-    assert not network.t_embedder.mlp._forward_pre_hooks
+    assert torch.equal(network(x, t, **args), plain)
+
+
+def test_a_copy_is_not_told_the_scale_of_its_original():
+    network = tiny_network()
+    x, args = batch(network)
+    t = torch.tensor([900.0, 100.0])
+    plain = network(x, t, **args)
+    with told_scale(network, torch.full((2,), 5.0)):
+        copy, told = deepcopy(network), network(x, t, **args)
+        assert torch.equal(copy(x, t, **args), plain)
+    assert torch.equal(copy(x, t, **args), plain)
+    with told_scale(copy, torch.full((2,), 5.0)):
+        assert torch.equal(copy(x, t, **args), told) and torch.equal(network(x, t, **args), plain)
+    assert set(copy.state_dict()) == set(tiny_network().state_dict())
+
+
+def test_scales_told_inside_one_another():
+    network = tiny_network()
+    x, args = batch(network)
+    t = torch.tensor([900.0, 100.0])
+    with told_scale(network, torch.full((2,), 5.0)):
+        five = network(x, t, **args)
+        with told_scale(network, torch.full((2,), 3.0)):
+            assert not torch.allclose(network(x, t, **args), five)
+        assert torch.equal(network(x, t, **args), five)
+    assert len(network.t_embedder.mlp._forward_pre_hooks) == 1
 
 
 def test_a_network_without_timestep_features_is_refused():

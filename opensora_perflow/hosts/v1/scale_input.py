@@ -8,6 +8,9 @@ modulates every block. The scale w enters there as
 and the first layer of the MLP, which is trained, learns what it means. No parameter is added: the optimizer, the EMA and the
 checkpoints of the host know nothing of it, and at w = 1 the network is what it was.
 
+The scale is added by a hook before the MLP. The hook is never compiled, so that a compiled network, too, is told each scale,
+and no scale compiles anything anew. It is put into a network when a first scale is told, and stays.
+
 The direction alternates in sign over the slowest quarter of the sines, under a window that is 0 at both ends. From one slow
 sine to the next the features of a timestep hardly change, so their product with it is below 3e-5 of their norm (256
 channels) for every timestep: a direction that no timestep uses, in which the layer can learn the scale without unlearning
@@ -26,6 +29,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from opensora_perflow.hosts.v1.network import compiler_is_loaded, forget_compiled, unwrap
 
 UNIT = 8.0
 """Change of the scale that moves the features by one `direction`."""
@@ -46,25 +51,60 @@ def direction(channels: int) -> Tensor:
 
 @contextmanager
 def told_scale(network: nn.Module, scale: Tensor) -> Iterator[None]:
-    """Within, calls of the network are told the guidance scales [B] of their rows.
+    """Within, calls of the network are told the guidance scales [B] of their rows; so are calls of wrappers around it.
 
     Raises:
         ValueError: the network has no t_embedder with an MLP.
     """
+    teller = _teller(unwrap(network))
+    before, teller.moved = teller.moved, (scale.to(torch.float64) - 1.0) / UNIT
+    try:
+        yield
+    finally:
+        teller.moved = before
+
+
+class _Teller:
+    """A pre-hook of the MLP of a network's timestep, which adds `moved` [B] directions; None: adds nothing.
+
+    A copy of the network gets a teller of its own, which tells nothing.
+    """
+
+    def __init__(self) -> None:
+        self.moved: Tensor | None = None
+        self.compilable = not compiler_is_loaded()
+        self._add = _add if self.compilable else torch.compiler.disable(_add)
+
+    def __reduce__(self) -> tuple[type[_Teller], tuple[()]]:
+        return _Teller, ()
+
+    def __call__(self, mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return self._add(self, inputs)
+
+
+def _add(teller: _Teller, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    if teller.moved is None:
+        return None
+    features = inputs[0]
+    moved = teller.moved.to(features.device)[:, None] * direction(features.shape[-1]).to(features.device)
+    return (features + moved.to(features.dtype), *inputs[1:])
+
+
+def _teller(network: nn.Module) -> _Teller:
+    """The network's teller, which is put there if there is none that compiled code meets."""
     mlp = getattr(getattr(network, "t_embedder", None), "mlp", None)
     if mlp is None:
         raise ValueError(
             f"{type(network).__name__} cannot be told a guidance scale: it has no t_embedder.mlp, where Open-Sora's networks "
             'embed their timestep; use guidance=dict(mode="fixed", scale=...)'
         )
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        features = inputs[0]
-        moved = (scale.to(features.device, torch.float64)[:, None] - 1.0) / UNIT
-        return (features + (moved * direction(features.shape[-1]).to(features.device)).to(features.dtype),)
-
-    handle = mlp.register_forward_pre_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+    hooks = unwrap(mlp)._forward_pre_hooks
+    found = {key: hook for key, hook in hooks.items() if isinstance(hook, _Teller)}
+    for key, teller in found.items():
+        if not (teller.compilable and compiler_is_loaded()):
+            return teller
+        del hooks[key]
+    teller = _Teller()
+    unwrap(mlp).register_forward_pre_hook(teller)
+    forget_compiled()
+    return teller
