@@ -11,13 +11,21 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.hosts.v1.conditions import Condition
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, weights_dtype
+from opensora_perflow.hosts.v1.network import (
+    accepted_arguments,
+    declares,
+    forget_compiled,
+    text_embedder,
+    unwrap,
+    weights_dtype,
+)
 from opensora_perflow.hosts.v1.scale_input import told_scale
 from opensora_perflow.method.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.method.process import Linear, Output
@@ -30,6 +38,9 @@ class Branch(NamedTuple):
     text: bool
     reference: bool
 
+
+_QUIET_FROM_THE_START: WeakSet[nn.Module] = WeakSet()
+"""Text embedders whose code for training was compiled while they dropped nothing, if it was compiled."""
 
 FULL, NO_TEXT, NOTHING = Branch(True, True), Branch(False, True), Branch(False, False)
 
@@ -115,9 +126,13 @@ def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Cal
     """
     if declares(network, "text_uncond_prob"):
         return partial(call, text_uncond_prob=0.0)
-    embedder = getattr(network, "y_embedder", None)
+    embedder = text_embedder(network)
     if getattr(embedder, "uncond_prob", None) is None:
         return call
+
+    if unwrap(network).training and embedder not in _QUIET_FROM_THE_START:
+        _QUIET_FROM_THE_START.add(embedder)
+        forget_compiled()
 
     def quiet(*inputs: Any, **named: Any) -> Tensor:
         probability, embedder.uncond_prob = embedder.uncond_prob, 0.0
