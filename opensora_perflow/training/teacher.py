@@ -100,6 +100,8 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     Parameters become plain `nn.Parameter`s: boosters put subclasses on them whose in-place arithmetic does nothing
     (colossalai's ColoTensor), and buffers may be non-leaf tensors, which deepcopy refuses. The copy is in eval mode, needs no
     gradients and has gradient checkpointing off. Copying the structure, not calling a factory, works for every network.
+    What torch.compile wrapped, the whole or a part, is copied uncompiled: keys are those of the network, and nothing that was
+    compiled for training is used by the copy.
     """
     memo: dict[int, object] = {}
     originals = []  # deepcopy finds copies by id(), so the originals have to stay alive until it is done
@@ -109,8 +111,13 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     for buffer in network.buffers():
         memo[id(buffer)] = _plain(buffer)
         originals.append(buffer)
+    for module in reversed(list(network.modules())):  # parts before what holds them
+        if (bare := module._modules.get("_orig_mod")) is not None:
+            memo[id(module)] = deepcopy(bare, memo)
     copy = deepcopy(network, memo)
     for module in copy.modules():
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            del module.forward  # a function is not copied: it would run the original
         if getattr(module, "grad_checkpointing", False):
             module.grad_checkpointing = False
     return copy.eval().requires_grad_(False)
@@ -129,13 +136,22 @@ def load_teacher(
     Raises:
         ValueError: no checkpoint there, or it does not fit the network (the message names the first mismatches).
     """
-    state = None if source is None else (weights or Alone().weights)(source, network)
-    if state is not None:
-        check_fits(state, network, str(source))
     teacher = copy_frozen(network)
-    if state is not None:
+    if source is not None:
+        remove_adapters(teacher)
+        state = (weights or Alone().weights)(source, teacher)
+        check_fits(state, teacher, str(source))
         teacher.load_state_dict(state)
     return teacher
+
+
+def remove_adapters(network: nn.Module) -> None:
+    """Put the original layers back where peft (LoRA) has wrapped them: named weights have no adapters."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            original = child._modules.get("base_layer", child._modules.get("original_module"))
+            if original is not None:
+                setattr(module, name, original)
 
 
 def fingerprint(network: nn.Module) -> str:
