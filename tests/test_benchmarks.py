@@ -85,5 +85,5 @@ def test_workers_end_with_the_process_that_was_killed(tmp_path):
 
 
 def test_damaged_weights_are_refused_by_name(script):
-    ends = script("faults").damaged_files(150, seed=3)
+    ends = script("faults_files").damaged_files(150, seed=3)
     assert ends["raw"] == ends["silent"] == 0 and ends["told"] > 100, ends

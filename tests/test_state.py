@@ -125,7 +125,7 @@ def test_a_states_text_is_bounded(tmp_path, text, message):
 
 def test_broken_safetensors_are_named(tmp_path):
     (tmp_path / "student.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"student\.safetensors cannot be read as safetensors"):
+    with pytest.raises(ValueError, match=r"student\.safetensors"):
         find_state(tmp_path / "student.safetensors")
     assert find_state("x" * 5000) is None  # no file has such a name
 
