@@ -501,6 +501,54 @@ def test_a_student_start_is_what_its_own_sampler_reaches(guidance):
     torch.testing.assert_close(segment.x_start[1], states[3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("frames", [None, [0]])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(use_oscillation_guidance=True, force_num=1),
+        dict(scale_image_weight=True),
+        dict(scale_image_weight=True, initial_image_scale=2.0, use_oscillation_guidance=True, force_num=0),
+        dict(cfg_scale=[4.0, 3.0, 2.0, 1.0], use_flaw_fix=True),
+        dict(cfg_scale=[4.0, 3.0, 2.0, 1.0], scale_image_weight=True),
+        dict(guidance=FIXED, use_oscillation_guidance=True, force_num=0, scale_image_weight=True),
+    ],
+)
+def test_student_starts_are_the_samplers_states_under_every_kind_of_guidance(keys, frames):
+    network = Reference13().eval()
+    settings = {**dict(cfg_scale=4.0, use_timestep_transform=True, transform="v1.3"), **keys}
+    scheduler = PeRFlow(**settings)
+    seen, (x, args) = recorded(scheduler), batch(network, 4)
+    noise, t = torch.randn_like(x), torch.tensor([1000.0, 400.0, 150.0, 10.0])
+    scheduler.training_losses(network, x, args, noise=noise, t=t, mask_index=frames)
+    edges = scheduler.warped(args, x).edges
+    assert torch.equal(seen[0][0].t_start, edges[:-1].diagonal())  # a sample in each window
+    network.seen.clear()
+    reference = {} if frames is None else dict(z_cond=x, mask_index=frames)
+    sampled(PeRFlow(**settings), network, noise, prompts=PROMPTS * 2, additional_args=sizes(4), **reference)
+    states = torch.stack([call["x"][row] for row, call in enumerate(network.seen)])
+    torch.testing.assert_close(seen[0][0].x_start, states, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_of_other_grids_have_the_image_weights_of_their_own_number_of_steps():
+    network = Reference13().eval()
+    settings = dict(cfg_scale=4.0, scale_image_weight=True)
+    scheduler = PeRFlow(windows=4, draws=dict(grids=[3], seed=0), **settings)
+    seen, (x, args) = recorded(scheduler), batch(network, 8)
+    noise = torch.randn_like(x)
+    scheduler.training_losses(network, x, args, noise=noise, t=torch.full((8,), 10.0), mask_index=[0])
+    starts, checked = seen[0][0].t_start, set()
+    for steps in (3, 4):
+        network.seen.clear()
+        sampled(
+            PeRFlow(windows=steps, **settings), network, noise, prompts=PROMPTS * 4, additional_args=sizes(8),
+            z_cond=x, mask_index=[0],
+        )  # fmt: skip
+        rows = (starts - 1 / steps).abs() < 1e-9
+        checked |= {steps} if rows.any() else set()
+        torch.testing.assert_close(seen[0][0].x_start[rows], network.seen[-1]["x"][:8][rows], rtol=1e-5, atol=1e-5)
+    assert checked == {3, 4}
+
+
 def test_student_starts_use_no_data():
     network, results = tiny_network(), []
     for x in (torch.zeros(2, 4, 5, 4, 4), torch.randn(2, 4, 5, 4, 4)):

@@ -239,10 +239,6 @@ class Keys:
         scales = self.cfg_scale if asked is None else as_scales("guidance_scale", asked, num_windows)
         return scales if isinstance(scales, tuple) else (scales,) * num_windows
 
-    def scale_in(self, window: int) -> float:
-        """The guidance scale that a student is sampled with in a window."""
-        return self.cfg_scale[window] if isinstance(self.cfg_scale, tuple) else self.cfg_scale
-
 
 def path_of_keys(config: Mapping[str, Any]) -> str:
     """The path that a config names: by its key `path`, or by keys that only rflow or only iddpm has; else "auto".

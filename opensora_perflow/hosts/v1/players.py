@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.conditions import Condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
+from opensora_perflow.hosts.v1.sampling import StepGuidance
 from opensora_perflow.hosts.v1.stdit import network_output
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Process
@@ -29,6 +30,7 @@ class TrainingPlayers:
     call: What is called where the student is trained: the model, or what watches its calls.
     teacher_now: Asked at every use, since a curriculum changes its teacher.
     student_condition, teacher_condition: What each network is told, made with its own null text.
+    sampler: How the sampler that takes one step a window guides the student.
     told: Guidance scales [B] that the student gets as an input (mode range).
     """
 
@@ -43,6 +45,7 @@ class TrainingPlayers:
     batch_size: int
     student_condition: Condition
     teacher_condition: Condition
+    sampler: StepGuidance
     moving: Tensor | None = None
     told: Tensor | None = None
 
@@ -55,23 +58,13 @@ class TrainingPlayers:
         return self.student_condition.take(torch.arange(self.batch_size), self.batch_size) is not None
 
     def sampled(self, window: int, rows: Tensor | None = None) -> Player:
-        condition, moving, told = self.student_condition, self.moving, self.told
+        condition, moving, told, steps = self.student_condition, self.moving, self.told, self.sampler
         if rows is not None:
-            condition = condition.take(rows, self.batch_size)
+            condition, steps = condition.take(rows, self.batch_size), steps.take(rows)
             moving, told = (None if value is None else value[rows.to(value.device)] for value in (moving, told))
         # A network without a null text cannot be guided.
-        synced = not self.recipe.guidance.folded and condition.null is not None
-        scale = self.keys.scale_in(window) if synced else 1.0
-        return self._player(
-            self.model,
-            self.network,
-            condition,
-            moving,
-            text_scale=scale,
-            image_scale=scale,
-            flaw_fix=self.keys.use_flaw_fix and synced,
-            told=told,
-        )
+        guided = {} if condition.null is None else steps.at(window)
+        return self._player(self.model, self.network, condition, moving, told=told, **guided)
 
     def teacher(self, scale: float | Tensor) -> Player:
         guidance, teacher, told = self.recipe.guidance, self.teacher_now(), None

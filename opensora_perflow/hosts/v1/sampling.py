@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,44 +27,66 @@ from opensora_perflow.training.recipe import Guidance
 
 @dataclass(frozen=True)
 class StepGuidance:
-    """How much guidance each sampling step has, and of which kind.
+    """How much guidance each step has, and of which kind: of the sampler, and of the roll-out that student starts come from.
 
     text, image: One scale a step. oscillate: Whether (text, image) oscillate.
+    num_steps: Steps that each sample takes in all [B], where they differ; None: as many as there are scales.
     """
 
     guidance: Guidance
     keys: Keys
+    num_frames: int
     text: Sequence[float]
     image: Sequence[float]
     oscillate: tuple[bool, bool]
+    num_steps: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         guidance: Guidance,
         keys: Keys,
+        num_frames: int,
         text: Sequence[float],
-        image_scale: float | None,
-        oscillate: tuple[bool | None, bool | None],
+        image_scale: float | None = None,
+        oscillate: tuple[bool | None, bool | None] = (None, None),
+        num_steps: Tensor | None = None,
     ) -> StepGuidance:
         """`image_scale` of all steps, None as by text; `oscillate` None: as the keys say."""
         image = text if image_scale is None or guidance.folded else [image_scale] * len(text)
         chosen = tuple(keys.use_oscillation_guidance if asked is None else asked for asked in oscillate)
-        return cls(guidance, keys, text, image, chosen)
+        return cls(guidance, keys, num_frames, text, image, chosen, num_steps)
 
-    def at(self, step: int, x: Tensor) -> dict[str, Any]:
-        """Guidance of one step for the state x [B, C, T, H, W], as `stdit.network_output` takes it."""
+    def take(self, rows: Tensor) -> StepGuidance:
+        """The guidance of some of the samples."""
+        return self if self.num_steps is None else replace(self, num_steps=self.num_steps[rows.to(self.num_steps.device)])
+
+    def at(self, step: int) -> dict[str, Any]:
+        """Guidance of one step, as `stdit.network_output` takes it; empty where it is in the weights."""
         keys = self.keys
         if self.guidance.folded:
-            told = self.guidance.mode == "range"
-            return {"told": torch.full((len(x),), self.text[step], dtype=torch.float64) if told else None}
+            return {}
         text, image = (
             oscillating_scale(scales[step], step, keys.force_num) if on else scales[step]
             for scales, on in zip((self.text, self.image), self.oscillate)
         )
         if keys.scale_image_weight and image > keys.initial_image_scale:
-            image = image_scale_ramp(image, keys.initial_image_scale, step, len(self.text), x.shape[2])
+            image = self._ramp(image, step)
         return {"text_scale": text, "image_scale": image, "flaw_fix": keys.use_flaw_fix}
+
+    def told(self, step: int, batch_size: int) -> Tensor | None:
+        """The scales [B] that the network gets as an input in one step; None where it takes none."""
+        if self.guidance.mode != "range":
+            return None
+        return torch.full((batch_size,), self.text[step], dtype=torch.float64)
+
+    def _ramp(self, image: float, step: int) -> Tensor:
+        """[1, 1, T, 1, 1], or [B, 1, T, 1, 1] where samples differ in their number of steps."""
+        counts = [len(self.text)] if self.num_steps is None else self.num_steps.tolist()
+        counts = counts[:1] if len(set(counts)) == 1 else counts
+        initial = self.keys.initial_image_scale
+        # A sample that has arrived may be carried along, past its last step.
+        return torch.cat([image_scale_ramp(image, initial, min(step, n - 1), n, self.num_frames) for n in counts])
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,8 @@ def sample_latents(
             condition,
             frame_mask=frame_mask,
             guided_channels=channels,
-            **guidance.at(step, call.x),
+            told=guidance.told(step, len(call.x)),
+            **guidance.at(step),
         )
         return Player(output, process, prediction).velocity(windows.bounds)
 

@@ -207,7 +207,7 @@ class PeRFlow:
         )  # fmt: skip
         oscillate = (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         scales = self.step_scales(guidance_scale)
-        guidance = StepGuidance.of(self.recipe.guidance, self.keys, scales, image_cfg_scale, oscillate)
+        guidance = StepGuidance.of(self.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
         return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction)
 
     @property

@@ -21,6 +21,7 @@ from opensora_perflow.hosts.v1.iddpm import VarianceMatch
 from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.network import one_graph_a_step, settle, text_dropout
 from opensora_perflow.hosts.v1.players import TrainingPlayers
+from opensora_perflow.hosts.v1.sampling import StepGuidance
 from opensora_perflow.hosts.v1.stdit import idle_reference_embedders
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.draws import Drawn
@@ -140,11 +141,17 @@ class Translation:
             len(data),
             student,
             teacher,
+            self._sampler(drawn, data.shape[2]),
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
         )
         batch = Batch(data, noise, windows, drawn, players, scale, frame_weights)
         return batch, HostLosses(call, variance, frame_weights)
+
+    def _sampler(self, drawn: Drawn, num_frames: int) -> StepGuidance:
+        """The guidance of the sampler that takes one step a window, on each sample's own route."""
+        scales, num_steps = self.keys.scales(None, len(drawn.route) - 1), (drawn.route > 0).sum(dim=0)
+        return StepGuidance.of(self.run.recipe.guidance, self.keys, num_frames, scales, num_steps=num_steps)
 
     def _grids(self) -> list[TimeWindows]:
         """The uniform grids that the student is trained for as well."""
