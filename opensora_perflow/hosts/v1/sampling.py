@@ -105,6 +105,18 @@ class SamplingCall:
     use_sdedit: bool
     progress: bool
 
+    @property
+    def complete(self) -> list[str]:
+        """A warning where a clip consists of reference frames alone."""
+        num_frames, reference = self.x.shape[2], self.reference
+        given = self.mask is not None and bool((self.mask == 0).all(dim=1).any())
+        if not given and (reference is None or len(set(reference.frames)) < num_frames):
+            return []
+        return [
+            f"all {num_frames} latent frames of a clip are reference frames, so that the clip adds nothing (to a --loop, for "
+            "example): give it more frames (num_frames), or fewer reference frames (condition_frame_length)"
+        ]
+
     def condition(self, needs_null: bool) -> Condition:
         return sampling_condition(
             self.network,
@@ -128,6 +140,20 @@ def reference_of(z_cond: Tensor | None, mask_index: Sequence[int] | None, device
     if z_cond is None:
         raise ValueError(f"mask_index {list(mask_index)} names reference frames, but z_cond is None; pass both")
     return Reference.of(z_cond.to(device).float(), mask_index)
+
+
+def without_effect(guidance: Guidance, scale: Any, negative: Any, image_scale: float | None) -> list[str]:
+    """Warnings of what was asked of the sampler and is in the weights instead."""
+    said: list[str] = []
+    if guidance.folded and ((scale is not None and guidance.mode == "fixed") or negative is not None):
+        said.append("guidance is folded into the weights: guidance_scale and negative prompts have no effect")
+    if guidance.folded and image_scale is not None and image_scale != guidance.image_scale:
+        folded = "the scale of the text" if guidance.image_scale is None else f"scale {guidance.image_scale:g}"
+        said.append(
+            f"guidance by reference frames is folded into the weights, with {folded}: image_cfg_scale={image_scale:g} has no "
+            "effect"
+        )
+    return said
 
 
 def sample_latents(

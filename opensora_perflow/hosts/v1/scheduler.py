@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,8 @@ from opensora_perflow.hosts.v1.iddpm import find_process
 from opensora_perflow.hosts.v1.keys import Keys, read_config
 from opensora_perflow.hosts.v1.negative_text import read_negative
 from opensora_perflow.hosts.v1.network import unwrap
-from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents
+from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
+from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.training_call import TrainingCall, Translation
 from opensora_perflow.method.ddpm import DDPM
@@ -28,7 +29,7 @@ from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.run import TrainingRun
-from opensora_perflow.training.state import StudentState, find_state, sampling_mismatch
+from opensora_perflow.training.state import StudentState, find_state
 from opensora_perflow.training.step import Objective
 
 logger = logging.getLogger("opensora_perflow")
@@ -43,7 +44,8 @@ class PeRFlow:
     survives a repeated `__init__` (Open-Sora's gradio app re-initialises the live object).
 
     Attributes:
-        recipe, keys: The config, validated. num_timesteps: Of the network; the host reads the number.
+        recipe, keys: The config, validated. given: The keys that it names.
+        num_timesteps: Of the network; the host reads the number.
         objective: What is minimised, see objectives/.
         curriculum: The stages of a run with fewer and fewer windows, and where the run is among them; None without.
         run: What training remembers; None before the first training step.
@@ -55,6 +57,7 @@ class PeRFlow:
 
     recipe: Recipe
     keys: Keys
+    given: frozenset[str]
     objective: Objective
     host: Host = OpenSora()
     run: TrainingRun | None = None
@@ -70,10 +73,12 @@ class PeRFlow:
             self.run.change(recipe, curriculum)
         # Nothing refuses from here on: a live object is changed as a whole, or not at all.
         self.recipe, self.keys, self.objective, self.curriculum = recipe, keys, objective, curriculum
+        self.given = frozenset(config)
         self._process: Process | None = process
+        self._trained: SamplingSettings | None = None
         self.num_timesteps = int(keys.diffusion_steps if known == "ddpm" else keys.num_timesteps)
         self._negative: dict[str, Tensor] | None = None
-        self._warned: set[str] = set()
+        self._said: set[str] = set()
 
     def training_losses(
         self,
@@ -132,6 +137,8 @@ class PeRFlow:
             model, unwrap(model), x_start, dict(model_args or model_kwargs or {}), t, drawn_by_host, noise, mask, weights,
             mask_index, x_gt, noise_disable_threshold, text_uncond_prob, x_noisy_ref,
         )  # fmt: skip
+        if self.run is None:  # a run has its own settings, whatever was sampled before
+            self._forget_trained()
         process, prediction = self.process_of(call.network)
         if self.run is None:
             self.keys.say_what_has_no_effect()
@@ -192,33 +199,58 @@ class PeRFlow:
                 iddpm.find_process.
         """
         network = unwrap(model)
-        process, prediction = self.process_of(network)
         if self.run is None:  # sampled as loaded, not as trained since
-            self._check_student(self.host.first_weights())
+            self.take_from(self.host.first_weights(), network)
+        process, prediction = self.process_of(network)
+        settings = self.settings
         if (z is None) == (z_size is None):
             raise ValueError(f"sample needs either z or z_size, got {'both' if z_size is not None else 'neither'}")
         if z is None:
             z = torch.randn(len(prompts), *z_size, device=device)
         sizes, x = dict(additional_args or {}), z.to(device).float()
         mask, reference = None if mask is None else mask.to(device), reference_of(z_cond, mask_index, device)
-        self._warn_of_folded_guidance(guidance_scale, neg_prompts, None if reference is None else image_cfg_scale)
+        idle = without_effect(
+            settings.recipe.guidance, guidance_scale, neg_prompts, None if reference is None else image_cfg_scale
+        )
         call = SamplingCall(
             model, network, text_encoder, x, prompts, sizes, mask, neg_prompts, reference, use_sdedit, progress
         )  # fmt: skip
+        self._log_once((logging.WARNING, warning) for warning in (*idle, *settings.crossing, *call.complete))
         oscillate = (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         scales = self.step_scales(guidance_scale)
-        guidance = StepGuidance.of(self.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
+        guidance = StepGuidance.of(settings.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
         return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction)
+
+    def take_from(self, weights: str | None, network: nn.Module) -> None:
+        """Sample from here on as the student in `weights` was trained, where the config says nothing else.
+
+        Raises:
+            ValueError: see state.find_state and sampling_settings.as_trained.
+        """
+        self._forget_trained()
+        found = None if weights is None else find_state(weights)
+        if found is not None:
+            stages = () if self.curriculum is None else self.curriculum.stages
+            self._trained, self._process = as_trained(self.settings, self.given, stages, *found), None
+            self.process_of(network)
+            self._log_once(self._trained.report(found[0], self.state(), found[1]))
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """What the sampler goes by: the config, the curriculum's stage, or what `take_from` found."""
+        recipe = self.recipe
+        windows = recipe.windows if self.curriculum is None else self.curriculum.current
+        return self._trained or SamplingSettings(recipe, self.keys, windows, recipe.draws.grids)
 
     @property
     def windows(self) -> TimeWindows:
-        """The windows of the config, or of the curriculum's stage."""
-        return self.recipe.windows if self.curriculum is None else self.curriculum.current
+        """The windows of the config, of the curriculum's stage, or of the student that is sampled."""
+        return self.settings.windows
 
     @property
     def grid(self) -> tuple[float, ...]:
         """The sampler's times, untransformed, from 1 to 0."""
-        return self.keys.grid(self.windows)
+        return self.settings.keys.grid(self.windows)
 
     def warped(self, sizes: Mapping[str, Any], x: Tensor) -> WarpedWindows:
         """The windows of each sample of latents x [B, ...], warped as the host's sampler warps its times."""
@@ -231,14 +263,15 @@ class PeRFlow:
             ValueError: a scale outside the range that the student was trained for.
         """
         scales = self.keys.scales(asked, self.windows.num_windows)
-        self.recipe.guidance.check_told(scales)
+        self.settings.recipe.guidance.check_told(scales)
         starts = torch.tensor(self.grid[:-1], dtype=torch.float64)
         return [scales[k] for k in self.windows.lookup(starts).tolist()]
 
     def negative_text(self) -> dict[str, Tensor] | None:
         """The embedding of the recipe's negative prompt, read once; None without."""
-        if self._negative is None and self.recipe.guidance.negative is not None:
-            self._negative = read_negative(self.recipe.guidance.negative)
+        path = self.settings.recipe.guidance.negative
+        if self._negative is None and path is not None:
+            self._negative = read_negative(path)
         return self._negative
 
     def state(self) -> StudentState:
@@ -247,7 +280,7 @@ class PeRFlow:
 
     def _describe(self, run: TrainingRun | None) -> StudentState:
         assert self._process is not None, "the network has not been seen yet"
-        recipe, randomness = self.recipe, None if run is None else run.randomness
+        recipe, randomness = self.settings.recipe, None if run is None else run.randomness
         draws = asdict(recipe.draws)
         return StudentState(
             windows=self.windows.edges,
@@ -267,32 +300,19 @@ class PeRFlow:
     def process_of(self, network: nn.Module) -> tuple[Process, str]:
         """The process that the network was trained on, and what a student of the network outputs."""
         if self._process is None:
-            self._process = build_process(find_process(self.keys.path, network), self.recipe, self.keys)
-        return self._process, self.recipe.check_process(self._process)
+            recipe, keys = self.settings.recipe, self.settings.keys
+            self._process = build_process(find_process(keys.path, network), recipe, keys)
+        return self._process, self.settings.recipe.check_process(self._process)
 
-    def _check_student(self, weights: str | None) -> None:
-        found = None if weights is None else find_state(weights)
-        mismatch = None if found is None else sampling_mismatch(found[0], self.state(), found[1])
-        if mismatch is not None:
-            self._warn_once(mismatch)
+    def _forget_trained(self) -> None:
+        if self._trained is not None:
+            self._trained = self._process = None
 
-    def _warn_of_folded_guidance(self, scale: Any, negative: Any, image_scale: float | None) -> None:
-        guidance = self.recipe.guidance
-        if not guidance.folded:
-            return
-        if (scale is not None and guidance.mode == "fixed") or negative is not None:
-            self._warn_once("guidance is folded into the weights: guidance_scale and negative prompts have no effect")
-        if image_scale is not None and image_scale != guidance.image_scale:
-            folded = "the scale of the text" if guidance.image_scale is None else f"scale {guidance.image_scale:g}"
-            self._warn_once(
-                f"guidance by reference frames is folded into the weights, with {folded}: image_cfg_scale={image_scale:g} has "
-                "no effect"
-            )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)
+    def _log_once(self, messages: Iterable[tuple[int, str]]) -> None:
+        for level, message in messages:
+            if message not in self._said:
+                self._said.add(message)
+                logger.log(level, message)
 
 
 def build_process(name: str, recipe: Recipe, keys: Keys) -> Process:

@@ -1,0 +1,105 @@
+"""What a network is sampled with: what the state beside its weights says, wherever the config says nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+
+from opensora_perflow.checks import as_scales
+from opensora_perflow.hosts.v1.keys import Keys
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.recipe import Guidance, Recipe
+from opensora_perflow.training.state import StudentState, sampling_mismatch
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """A config as the sampler takes it.
+
+    windows: The recipe's, or those of a curriculum's stage.
+    grids: Numbers of steps whose uniform grids the student was trained for as well, see recipe.Draws.
+    """
+
+    recipe: Recipe
+    keys: Keys
+    windows: TimeWindows
+    grids: tuple[int, ...] = ()
+
+    @property
+    def num_steps(self) -> int:
+        return self.keys.steps_over(self.windows)
+
+    @property
+    def crossing(self) -> list[str]:
+        """A warning where steps cross edges of windows and nothing was trained or planned for that."""
+        steps, count = self.num_steps, self.windows.num_windows
+        if steps >= count or steps in self.grids or self.windows.grid_of(steps) is not None:
+            return []
+        return [
+            f"{steps} sampling step{'s' * (steps > 1)} for {count} windows: a step crosses edges of windows, where the student "
+            "was not trained, and the samples end further from the teacher's (blurred, or with less motion). Set "
+            f"num_sampling_steps={count}, or train a student of {steps} window{'s' * (steps > 1)} (stage 3, curriculum)"
+        ]
+
+    def report(self, found: StudentState, now: StudentState, where: str | os.PathLike) -> list[tuple[int, str]]:
+        """Levels and texts of what the log should say of a student's state `found`, when it is sampled as `now`."""
+        text = (
+            f"PeRFlow samples with {self.windows.num_windows} windows, {self.num_steps} steps and guidance mode "
+            f"{self.recipe.guidance.mode}; what the scheduler's config leaves out is from {where}"
+        )
+        mismatch = sampling_mismatch(found, now, where)
+        if mismatch is None:
+            return [(logging.INFO, text)]
+        remedy = "windows, guidance and prediction are as trained where the scheduler's config leaves them out"
+        return [(logging.INFO, text), (logging.WARNING, f"{mismatch}; {remedy}")]
+
+
+def as_trained(
+    config: SamplingSettings,
+    given: Collection[str],
+    stages: Sequence[TimeWindows],
+    state: StudentState,
+    where: str | os.PathLike,
+) -> SamplingSettings:
+    """A config, with windows, guidance, prediction and path as a student was trained, where the config does not name them.
+
+    Args:
+        config: The config alone.
+        given: The keys that it names.
+        stages: Windows of its curriculum's stages; a checkpoint of one of them has that stage's.
+        state, where: Of the weights, and the file that it is in.
+
+    Raises:
+        ValueError: the state holds a guidance that is none, or cfg_scale is a list of another length than the windows.
+    """
+    staged = any(windows.edges == state.windows for windows in stages)
+    windows = config.windows if "windows" in given and not staged else TimeWindows(state.windows)
+    path = state.path if config.keys.path == "auto" else config.keys.path
+    recipe = config.recipe
+    told = {
+        "guidance": "guidance" in given or "mode" not in state.guidance,
+        "prediction": recipe.prediction != "auto" or path != state.path,
+    }
+    try:
+        guidance = recipe.guidance if told["guidance"] else _guidance(state, windows.num_windows)
+        prediction = recipe.prediction if told["prediction"] else state.prediction
+        grids = tuple(int(steps) for steps in state.draws.get("grids") or ())
+        recipe = Recipe(windows=windows, guidance=guidance, prediction=prediction)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not go with the scheduler's config: {error}") from error
+    as_scales(f"cfg_scale (windows as in {where})", config.keys.cfg_scale, windows.num_windows)
+    keys = replace(config.keys, path=path)
+    if "sampling_grid" not in given and keys.steps_over(windows) in grids:
+        keys = replace(keys, sampling_grid="uniform")
+    return SamplingSettings(recipe, keys, windows, grids)
+
+
+def _guidance(state: StudentState, num_windows: int) -> Guidance:
+    known = {f.name for f in fields(Guidance)}
+    values = {key: value for key, value in state.guidance.items() if key in known}
+    scale = values.get("scale")
+    if values["mode"] == "fixed" and isinstance(scale, list) and len(scale) != num_windows:
+        values["scale"] = scale[0]  # the config names other windows; a folded scale is not read in sampling
+    return Guidance(**values)
