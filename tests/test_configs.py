@@ -47,6 +47,19 @@ def test_stages_are_what_they_say(load):
     assert "144p" not in load(FOLDER / "perflow_stage2.py").bucket_config
 
 
+@pytest.mark.parametrize("name", ["inference", "inference_v1_3", "tiny_inference"])
+def test_inference_leaves_windows_guidance_and_steps_to_the_checkpoint(name, load):
+    assert {"windows", "guidance", "num_sampling_steps", "prediction"}.isdisjoint(scheduler_keys(load, name))
+
+
+@pytest.mark.parametrize("name", ["inference_stage3", "inference_stage3_v1_3", "tiny_inference_stage3"])
+def test_inference_of_stage_3_is_what_stage_3_trains(name, load):
+    scheduler = build_module(load(FOLDER / f"perflow_{name}.py").scheduler, SCHEDULERS)
+    recipe, _ = read_config(scheduler_keys(load, name.replace("inference_", "")))
+    assert (scheduler.windows, scheduler.recipe.guidance) == (recipe.windows, recipe.guidance)
+    assert scheduler.grid == (1.0, 0.5, 0.0) and scheduler.settings.crossing == []
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_checkpoint_folders_can_be_given(path, load):
     """1.3's STDiT3-XL/2 with force_huggingface takes --ckpt-path for a repository; a repository's name loads without it too

@@ -1,4 +1,4 @@
-# Few-step sampling with Open-Sora 1.2, student of stage 1.
+# Few-step sampling with Open-Sora 1.2, student of any stage.
 #   python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
 #       --prompt "a beautiful waterfall"
 

@@ -1,5 +1,4 @@
 # Few-step sampling with Open-Sora 1.2, student of stage 2: guidance is in the weights, so each step is one evaluation.
-# For a student of stage 3 set windows=2 and num_sampling_steps=2 as well.
 #   python scripts/inference.py configs/opensora/perflow_inference_stage2.py \
 #       --ckpt-path outputs/001-STDiT3-XL-2/epoch0-global_step4000 --prompt "a beautiful waterfall"
 

@@ -12,16 +12,14 @@ seed = 42
 batch_size = 1
 multi_resolution = "STDiT2"  # sends height, width and length to the network and to the timestep transform
 dtype = "bf16"  # bf16, fp16 or fp32
-condition_frame_length = 5  # latent frames carried from loop to loop
+condition_frame_length = 5  # latent frames carried from loop to loop: fewer than a clip has (v1.2: a multiple of 5)
 aes = 6.5  # aesthetic score appended to the prompt
 flow = None
 
-# For a student of stage 1, guided while it is sampled. Windows must be those it was trained with.
+# For a student of any stage: windows, guidance and the number of steps are as the perflow.json beside its weights says.
+# Without that file: windows=4, guidance=dict(mode="sync") and a step a window.
 scheduler = dict(
     type="perflow",
-    windows=4,
-    guidance=dict(mode="sync"),
     use_timestep_transform=True,
-    num_sampling_steps=4,  # >= 1 (--num-sampling-steps); best a multiple of the number of windows
-    cfg_scale=7.0,  # guidance (--cfg-scale), >= 0
+    cfg_scale=7.0,  # guidance (--cfg-scale), >= 0, of a student of stage 1; folded in later
 )
