@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class Batch:
     players: See `Players`.
     scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
     frame_weights: Loss weight of each frame, [B, T]; None: equal.
+    inputs: Name in words -> what else the networks are told, tensors [B, ...] or numbers, for errors (see blame.py).
     """
 
     data: Tensor
@@ -77,3 +79,4 @@ class Batch:
     players: Players
     scale: float | Tensor
     frame_weights: Tensor | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from opensora_perflow.method.draws import Drawn, draw
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.blame import NotFinite, check_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.monitor import Monitor
@@ -101,11 +102,16 @@ class TrainingRun:
 
     def step(self, batch: Batch, objective: Objective, model: nn.Module) -> Tensor:
         """The losses [B] of one step; with gradients enabled also what belongs after a step."""
-        loss = distil(batch, objective, self.segments)
-        if torch.is_grad_enabled():  # not where losses are only evaluated
-            if self._measures and not self.monitor.batches:
-                self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
-            self._measure(model)
+        try:
+            loss = distil(batch, objective, self.segments)
+            check_loss(batch, loss)
+            if torch.is_grad_enabled():  # not where losses are only evaluated
+                if self._measures and not self.monitor.batches:
+                    self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
+                self._measure(model)
+        except NotFinite as error:
+            networks = {"the student": model, "the teacher": self.teacher.network}
+            raise explained(error, batch, self.randomness.steps, networks) from None
         return loss
 
     @property

@@ -12,8 +12,8 @@ from torch import Tensor
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.training.blame import NotFinite, check_solution, check_way
 from opensora_perflow.training.players import Batch, Player
-from opensora_perflow.training.teacher import check_finite
 
 Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
 """objective(student, segment, t, frame_weights) -> loss [B]."""
@@ -59,8 +59,13 @@ class Solved:
 
     def of(self, batch: Batch) -> Segment:
         student, times = batch.players.student, batch.drawn.solver_times
-        x_start = reached(batch) if self.starts == "student" else diffused(batch, times[0])
-        states = solve(batch.players.teacher(batch.scale), x_start, times, self.solver, self.source)
+        way: list[Tensor] = []
+        x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
+        try:
+            states = solve(batch.players.teacher(batch.scale), x_start, times, self.solver, self.source)
+        except NotFinite:
+            check_way(way, batch.drawn.route, batch.drawn.window_idx)
+            raise
         units = student.process.output_units(student.prediction, lambda t: (times[0], times[-1]))
         return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
 
@@ -69,10 +74,10 @@ def solve(teacher: Player, x_start: Tensor, times: Tensor, solver: str, source: 
     """The teacher's states at `times` [S + 1, B], [S + 1, B, ...].
 
     Raises:
-        ValueError: they are not finite.
+        NotFinite: they are not finite.
     """
     states = teacher.trajectory(x_start, times, solver)
-    check_finite(states[-1], times[0], times[-1], source)
+    check_solution(states, times, source)
     return states
 
 
@@ -82,15 +87,26 @@ def diffused(batch: Batch, t: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reached(batch: Batch) -> Tensor:
-    """Where the student, sampled with one Euler step a window, reaches each sample's window."""
+def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
+    """Where the student, sampled with one Euler step a window, reaches each sample's window; `way` is given its velocities."""
+    way = [] if way is None else way
 
     def field_of(window: int, rows: Tensor | None) -> Velocity:
         windows = batch.windows if rows is None else batch.windows.take(rows)
-        return batch.players.sampled(window, rows).velocity(windows.bounds)
+        return _noting(batch.players.sampled(window, rows).velocity(windows.bounds), way)
 
     drawn, whole = batch.drawn, not batch.players.separable
     return carry_to_windows(field_of, held(batch, batch.noise), drawn.route, drawn.window_idx, whole=whole)
+
+
+def _noting(velocity: Velocity, way: list[Tensor]) -> Velocity:
+    """The field, which leaves in `way` what it said."""
+
+    def noted(x: Tensor, t: Tensor) -> Tensor:
+        way.append(velocity(x, t))
+        return way[-1]
+
+    return noted
 
 
 def held(batch: Batch, x: Tensor) -> Tensor:

@@ -179,18 +179,5 @@ def check_fits(state: Mapping[str, Tensor], network: nn.Module, source: str) -> 
         )
 
 
-def check_finite(x_win_end: Tensor, t_start: Tensor, t_end: Tensor, source: str) -> None:
-    """Raises ValueError naming the windows in which the teacher's solution is not finite."""
-    if torch.isfinite(x_win_end).all():
-        return
-    bad = ~torch.isfinite(x_win_end).flatten(1).all(dim=1)
-    windows = sorted({(round(a, 4), round(b, 4)) for a, b in zip(t_start[bad].tolist(), t_end[bad].tolist())}, reverse=True)
-    raise ValueError(
-        f"the teacher ({source}) returned NaN or infinity for {int(bad.sum())} of {len(bad)} samples, in the windows "
-        + ", ".join(f"t {a} -> {b}" for a, b in windows)
-        + "; check its weights (teacher.from_pretrained), the latents' scale, and use dtype bf16 instead of fp16"
-    )
-
-
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor).clone()

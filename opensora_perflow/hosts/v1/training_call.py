@@ -29,6 +29,7 @@ from opensora_perflow.method.process import Process
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import mean_over_frames
+from opensora_perflow.training.blame import TEXT
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.run import TrainingRun
 
@@ -145,13 +146,32 @@ class Translation:
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
         )
-        batch = Batch(data, noise, windows, drawn, players, scale, frame_weights)
+        told = self._told(call, student, teacher)
+        batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, told)
         return batch, HostLosses(call, variance, frame_weights)
 
     def _sampler(self, drawn: Drawn, num_frames: int) -> StepGuidance:
         """The guidance of the sampler that takes one step a window, on each sample's own route."""
         scales, num_steps = self.keys.scales(None, len(drawn.route) - 1), (drawn.route > 0).sum(dim=0)
         return StepGuidance.of(self.run.recipe.guidance, self.keys, num_frames, scales, num_steps=num_steps)
+
+    def _told(self, call: TrainingCall, student: Condition, teacher: Condition) -> dict[str, Any]:
+        """What the networks are told besides state and time, by name in words, in the order in which it is suspected."""
+        told: dict[str, Any] = {
+            "the network's null text": student.null,
+            TEXT: student.text,
+            "the text's mask": student.text_mask,
+        }
+        told |= {f"{name!r} of the batch": value for name, value in student.extras.items()}
+        if student.reference is not None:
+            told["the latents of reference frames"] = student.reference.latents
+        if self.negative is not None:
+            told["the embedding of guidance.negative"] = teacher.null
+        if not self.run.recipe.guidance.folded:
+            told["cfg_scale, the guidance scale"] = float(sum(self.keys.scales(None, self.run.windows.num_windows)))
+        if self.run.recipe.guidance.image_scale is not None:
+            told["guidance.image_scale"] = float(self.run.recipe.guidance.image_scale)
+        return {name: value for name, value in told.items() if value is not None}
 
     def _grids(self) -> list[TimeWindows]:
         """The uniform grids that the student is trained for as well."""
