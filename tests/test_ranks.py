@@ -1,6 +1,11 @@
+"""What the processes of a run tell each other, in two processes of gloo."""
+
+import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from networks import batch, tiny_network
 
+from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.v1.parallel import mean_over_ranks
 
 
@@ -17,3 +22,43 @@ def test_two_processes_agree_on_the_mean(tmp_path):
 
 def test_a_plain_process_keeps_its_number():
     assert mean_over_ranks(0.3) == 0.3
+
+
+def training_worker(rank, path, settings, message):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    network = tiny_network().train()
+    x, args = batch(network)
+    scheduler = PeRFlow(**settings[rank])
+    if message is None:
+        assert scheduler.training_losses(network, x, args)["loss"].isfinite().all()
+        assert scheduler.run.shares == 2
+    else:
+        with pytest.raises(ValueError, match=message):  # in both
+            scheduler.training_losses(network, x, args)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "one, other, message",
+    [
+        (dict(draws=dict(seed=1)), dict(draws=dict(seed=2)), None),
+        (dict(windows=4), dict(windows=8), r"process 1 \(here\): windows is \[1.0, 0.75, .* there and \[1.0, 0.875"),
+        (dict(teacher=dict(steps_per_window=2)), dict(teacher=dict(steps_per_window=3)), '"steps_per_window": 2.* there and'),
+        (dict(curriculum=dict(windows=[4, 2])), dict(curriculum=dict(windows=[4, 1])), "curriculum is"),
+        (dict(cfg_scale=3.0), dict(cfg_scale=4.0), "cfg_scale is 3.0 there and 4.0 here"),
+    ],
+)  # fmt: skip
+def test_processes_that_disagree_are_refused_at_the_first_step(one, other, message, tmp_path):
+    mp.spawn(training_worker, (tmp_path / "rendezvous", (one, other), message), nprocs=2)
+
+
+def other_teacher_worker(rank, path):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    network = tiny_network(seed=rank).train()
+    with pytest.raises(ValueError, match='teacher is "fingerprint .*" there and "fingerprint .*" here'):
+        PeRFlow().training_losses(network, *batch(network))
+    dist.destroy_process_group()
+
+
+def test_processes_with_different_teachers_are_refused(tmp_path):
+    mp.spawn(other_teacher_worker, (tmp_path / "rendezvous",), nprocs=2)

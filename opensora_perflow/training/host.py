@@ -41,6 +41,9 @@ class Host(Protocol):
     def mean(self, value: float, device: torch.device | str) -> float:
         """The mean of a number over all processes."""
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each of the processes gives, which can be pickled, in all of them and in the same order."""
+
     def shared(self, *values: Any) -> Sequence[Any]:
         """The values of the first of the processes that work on the same samples, in all of these."""
 
@@ -74,6 +77,9 @@ class Alone:
 
     def mean(self, value: float, device: torch.device | str = "cpu") -> float:
         return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        return [value]
 
     def shared(self, *values: Tensor | Any) -> Sequence[Any]:
         return values

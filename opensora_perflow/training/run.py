@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from opensora_perflow.method.draws import Drawn, draw
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.agreement import check_agreement, settings_of
 from opensora_perflow.training.blame import NotFinite, check_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.host import Host
@@ -36,6 +39,8 @@ class TrainingRun:
         self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
         self.monitor = Monitor(recipe.watch)
         self.randomness: TrainingRandomness | None = None
+        self.shares = 1
+        """Data-parallel shares that the samples are split into."""
 
     @classmethod
     def begin(
@@ -45,6 +50,7 @@ class TrainingRun:
         model: nn.Module,
         curriculum: Curriculum | None,
         describe: Callable[[TrainingRun], StudentState],
+        host_keys: Mapping[str, Any] = MappingProxyType({}),
     ) -> TrainingRun:
         """The run that starts with this step, or goes on from a loaded checkpoint.
 
@@ -53,12 +59,15 @@ class TrainingRun:
             model: The student, wrapped or bare; its weights become the teacher's where the recipe names no other.
             curriculum: The stages of the run, at their beginning.
             describe: What is kept beside each checkpoint, see state.py.
+            host_keys: The host's own settings, which all processes have to share.
 
         Raises:
-            ValueError: no teacher can be had (see teacher.first_teacher), or the checkpoint was trained with other settings.
+            ValueError: no teacher can be had (see teacher.first_teacher), the checkpoint was trained with other settings, or
+                the processes of this run have different ones.
         """
         run = cls(recipe, host, first_teacher(recipe.teacher, model, host), curriculum)
         run._resume(model, describe)
+        run.shares = check_agreement(settings_of(recipe, describe(run), host_keys), host)
         return run
 
     @property

@@ -42,6 +42,9 @@ class OpenSora:
     def mean(self, value: float, device: torch.device | str) -> float:
         return parallel.mean_over_ranks(value, device)
 
+    def gathered(self, value: Any) -> list[Any]:
+        return parallel.gathered(value)
+
     def shared(self, *values: Any) -> Sequence[Any]:
         return parallel.shared(*values)
 

@@ -67,6 +67,15 @@ def mean_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
     return total.item() / dist.get_world_size()
 
 
+def gathered(value: Any) -> list[Any]:
+    """What every process gives, in the order of their ranks; [value] in a plain process. Every process has to call it."""
+    if not _distributed():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @dataclass(frozen=True)
 class _Described:
     """A tensor that is on its way."""

@@ -142,7 +142,7 @@ class PeRFlow:
         process, prediction = self.process_of(call.network)
         if self.run is None:
             self.keys.say_what_has_no_effect()
-            self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe)
+            self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
         generator = self.run.randomness.next_generator(x_start.device)
         windows = self.warped(call.model_args, x_start)
