@@ -202,7 +202,7 @@ def test_measuring_changes_neither_the_draws_nor_the_loss():
 
 def test_the_first_batch_is_kept_and_measured(quick):
     network = tiny_network()
-    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1]))
+    scheduler = PeRFlow(windows=2, curriculum=dict(windows=[2, 1]), watch=None)
     measured = []
     for count in (2, 3, 2):
         x, args = batch(network, count)

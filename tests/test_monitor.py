@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.solvers import euler_step
-from opensora_perflow.training.monitor import HeldOutBatch, Watch, held_out_error
+from opensora_perflow.training.monitor import HeldOutBatch, held_out_error
 from opensora_perflow.training.recipe import WatchSettings
 
 F64 = torch.float64
@@ -114,37 +113,6 @@ def test_the_path_is_solved_once_until_it_is_forgotten():
     assert len(solved) == 6
 
 
-@pytest.mark.parametrize(
-    "errors, expected",
-    [
-        ([0.5, 0.4, 0.45], ["info", "info", "info"]),  # a rise within the tolerance
-        ([0.5, 0.4, 0.55, 0.6], ["info", "info", "rises", "rises"]),
-        ([1.0, 1.03, 0.9], ["info", "worse", "info"]),  # as bad as an untrained network; worse
-        ([0.5, math.nan, math.inf, 0.5], ["info", "worse", "worse", "info"]),
-    ],
-)
-def test_what_is_said_of_a_measurement(errors, expected):
-    watch = Watch(WatchSettings(every=10, tolerance=0.25))
-    words = {
-        "worse": "further from its teacher than a network that was not trained",
-        "rises": "best so far 0.4. It rises",
-    }
-    for i, (error, kind) in enumerate(zip(errors, expected, strict=True)):
-        level, text = watch.observe(10 * (i + 1), error, untrained=1.0)
-        assert level == (logging.INFO if kind == "info" else logging.WARNING)
-        assert text.startswith(
-            f"PeRFlow after {10 * (i + 1)} training steps: held-out error {error:.4g}, of an untrained network 1"
-        )
-        assert words.get(kind, "") in text
-
-
-def test_the_first_measurements_come_early():
-    watch = Watch(WatchSettings(every=200))
-    assert [steps for steps in range(801) if watch.wants_measurement(steps)] == [50, 100, 200, 400, 600, 800]
-    watch = Watch(WatchSettings(every=3))  # a quarter of it is no step
-    assert [steps for steps in range(10) if watch.wants_measurement(steps)] == [1, 3, 6, 9]
-
-
 # --- through the scheduler ---
 
 
@@ -182,7 +150,8 @@ def test_each_window_of_the_held_out_path_has_its_own_scale(monkeypatch):
 
 
 def test_what_a_measurement_costs():
-    """K windows of S guided midpoint steps and one untrained step each, once; then one evaluation of the student a window."""
+    """For each batch of two that is kept: K windows of S guided midpoint steps and one untrained step each, once; then one
+    evaluation of the student a window."""
     network = tiny_network()
     costs = {}
     for name, watch in (("off", None), ("on", dict(every=2))):
@@ -192,8 +161,22 @@ def test_what_a_measurement_costs():
         for _ in range(4):
             step(scheduler, network)
         costs[name] = teacher.samples, student.calls
-    assert costs["on"][0] - costs["off"][0] == 2 * (4 * 2 * 2 * 2 + 4)  # two samples; two steps, two stages, two branches
-    assert costs["on"][1] - costs["off"][1] == 3 * 4  # measured after 1, 2 and 4 steps
+    # Five batches of two samples; two steps, two stages, two branches.
+    assert costs["on"][0] - costs["off"][0] == 5 * 2 * (4 * 2 * 2 * 2 + 4)
+    assert costs["on"][1] - costs["off"][1] == (2 + 3 + 5) * 4  # measured after 1, 2 and 4 steps
+
+
+def test_as_many_first_batches_are_kept_as_sixteen_samples_take():
+    network, scheduler = tiny_network(), PeRFlow(windows=4)
+    for steps in range(10):
+        step(scheduler, network)
+        assert len(scheduler.run.monitor.batches) == min(steps + 1, 8)
+    starts = torch.cat([held.start for held in scheduler.run.monitor.batches])
+    assert len(starts) == 16 and len({float(start.sum()) for start in starts}) == 16  # noise of its own for each
+    scheduler = PeRFlow(windows=4, watch=None, curriculum=dict(windows=[4, 2]))
+    for _ in range(2):
+        step(scheduler, network)
+    assert len(scheduler.run.monitor.batches) == 1  # a curriculum alone measures on one
 
 
 def test_watching_changes_neither_the_draws_nor_the_loss():

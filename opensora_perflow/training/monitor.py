@@ -8,9 +8,8 @@ are what it has to beat. A curriculum's stage looks at single windows, which are
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance, WatchSettings
 from opensora_perflow.training.step import Solved, held, solve
+from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
 
 FieldWithin = Callable[[Bounds], Velocity]
 """A student's field, given where the window of a time begins and ends."""
@@ -52,8 +52,8 @@ class HeldOutBatch:
     ratio: Tensor | None = None
     states: Tensor | None = None
     """The teacher's at the window edges, [K + 1, B, ...]; None before they are needed."""
-    untrained_end: float | None = None
-    """The untrained network's `end_errors`; None before it is needed."""
+    untrained_end: Tensor | None = None
+    """The untrained network's `squared_ends`; None before they are needed."""
 
     @torch.no_grad()
     def velocity_error(self, grids: Tensor) -> float:
@@ -68,8 +68,13 @@ class HeldOutBatch:
 
     @torch.no_grad()
     def end_errors(self, grids: Tensor) -> tuple[float, float]:
-        """How far from the teacher's end one step a window leads, the student's and an untrained network's: root mean square
-        over samples and elements. `grids` as above."""
+        """Root mean squares over samples of `squared_ends`."""
+        return tuple(values.mean().sqrt().item() for values in self.squared_ends(grids))
+
+    @torch.no_grad()
+    def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
+        """How far from the teacher's end one step a window leads, the student's and an untrained network's: mean squares over
+        elements, one a sample [B], float64. `grids` as above."""
         edges = self._solve(grids)
         if self.untrained_end is None:
             self.untrained_end = self._end_error(self.untrained, edges)
@@ -97,11 +102,11 @@ class HeldOutBatch:
 
         return bounds
 
-    def _end_error(self, field_within: FieldWithin, edges: Tensor) -> float:
+    def _end_error(self, field_within: FieldWithin, edges: Tensor) -> Tensor:
         last = torch.full((len(self.start),), len(edges) - 1)
         velocity = field_within(self._bounds(edges))
         x = carry_to_windows(lambda window, rows: velocity, self.start, edges, last, whole=True)
-        return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).mean().sqrt().item()
+        return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).double().cpu()
 
 
 def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weights: Tensor | None = None) -> float:
@@ -123,58 +128,34 @@ def held_out_error(student: Velocity, states: Tensor, times: Tensor, frame_weigh
     return torch.stack(losses).mean().sqrt().item()
 
 
-TIE = 0.02
-"""Share by which an error may exceed an untrained network's without a word: the first steps of a warm-up change nothing yet."""
-
-
-@dataclass
-class Watch:
-    """What is to be said of a run's held-out errors: a warning where training makes the student worse."""
-
-    rule: WatchSettings
-    best: float = math.inf
-    """Least error so far."""
-
-    def wants_measurement(self, steps: int) -> bool:
-        """After so many training steps of the run? A rule of steps alone, so that all ranks measure together."""
-        every = self.rule.every
-        return steps > 0 and (steps % every == 0 or steps in (every // 4, every // 2))
-
-    def observe(self, steps: int, error: float, untrained: float) -> tuple[int, str]:
-        """Take note of a measurement, see `HeldOutBatch.end_errors`; NaN and infinity are worse than any number.
-
-        Returns:
-            Level (logging.INFO or logging.WARNING) and text of what the run's log should say.
-        """
-        text = f"PeRFlow after {steps} training steps: held-out error {error:.4g}, of an untrained network {untrained:.4g}"
-        best, self.best = self.best, min(self.best, error) if math.isfinite(error) else self.best
-        if error > (1 + TIE) * untrained or not math.isfinite(error):
-            return logging.WARNING, (
-                f"{text}. The student ends further from its teacher than a network that was not trained at all: lower the "
-                "learning rate, or check grad_clip and the warm-up; samples will be poor"
-            )
-        if error > (1 + self.rule.tolerance) * best:
-            return logging.WARNING, (
-                f"{text}, best so far {best:.4g}. It rises: the learning rate is probably too high; keep the checkpoint of the "
-                "best"
-            )
-        return logging.INFO, text
-
-    def restart(self) -> None:
-        """Other windows or another teacher: errors from here on do not compare with those before."""
-        self.best = math.inf
+FEW = 10
+"""Losses that are compared, at the beginning and now."""
 
 
 class Monitor:
-    """Measures a run on the batch of its beginning.
+    """Measures a run on the first samples of its beginning.
 
     Args:
         watch: When, and what it warns of; None: a curriculum alone measures.
+        rank, shares: Data-parallel rank, and how many there are.
     """
 
-    def __init__(self, watch: WatchSettings | None) -> None:
+    def __init__(self, watch: WatchSettings | None, rank: int = 0, shares: int = 1) -> None:
         self.watch = None if watch is None else Watch(watch)
+        self.rank, self.shares = rank, shares
         self.batches: list[HeldOutBatch] = []
+        self._best: Tensor | None = None
+        """Squared errors of the best measurement, one a sample."""
+        self._count = 0
+        self._first_losses: list[Tensor] = []
+        self._last_losses: deque[Tensor] = deque(maxlen=FEW)
+
+    @property
+    def needs_samples(self) -> bool:
+        """Are there too few to judge by? A curriculum alone takes one batch."""
+        if not self.batches or self.watch is None:
+            return not self.batches
+        return sum(len(held.start) for held in self.batches) * self.shares < ENOUGH
 
     def keep(self, batch: Batch, guidance: Guidance, segments: Callable[[], Solved]) -> None:
         """Measure on this batch's conditions and shapes from now on, from noise of its own.
@@ -183,7 +164,7 @@ class Monitor:
         """
         players = batch.players
         # None of it from the generator that training draws from.
-        generator = torch.Generator().manual_seed(len(self.batches))
+        generator = torch.Generator().manual_seed(len(self.batches) + 1_000_003 * self.rank)
         noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
 
         def solve_window(x: Tensor, times: Tensor, k: int) -> Tensor:
@@ -204,25 +185,66 @@ class Monitor:
             )
         )
 
+    def note_loss(self, loss: Tensor) -> None:
+        """A step's losses [B], to tell later whether they rise. Not read now: that would wait for the GPU."""
+        if self.watch is not None:
+            losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
+            losses.append(loss.detach().mean())
+
     def wants_measurement(self, steps: int) -> bool:
         """Is it time to watch, after so many training steps of the run?"""
         return self.watch is not None and self.watch.wants_measurement(steps)
 
     def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
         """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""
-        errors = zip(*(held.end_errors(grids) for held in self.batches))
-        return self.watch.observe(steps, *(self._mean(values, host) for values in errors))
+        ends = [held.squared_ends(grids) for held in self.batches]
+        error, untrained = (torch.cat(values) for values in zip(*ends))
+        count = round(self._over_ranks(host)(float(len(error))) * self.shares)
+
+        def estimate(values: Tensor) -> Estimate:
+            return Estimate.of(values, self._over_ranks(host), count)
+
+        if count != self._count:  # of all processes, so that all of them do the same
+            self._count, self._best = count, None
+            self.watch.restart()
+        tolerated = (1 + self.watch.rule.tolerance) ** 2
+        before = self.watch.best
+        level, text = self.watch.observe(
+            steps,
+            Seen(
+                count,
+                estimate(error).root(),
+                estimate(untrained).root(),
+                worse=estimate(error - (1 + TIE) ** 2 * untrained),
+                rise=None if self._best is None else estimate(error - tolerated * self._best),
+                spikes=self._spikes(),
+            ),
+        )
+        if self.watch.best < before:
+            self._best = error
+        return level, text
 
     def velocity_error(self, grids: Tensor, host: Host) -> float:
-        """`HeldOutBatch.velocity_error` over batches and processes, each of which has to call it."""
-        return self._mean([held.velocity_error(grids) for held in self.batches], host)
+        """`HeldOutBatch.velocity_error` on the first batch, over processes, each of which has to call it."""
+        return self._over_ranks(host)(self.batches[0].velocity_error(grids))
 
     def restart(self) -> None:
         """The windows or the teacher have changed: errors from here on do not compare with those before."""
         for batch in self.batches:
             batch.forget()
+        self._best = None
+        self._first_losses.clear()
+        self._last_losses.clear()
         if self.watch is not None:
             self.watch.restart()
 
-    def _mean(self, errors: Sequence[float], host: Host) -> float:
-        return host.mean(sum(errors) / len(errors), self.batches[0].start.device)
+    def _spikes(self) -> bool:
+        """Is the median of the last losses of this process more than twice that of the first? It changes words alone."""
+        if len(self._last_losses) < FEW:
+            return False
+        first, last = (torch.stack(list(losses)).median().item() for losses in (self._first_losses, self._last_losses))
+        return last > 2 * first
+
+    def _over_ranks(self, host: Host) -> Callable[[float], float]:
+        device = self.batches[0].start.device
+        return lambda value: host.mean(value, device)

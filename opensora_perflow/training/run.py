@@ -68,6 +68,7 @@ class TrainingRun:
         run = cls(recipe, host, first_teacher(recipe.teacher, model, host), curriculum)
         run._resume(model, describe)
         run.shares = check_agreement(settings_of(recipe, describe(run), host_keys), host)
+        run.monitor = Monitor(recipe.watch, run.randomness.rank, run.shares)
         return run
 
     @property
@@ -115,7 +116,8 @@ class TrainingRun:
             loss = distil(batch, objective, self.segments)
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
-                if self._measures and not self.monitor.batches:
+                self.monitor.note_loss(loss)
+                if self._measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
                 self._measure(model)
         except NotFinite as error:
@@ -149,7 +151,7 @@ class TrainingRun:
         measured_by = ("watch", "windows", "teacher", "guidance")
         changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
         if changed or curriculum is not self.curriculum:
-            self.monitor = Monitor(recipe.watch)
+            self.monitor = Monitor(recipe.watch, self.randomness.rank, self.shares)
         self.recipe, self.curriculum = recipe, curriculum
 
     def _resume(self, model: nn.Module, describe: Callable[[TrainingRun], StudentState]) -> None:
