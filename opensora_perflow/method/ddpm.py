@@ -135,6 +135,7 @@ class DDPM:
         # x_t of frozen frames is upstream's index 0 (v1.1.0 opensora/schedulers/iddpm/gaussian_diffusion.py, training_losses)
         self.still_time = 1.0 / self.num_timesteps
         self._nodes = nodes.log()
+        self.probe_time = float(self.time_of(torch.tensor([1.5]))[0])
 
     @classmethod
     def from_schedule(cls, name: str = "linear", num_timesteps: int = 1000) -> DDPM:
@@ -170,6 +171,9 @@ class DDPM:
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return expand_like(self.alpha(t), data) * data + expand_like(self.sigma(t), noise) * noise
+
+    def ideal(self, data: Tensor, noise: Tensor) -> Tensor:
+        return noise
 
     def to_timestep(self, t: Tensor) -> Tensor:
         # Below the cleanest index the network knows nothing; a float, because raw networks embed any real timestep.

@@ -32,9 +32,14 @@ class Process(Protocol):
     """What a student's output may stand for; the first is the default."""
     still_time: float
     """The time that training noises frozen frames to."""
+    probe_time: float
+    """Where noise is one and a half times as strong as data: a network without a guess at the data shows there."""
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Point of the process; data and noise [B, ...], t [B]."""
+
+    def ideal(self, data: Tensor, noise: Tensor) -> Tensor:
+        """What a network would say that saw through a point of data and noise [B, ...]."""
 
     def to_timestep(self, t: Tensor) -> Tensor:
         """Flow time -> the timestep that the network is told, float32."""
@@ -63,12 +68,16 @@ class Linear:
 
     predictions = ("velocity",)
     still_time = 0.0
+    probe_time = 0.6
 
     def __init__(self, num_timesteps: int = 1000, sign: int = -1) -> None:
         self.num_timesteps, self.sign = num_timesteps, sign
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return interpolate(data, noise, t)
+
+    def ideal(self, data: Tensor, noise: Tensor) -> Tensor:
+        return self.sign * (noise - data)
 
     def to_timestep(self, t: Tensor) -> Tensor:
         return (t * self.num_timesteps).to(torch.float32)

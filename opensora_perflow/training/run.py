@@ -17,6 +17,7 @@ from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
 from opensora_perflow.training.blame import NotFinite, check_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
+from opensora_perflow.training.first_step import check_teacher, check_trainable
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.monitor import Monitor
 from opensora_perflow.training.players import Batch
@@ -39,6 +40,7 @@ class TrainingRun:
         self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
         self.monitor = Monitor(recipe.watch)
         self.randomness: TrainingRandomness | None = None
+        self._looked = False
         self.shares = 1
         """Data-parallel shares that the samples are split into."""
 
@@ -112,6 +114,8 @@ class TrainingRun:
 
     def step(self, batch: Batch, objective: Objective, model: nn.Module) -> Tensor:
         """The losses [B] of one step; with gradients enabled also what belongs after a step."""
+        if torch.is_grad_enabled() and not self._looked:
+            self._look(batch, model)
         try:
             loss = distil(batch, objective, self.segments)
             check_loss(batch, loss)
@@ -176,6 +180,14 @@ class TrainingRun:
         (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
         self.host.before_each_save(lambda folder: write_state(folder, describe(self)))
+
+    def _look(self, batch: Batch, model: nn.Module) -> None:
+        """Say what can be seen before the first step."""
+        self._looked = True
+        check_trainable(model)
+        report = check_teacher(batch, self.host, guided=self.teacher.is_student or self.recipe.teacher.allow_distilled)
+        if self.randomness.rank == 0:
+            logger.log(report.level, report.text)
 
     @property
     def _measures(self) -> bool:
