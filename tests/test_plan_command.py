@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.tools.cli import main
 from opensora_perflow.tools.subjects import Subject, demo_subject
 from opensora_perflow.training.plan_file import read_plan, windows_of
-from opensora_perflow.training.state import METADATA_KEY, StudentState
+from opensora_perflow.training.state import METADATA_KEY, StudentState, write_state
 from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ def main():
     if kind == "perflow":
         config.update(windows=2, guidance=dict(mode="fixed", scale=3.0))
     config.update(eval(sys.argv[3]) if len(sys.argv) > 3 else {})
+    cfg = dict(scheduler=config, model=dict(from_pretrained=config.pop("weights", None)))
     if kind == "none":
         return
     scheduler = SCHEDULERS.build(config)
@@ -96,6 +98,28 @@ def test_a_plan_holds_the_grids_that_beat_uniform_steps(tmp_path, capsys, monkey
     )
     assert compared["3"]["error"] == pytest.approx(9 / 32, rel=1e-3)
     assert "8 steps: no grid was found that beats uniform steps" in printed and out.with_suffix(".png").is_file()
+
+
+def test_a_plan_for_a_student_has_the_students_windows_and_steps(tmp_path, capsys, monkeypatch):
+    def twice(count, seed):
+        probe = bent(count, seed)
+        return Probe(lambda x, t: 2 * probe.velocity(x, t), probe.noise)
+
+    subject = Subject("bent", bent, twice, TimeWindows((1.0, 0.6, 0.0)), branches=(2, 1))
+    monkeypatch.setattr("opensora_perflow.tools.plan.demo_subject", lambda *settings: subject)
+    out = tmp_path / "plan.json"
+    assert main(["plan", "--steps", "2", "--candidates", "8", "--samples", "2", "--out", str(out)]) == 0
+    assert read_plan(out) == ((1.0, 0.6, 0.0), ((1.0, 0.25, 0.0),))
+    # From 1/4 on, 12 / 16 is all that the teacher's way is long; its own steps there would err by 3 / 8.
+    assert json.loads(out.read_text())["report"]["grids"]["2"]["error"] == pytest.approx(0, abs=1e-3)
+    assert re.search(r"^ +2 +2 +0\.75", capsys.readouterr().out, re.M)  # an evaluation a step
+
+
+def test_a_students_plan_beats_its_own_grid_too(tmp_path, capsys, monkeypatch):
+    subject = Subject("bent", bent, bent, TimeWindows((1.0, 0.25, 0.0)))
+    monkeypatch.setattr("opensora_perflow.tools.plan.demo_subject", lambda *settings: subject)
+    assert main(["plan", "--steps", "2", "--candidates", "8", "--samples", "2", "--out", str(tmp_path / "plan.json")]) == 1
+    assert "no grid was found that beats uniform steps and the windows' own" in capsys.readouterr().out
 
 
 def test_where_nothing_beats_uniform_steps_no_plan_is_written(tmp_path, capsys):
@@ -214,6 +238,21 @@ def test_a_hosts_student_is_compared_with_the_teacher_it_came_from(checkout):
     assert windows.edges == (1.0, 0.5, 0.0) and len(windows.grids) == 3
     rows = json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"]
     assert [row["nfe"] for row in rows] == [1, 2, 3]
+
+
+def test_a_hosts_student_keeps_the_windows_of_its_checkpoint(checkout):
+    """Named by no config: perflow.json has windows and guidance."""
+    from opensora_perflow.worlds.model import WEIGHTS
+
+    state = StudentState(windows=(1.0, 0.6, 0.0), transform=None, path="linear", prediction="velocity",
+                         guidance=dict(mode="fixed", scale=3.0))  # fmt: skip
+    write_state(checkout.parent, state)
+    bare = repr(dict(type="perflow", weights=str(checkout.parent)))
+    options = ["--teacher", str(WEIGHTS), "--max-steps", "1", "--out", "c"]
+    result = start(checkout, "curve", *options, host=["student", "{}", bare])
+    assert result.returncode == 0, result.stderr
+    assert windows_of(str(checkout.parent / "c" / "plan.json")).edges == (1.0, 0.6, 0.0)
+    assert json.loads((checkout.parent / "c" / "curve.json").read_text())["rows"][0]["nfe"] == 1
 
 
 def test_the_teacher_is_led_away_from_the_negative_prompt_that_was_folded_in(checkout):

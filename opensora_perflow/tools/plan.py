@@ -43,7 +43,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         description=(
             "Without --windows: measures the teacher's fine path, plans a grid for each --steps by dynamic programming, and\n"
             "compares it with as many uniform steps on fresh noise. The file gets the grids that beat uniform steps; if none\n"
-            "does, this says so, writes no file and exits with 1. Nothing is trained.\n"
+            "does, this says so, writes no file and exits with 1. Nothing is trained. With a student the grids are the\n"
+            "student's, and its windows stay in the file.\n"
             "With --windows K: measures what each window of a pilot student (any short run, any windows) adds to its error at\n"
             "the end, and plans K windows that should add the least, for the training that follows. Whether they do, a second\n"
             "pilot tells: the command prints how far a pilot ends from its teacher."
@@ -166,30 +167,33 @@ def _windows(words: Sequence[str] | None, student: Path | None) -> TimeWindows:
 
 
 def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
-    probe, fresh = (subject.teacher(args["samples"], args["seed"] + offset) for offset in (0, FRESH))
     fine = dict(substeps=max(2, 64 // args["candidates"]), method="heun", progress=True)
-    path = follow(probe, args["candidates"], **fine)
-    endpoints = follow(fresh, args["candidates"], **fine).endpoints
-    found = {}
+    noises = [(args["samples"], args["seed"] + offset) for offset in (0, FRESH)]
+    path, other = (follow(subject.teacher(*noise), args["candidates"], **fine) for noise in noises)
+    probe, fresh = ((subject.student or subject.teacher)(*noise) for noise in noises)
+    windows = TimeWindows((1.0, 0.0) if subject.windows is None else subject.windows.edges)
+    found, default = {}, {}
     for steps in args["steps"]:
         grid, predicted = choose_grid(probe, path, steps, progress=True)
-        found[steps] = compare(grid, predicted, fresh, endpoints)
+        found[steps] = compare(grid, predicted, fresh, other.endpoints)
+        default[steps] = endpoint_error(fresh.sample(sampling_grid(windows, steps)), other.endpoints)
     print(f"\n{'steps':>5}{'NFE':>5}{'uniform':>10}{'planned':>10}{'predicted':>11}{'gain / se':>11}   grid")
     for steps, row in found.items():
         grid = " ".join(f"{time:.4g}" for time in row.grid)
         errors = f"{row.uniform:10.4f}{row.error:10.4f}{row.predicted:11.4f}{row.gain:11.1f}"
-        print(f"{steps:5d}{steps * subject.branches[0]:5d}{errors}   {grid}")
+        print(f"{steps:5d}{steps * subject.branches[subject.student is not None]:5d}{errors}   {grid}")
     print("Endpoint errors on noise that no grid was chosen with; predicted: on the noise that it was chosen with.\n")
-    kept = {steps: row for steps, row in found.items() if row.better}
+    kept = {steps: row for steps, row in found.items() if row.better and row.error < default[steps]}
+    also = "" if windows.num_windows == 1 else " and the windows' own"
     for steps in found.keys() - kept.keys():
-        print(f"{steps} steps: no grid was found that beats uniform steps; keep num_sampling_steps={steps} as it is")
+        print(f"{steps} steps: no grid was found that beats uniform steps{also}; keep num_sampling_steps={steps} as it is")
     _grids_figure(found, args["out"].with_suffix(".png"))
     if not kept:
         print(f"no plan was written; {args['out'].with_suffix('.png')} shows what was tried")
         return 1
     report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}
     write_plan(
-        args["out"], (1.0, 0.0), [row.grid for row in kept.values()],
+        args["out"], windows.edges, [row.grid for row in kept.values()],
         {**report, "grids": {str(steps): asdict(row) for steps, row in found.items()}},
     )  # fmt: skip
     first = next(iter(kept))

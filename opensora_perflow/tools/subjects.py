@@ -22,6 +22,7 @@ from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.run import prepare
 from opensora_perflow.tools.probes import mixture_probe, video_probe
+from opensora_perflow.training.state import find_state
 from opensora_perflow.training.teacher import load_teacher
 from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 from opensora_perflow.worlds.model import load_teacher as load_video_teacher
@@ -34,7 +35,8 @@ GUIDANCE = {"video": 3.0, "mixture": 2.0}
 class Subject:
     """A guided teacher, and a student of it if there is one; each makes a probe of (number of samples, seed).
 
-    windows: the student's. branches: network evaluations of a (teacher's, student's) step.
+    windows: the student's, also where it is its own teacher; None where they are not known.
+    branches: network evaluations of a (teacher's, student's) step.
     """
 
     name: str
@@ -98,7 +100,9 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     if kind == "rflow":
         config = {**config, "windows": 1, "path": "linear"}
     scheduler = build_module(dict(type="perflow", **config), SCHEDULERS)
-    recipe, keys = scheduler.recipe, scheduler.keys
+    trained = call.weights is not None and find_state(call.weights) is not None
+    scheduler.take_from(call.weights, unwrap(call.model))
+    recipe, keys = scheduler.settings.recipe, scheduler.settings.keys
     ratio = window_ratio(call.additional_args, keys)
     if keys.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
@@ -107,7 +111,8 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     own_negative = None if recipe.guidance.folded else call.neg_prompts  # the student's are in its weights
     own = _host_probes(call, call.model, own_guidance, own_negative, keys, ratio)
     if teacher is None:
-        return Subject(kind, own, branches=(own_guidance.branches, own_guidance.branches))
+        windows = scheduler.windows if trained or "windows" in scheduler.given else None
+        return Subject(kind, own, windows=windows, branches=(own_guidance.branches, own_guidance.branches))
     if recipe.guidance.mode == "fixed":
         scale = _one_scale("guidance.scale", recipe.guidance.scale)
     guidance = Guided(scale)

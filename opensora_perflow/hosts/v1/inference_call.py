@@ -9,11 +9,13 @@ from __future__ import annotations
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from opensora_perflow.hosts.v1.run_config import loaded_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class InferenceCall:
     device: torch.device | str
     additional_args: Mapping[str, Any] = field(default_factory=dict)
     neg_prompts: Sequence[str] | None = None
+    weights: str | None = None
+    """Where the script's network got its weights."""
 
 
 class _Stop(BaseException):
@@ -60,7 +64,8 @@ class _Recorder:
         if named.get("mask_index") or (mask is not None and bool((mask != 1).any())):
             raise ValueError("a plan is made for text to video; leave out references (--reference-path, --cond-type)")
         given = dict(additional_args or {})
-        raise _Stop(InferenceCall(self._config, model, text_encoder, z, list(prompts), device, given, named.get("neg_prompts")))
+        call = InferenceCall(self._config, model, text_encoder, z, list(prompts), device, given)
+        raise _Stop(replace(call, neg_prompts=named.get("neg_prompts"), weights=loaded_weights()))
 
 
 def first_call(script: str, arguments: Sequence[str]) -> InferenceCall:

@@ -39,8 +39,8 @@ class SamplingSettings:
             return []
         step, window = ("step", "window") if steps == 1 else ("steps", "windows")
         return [
-            f"{steps} sampling {step} for {count} windows: steps cross edges, for which the student is not trained. "
-            "Samples end further from the teacher's: 2.8 times as far with 2 steps for 4 windows on the mixture of "
+            f"{steps} sampling {step} for {count} windows: steps cross edges of windows, which the student never learned, "
+            "and samples end further from the teacher's: 2.8 times as far with 2 steps for 4 windows on the mixture of "
             f"benchmarks/. Set num_sampling_steps={count}, or train a student of {steps} {window} (stage 3, curriculum)"
         ]
 
