@@ -32,6 +32,10 @@ def training_worker(rank, path, settings, message):
     if message is None:
         assert scheduler.training_losses(network, x, args)["loss"].isfinite().all()
         assert scheduler.run.shares == 2
+        for _ in range(3):  # measurements wait for each other, of batches that are not alike
+            scheduler.training_losses(network, *batch(network, 3 + rank))
+        held = scheduler.run.monitor
+        assert [len(one.start) for one in held.batches] == [2, 3 + rank, 3 + rank] and held._count == 18
     else:
         with pytest.raises(ValueError, match=message):  # in both
             scheduler.training_losses(network, x, args)
@@ -41,7 +45,7 @@ def training_worker(rank, path, settings, message):
 @pytest.mark.parametrize(
     "one, other, message",
     [
-        (dict(draws=dict(seed=1)), dict(draws=dict(seed=2)), None),
+        (dict(draws=dict(seed=1), watch=dict(every=1)), dict(draws=dict(seed=2), watch=dict(every=1)), None),
         (dict(windows=4), dict(windows=8), r"process 1 \(here\): windows is \[1.0, 0.75, .* there and \[1.0, 0.875"),
         (dict(teacher=dict(steps_per_window=2)), dict(teacher=dict(steps_per_window=3)), '"steps_per_window": 2.* there and'),
         (dict(curriculum=dict(windows=[4, 2])), dict(curriculum=dict(windows=[4, 1])), "curriculum is"),

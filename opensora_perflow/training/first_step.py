@@ -29,6 +29,8 @@ ODD_SLOPE, WRONG_SLOPE = 0.15, 0.35
 """How far a slope may be from 1, beside three standard errors: beyond the first a cause is looked for, and beyond the second a
 warning needs none. Healthy: video .98 to 1.01, mixture .86 to 1.41 with errors of .1. Latents half or twice as large have .70
 and 1.5."""
+CONVINCING = 0.3
+"""Cosine that a cause must give to be named: one of a dozen tries is a little better by accident, with random weights too."""
 REFUSED = -0.5
 """No teacher has such a cosine by ignorance: networks of random weights have one near 0. It answers the opposite."""
 
@@ -181,7 +183,7 @@ class _Probe:
             return f"its sign is flipped (the cosine is {opposite.cosine:.2f} then)"
         tries = [(one.cosine, words) for words, one in self._tries() if one.is_within(ODD_SLOPE)]
         cosine, words = max(tries, default=(-1.0, ""))
-        if cosine > fit.cosine + 0.05:
+        if cosine > max(fit.cosine + 0.05, CONVINCING):
             return f"{words} (the cosine is {cosine:.2f} then)"
         if fit.is_within(WRONG_SLOPE):
             return ""
