@@ -165,7 +165,7 @@ def test_range_guides_each_sample_with_a_drawn_scale_and_tells_the_student():
         exact = euler_steps(segment.x_start[i, :, 0, 0, 0], network.matrix, b[i].expand(3, C), h)
         torch.testing.assert_close(segment.x_end[i, :, 0, 0, 0].double(), exact, rtol=1e-4, atol=1e-4)
     # The teacher is guided, not told.
-    assert all(torch.equal(told, torch.ones(32)) for told in scheduler.run.teacher.network.told)
+    assert all(torch.equal(told, torch.ones_like(told)) for told in scheduler.run.teacher.network.told)
 
 
 def test_a_student_that_answers_its_scale_has_no_loss():

@@ -792,6 +792,10 @@ def test_discrete_timesteps_are_whole():
 class Still(torch.nn.Module):
     """Leaves every state where it is: for steps of so many samples that only what they draw can be looked at."""
 
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
     def forward(self, x, timestep, y):
         return torch.zeros_like(x)
 
