@@ -92,26 +92,26 @@ def misfits(state: Mapping[str, Tensor], network: nn.Module, name: str = "the ne
 
     Keys and shapes must be the network's, and values of its parameters finite. (A buffer may hold NaN on purpose.)
     """
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
+    expected, found = (_shapes(of) for of in (network.state_dict(), state))
     kinds = [
         [f"{key} is missing" for key in expected if key not in found],
         [f"{key} is not in {name}" for key in found if key not in expected],
-        [
-            f"{key} is {list(found[key])}, {name}'s is {list(expected[key])}"
-            for key in expected
-            if key in found and found[key] != expected[key]
-        ],
-        [
-            f"{key} holds NaN or infinity, from damage or a training that diverged"
-            for key, _ in network.named_parameters()
-            if key in found and not torch.isfinite(state[key]).all()
-        ],
+        [f"{key} is {shape}, {name}'s is {expected[key]}" for key, shape in found.items() if expected.get(key, shape) != shape],
+        [f"{key} holds NaN or infinity, from damage or a training that diverged" for key in _broken(state, network)],
     ]
     problems = [problem for problem in chain(*zip_longest(*kinds)) if problem is not None]
     if not problems:
         return None
     return "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+def _broken(state: Mapping[str, Tensor], network: nn.Module) -> list[str]:
+    """Parameters of a network whose values in a state dict are not finite."""
+    return [key for key, _ in network.named_parameters() if key in state and not torch.isfinite(state[key]).all()]
 
 
 def _is_repo_id(source: str) -> bool:

@@ -12,7 +12,7 @@ The table (--data-path) needs a column `text`; `num_frames`, `height` and `width
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -35,6 +35,16 @@ except ImportError as error:
 SIZES = ("num_frames", "height", "width")
 MISSING = {"na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none", "nil"}
 """Words that tables have where nothing is known, lower case."""
+
+
+def _check_settings(data_path: Any, fps: Any, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            check_num_steps(value, f"{name} of perflow_captions")
+    check_number("fps of perflow_captions", fps)
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps of perflow_captions must be > 0 and finite, got {fps!r}")
+    check_path("data_path of perflow_captions", data_path, "the table of captions (--data-path)")
 
 
 @DATASETS.register_module("perflow_captions")
@@ -63,13 +73,7 @@ class Captions(VariableVideoTextDataset):
         **others: Any,
     ) -> None:
         given = dict(zip(SIZES, (num_frames, *_two_sizes(image_size))))
-        for name, value in given.items():
-            if value is not None:
-                check_num_steps(value, f"{name} of perflow_captions")
-        check_number("fps of perflow_captions", fps)
-        if not 0 < fps < math.inf:
-            raise ValueError(f"fps of perflow_captions must be > 0 and finite, got {fps!r}")
-        check_path("data_path of perflow_captions", data_path, "the table of captions (--data-path)")
+        _check_settings(data_path, fps, given)
         # pandas reads a caption with a comma as two cells, and takes the first one for the row's name.
         rows = read_table(data_path) if str(data_path).endswith(".csv") else None
         try:
@@ -90,14 +94,17 @@ class Captions(VariableVideoTextDataset):
         if not written or len(written) != len(self.data):
             raise ValueError(f"{data_path}: no captions, or empty rows among them; take the empty rows out")
         _refuse_rows(data_path, "text", written, _is_caption, "no caption (empty, a word for 'missing', or a number)")
+        self._set_sizes(data_path, given)
+        self.data["text"] = written
+        self.fps = fps
+
+    def _set_sizes(self, data_path: Any, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
             if name in self.data.columns:
                 _refuse_rows(data_path, name, self.data[name].tolist(), _is_size, "no integer >= 1")
                 self.data[name] = self.data[name].astype(int)
             else:
                 self.data[name] = int(value)
-        self.data["text"] = written
-        self.fps = fps
 
     def getitem(self, index: str) -> dict[str, Any]:
         """The sample "row-frames-height-width": what the host's getitem returns, with zeros for the video [3, T, H, W]."""

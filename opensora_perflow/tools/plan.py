@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,12 +177,7 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
         grid, predicted = choose_grid(probe, path, steps, progress=True)
         found[steps] = compare(grid, predicted, fresh, other.endpoints)
         default[steps] = endpoint_error(fresh.sample(sampling_grid(windows, steps)), other.endpoints)
-    print(f"\n{'steps':>5}{'NFE':>5}{'uniform':>10}{'planned':>10}{'predicted':>11}{'gain / se':>11}   grid")
-    for steps, row in found.items():
-        grid = " ".join(f"{time:.4g}" for time in row.grid)
-        errors = f"{row.uniform:10.4f}{row.error:10.4f}{row.predicted:11.4f}{row.gain:11.1f}"
-        print(f"{steps:5d}{steps * subject.branches[subject.student is not None]:5d}{errors}   {grid}")
-    print("Endpoint errors on noise that no grid was chosen with; predicted: on the noise that it was chosen with.\n")
+    _print_grids(found, subject.branches[subject.student is not None])
     kept = {steps: row for steps, row in found.items() if row.better and row.error < default[steps]}
     also = "" if windows.num_windows == 1 else " and the windows' own"
     for steps in found.keys() - kept.keys():
@@ -201,6 +196,15 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
         f'written to {args["out"]}: scheduler = dict(type="perflow", windows="{args["out"]}", num_sampling_steps={first}, ...)'
     )
     return 0
+
+
+def _print_grids(found: Mapping[int, Comparison], branches: int) -> None:
+    print(f"\n{'steps':>5}{'NFE':>5}{'uniform':>10}{'planned':>10}{'predicted':>11}{'gain / se':>11}   grid")
+    for steps, row in found.items():
+        grid = " ".join(f"{time:.4g}" for time in row.grid)
+        errors = f"{row.uniform:10.4f}{row.error:10.4f}{row.predicted:11.4f}{row.gain:11.1f}"
+        print(f"{steps:5d}{steps * branches:5d}{errors}   {grid}")
+    print("Endpoint errors on noise that no grid was chosen with; predicted: on the noise that it was chosen with.\n")
 
 
 def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:

@@ -38,20 +38,7 @@ def read_table(table: str | Path) -> list[Row]:
         OSError: the file cannot be read.
     """
     table = Path(table)
-    text = _decode(table, table.read_bytes())
-    try:
-        with _limit_lock:
-            before = csv.field_size_limit(_FIELD_LIMIT)
-            try:
-                reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-                lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells) or len(cells) > 1]
-            finally:
-                csv.field_size_limit(before)
-    except csv.Error as error:
-        raise ValueError(
-            f"{table}, line {reader.line_num}: {error}; put cells that hold commas, quotes or line breaks into quotes, and "
-            'write "" for a quote inside'
-        ) from error
+    lines = _lines(table, _decode(table, table.read_bytes()))
     if not lines:
         return []
     names = [name.strip() for name in lines[0][1]]
@@ -66,6 +53,23 @@ def read_table(table: str | Path) -> list[Row]:
             "captions that hold commas into quotes, and write an empty cell as two commas"
         )
     return [Row(line, dict(zip(names, cells))) for line, cells in lines[1:]]
+
+
+def _lines(table: Path, text: str) -> list[tuple[int, list[str]]]:
+    """(line, cells) of every row that is not empty."""
+    try:
+        with _limit_lock:
+            before = csv.field_size_limit(_FIELD_LIMIT)
+            try:
+                reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+                return [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells) or len(cells) > 1]
+            finally:
+                csv.field_size_limit(before)
+    except csv.Error as error:
+        raise ValueError(
+            f"{table}, line {reader.line_num}: {error}; put cells that hold commas, quotes or line breaks into quotes, and "
+            'write "" for a quote inside'
+        ) from error
 
 
 def _decode(table: Path, raw: bytes) -> str:
