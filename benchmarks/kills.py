@@ -102,6 +102,10 @@ def main() -> int:
                 before = files
             else:
                 counts["mixed"] += 1
+                kept = [name for name in files if files[name] == before.get(name)]
+                print(
+                    f"kill {kill}: of the run before {kept}, missing {sorted(set(KIND.names) - files.keys())}", file=sys.stderr
+                )
                 before = files
             counts["user's files lost"] += any(
                 not (out / name).is_file() or (out / name).read_text() != text for name, text in OWN.items()

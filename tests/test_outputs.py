@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from opensora_perflow.atomic import replacing
 from opensora_perflow.tools import outputs
 from opensora_perflow.tools.outputs import Kind, together
 
@@ -25,11 +26,9 @@ MINE = ("notes", "clips/holiday", "photos/deep/one", "photos/empty")
 
 def write_run(out: Path, label: str, clips: int = 1) -> None:
     with together(out, KIND) as folder:
-        for name in KIND.names:
-            (folder / name).write_text(label)
-        for place in range(clips):
-            (folder / "clips").mkdir(exist_ok=True)
-            (folder / "clips" / f"clip{place}").write_text(label)
+        for name in (*KIND.names, *(f"clips/clip{place}" for place in range(clips))):
+            with replacing(folder / name) as temporary:  # as the demo does: a kill leaves halves of files
+                temporary.write_text(label)
 
 
 def write_mine(out: Path) -> None:
@@ -161,14 +160,15 @@ def test_two_runs_in_one_folder_do_not_mix(tmp_path):
 
 
 def test_what_a_killed_run_left_is_taken_away(tmp_path):
-    """Killed before the exchange: a part of a run. Killed after: the old run, and a file put there meanwhile."""
+    """Killed while it wrote: halves of files. Killed after the exchange: the old run, and a file put there meanwhile."""
     out = tmp_path / "out"
     write_run(out, "first", clips=0)
-    for place, names in enumerate((["video", "clips/clip0"], [*KIND.names, "late"])):
-        left = tmp_path / f".out.unfinished-{place}"
+    left = {"unfinished-a": [".video.half", "clips/clip0", "clips/.clip1.half"], "finished-b": [*KIND.names, "late"]}
+    for folder, names in left.items():
         for name in names:
-            (left / name).parent.mkdir(parents=True, exist_ok=True)
-            (left / name).write_text("left")
+            path = tmp_path / f".out.{folder}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("left")
     write_run(out, "second", clips=0)
     assert contents(tmp_path) == {f"out/{name}": text for name, text in {**whole("second", 0), "late": "left"}.items()}
     assert not (out / "clips").exists()
@@ -178,7 +178,7 @@ def test_a_run_killed_while_it_replaced_files_one_by_one_can_be_repeated(tmp_pat
     out = tmp_path / "out"
     write_run(out, "first")
     (out / "numbers").unlink()
-    (tmp_path / ".out.unfinished-a").mkdir()
+    (tmp_path / ".out.finished-a").mkdir()
     write_run(out, "second")
     assert contents(out) == whole("second")
 
@@ -190,7 +190,8 @@ def test_a_run_stands_in_no_folder_while_files_are_replaced_one_by_one(tmp_path,
     replace, seen = os.replace, []
 
     def watched(source: Path, target: Path) -> None:
-        seen.append((Path(target).name, KIND.wrote(out)))
+        if Path(target).is_relative_to(out):
+            seen.append((Path(target).name, KIND.wrote(out)))
         replace(source, target)
 
     monkeypatch.setattr(outputs.os, "replace", watched)

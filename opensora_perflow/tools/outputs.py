@@ -77,15 +77,18 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
     # A mount point, or a folder in one that may not be written to, has no place beside it.
     beside = not out.is_dir() or (os.access(out.parent, os.W_OK) and not os.path.ismount(out))
     home = out.parent if beside else out
-    leftovers = f".{out.name}.unfinished-"
+    unfinished, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
     # A run that was killed while it replaced files one by one left some of them.
-    killed = any(home.glob(f"{_escaped(leftovers)}*"))
+    killed = any(home.glob(f"{_escaped(finished)}*"))
     if not killed:
         kind.refuse_foreign(out)
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
-        _recover(home, leftovers, out, kind)
-        folder = Path(tempfile.mkdtemp(prefix=leftovers, dir=home))
+        for left in _left_by_killed(home, unfinished):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in _left_by_killed(home, finished):
+            _recover(left, out, kind)
+        folder = Path(tempfile.mkdtemp(prefix=unfinished, dir=home))
         in_use = _try_lock(folder)
     removable = True
     try:
@@ -94,6 +97,8 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
             if not killed:
                 kind.refuse_foreign(out)
             removable = False
+            # From here on the folder may hold the user's files, and no half of one.
+            folder = folder.rename(home / folder.name.replace(unfinished, finished, 1))
             _put_in_place(folder, out, kind)
             removable = True
     finally:
@@ -192,20 +197,25 @@ def _replace_one_by_one(new: Path, out: Path, kind: Kind, renewed: set[str]) -> 
             os.replace(new / name, out / name)
 
 
-def _recover(home: Path, prefix: str, out: Path, kind: Kind) -> None:
-    """Take away what killed runs left; a kill right after an exchange may have left a user's file there."""
+def _left_by_killed(home: Path, prefix: str) -> Iterator[Path]:
+    """Folders of runs that live no more; each stays locked until the next one is asked for."""
     for folder in home.glob(f"{_escaped(prefix)}*"):
         lock = _try_lock(folder)
-        if lock is None:
-            continue
-        try:
-            if out.is_dir() and home != out:
-                _carry(folder, out, kind.belongs)
-            shutil.rmtree(folder, ignore_errors=True)
-        except OSError as error:
-            logger.warning("left %s as it is: %s", folder, error)
-        finally:
-            os.close(lock)
+        if lock is not None:
+            try:
+                yield folder
+            finally:
+                os.close(lock)
+
+
+def _recover(left: Path, out: Path, kind: Kind) -> None:
+    """Take a folder away that a run left when it was killed right after an exchange: it may hold a user's file."""
+    try:
+        if out.is_dir() and left.parent != out:
+            _carry(left, out, kind.belongs)
+        shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        logger.warning("left %s as it is: %s", left, error)
 
 
 def _escaped(name: str) -> str:
