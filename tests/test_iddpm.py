@@ -323,7 +323,8 @@ def test_iddpms_keys_are_refused_with_what_replaces_them(keys, message):
 
 def test_iddpms_keys_keep_their_meaning():
     assert len(PeRFlow(timestep_respacing="20").grid) == 20 + 1
-    assert len(PeRFlow(timestep_respacing="").grid) == 4 + 1
+    assert len(PeRFlow(timestep_respacing="").grid) == 4 + 1 and PeRFlow(timestep_respacing="").keys.timestep_respacing == ""
+    assert len(PeRFlow(timestep_respacing="", num_sampling_steps=6).grid) == 6 + 1
     assert PeRFlow(diffusion_steps=500).num_timesteps == 500
     process, _ = PeRFlow(noise_schedule="squaredcos_cap_v2").process_of(Epsilon())
     assert process.alpha(torch.tensor([0.5])).item() ** 2 == pytest.approx(0.4938, 1e-3)

@@ -35,11 +35,11 @@ def channels(name: str, value: Any) -> int | str | None:
     return whole()(f"{name} (or None for all channels)", value)
 
 
-def respacing(name: str, value: Any) -> int | None:
-    """What timestep_respacing holds: a number of steps, which may be text."""
+def respacing(name: str, value: Any) -> int | str | None:
+    """What timestep_respacing holds: a number of steps, which may be text; "" and None leave it to num_sampling_steps."""
     value = plain(value)
     if value is None or (isinstance(value, str) and value == ""):
-        return None
+        return value
     if isinstance(value, str) and not (value.isdecimal() and len(value) < 10):
         raise ValueError(
             f"{name}={shown(value)} divides a diffusion into sections, which is what windows do here; write "

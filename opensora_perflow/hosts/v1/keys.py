@@ -179,7 +179,7 @@ class Keys:
         check_keys(self)
         if self.use_discrete_timesteps and self.sample_method != "uniform":
             raise ValueError(f'use_discrete_timesteps needs sample_method="uniform", got {self.sample_method!r}')
-        if self.timestep_respacing is not None and self.num_sampling_steps is not None:
+        if self.timestep_respacing and self.num_sampling_steps is not None:
             raise ValueError(
                 f"timestep_respacing={self.timestep_respacing!r} and num_sampling_steps={self.num_sampling_steps!r} name the "
                 "same number; leave out timestep_respacing"
@@ -220,7 +220,7 @@ class Keys:
 
     def steps_over(self, windows: TimeWindows) -> int:
         """Number of sampling steps: num_sampling_steps (or timestep_respacing), a plan's only grid's, or one a window."""
-        steps = self.num_sampling_steps if self.timestep_respacing is None else self.timestep_respacing
+        steps = self.timestep_respacing or self.num_sampling_steps
         if steps is not None:
             return steps
         return len(windows.grids[0]) - 1 if len(windows.grids) == 1 else windows.num_windows
