@@ -16,7 +16,8 @@ def seen(error, untrained=1.0, best=None, spread=0.01, count=ENOUGH, spikes=Fals
     """A measurement whose differences have the standard error `spread`."""
     rise = None if best is None else Estimate(error**2 - 1.25**2 * best**2, spread)
     worse = Estimate(error**2 - 1.02**2 * untrained**2, spread)
-    return Seen(count, Estimate(error, spread), Estimate(untrained, spread), worse, rise, spikes)
+    far = Estimate(error**2 - 1.25**2 * untrained**2, spread)
+    return Seen(count, Estimate(error, spread), Estimate(untrained, spread), worse, far, rise, spikes)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ def test_the_learning_rate_is_named_where_it_is_the_likelier_cause():
 
     assert "it was better before, so the learning rate is probably too high" in text_of(seen(0.9), seen(1.2))
     assert "the losses rise, so the learning rate is probably too high" in text_of(seen(1.2, spikes=True))
+    assert "training took it far from where it began, so the learning rate" in text_of(seen(1.3))
     never = text_of(seen(1.2), seen(1.2))
     assert "it was never better, and the losses do not rise" in never and "too high" not in never
 

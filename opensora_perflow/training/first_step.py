@@ -74,8 +74,9 @@ class Report:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raises ValueError for a student that cannot change."""
-    if not any(parameter.requires_grad and parameter.numel() for parameter in model.parameters()):
+    """Raises ValueError for a student that cannot change. One without any parameters is a field that somebody measures."""
+    trainable = [parameter.requires_grad and parameter.numel() > 0 for parameter in model.parameters()]
+    if trainable and not any(trainable):
         raise ValueError(
             "the student has 0 trainable parameters, so that no step would change it; take back what froze it "
             "(requires_grad_(False), a freeze option of the model), or attach the adapter before the first step"

@@ -216,6 +216,7 @@ class Monitor:
                 estimate(error).root(),
                 estimate(untrained).root(),
                 worse=estimate(error - (1 + TIE) ** 2 * untrained),
+                far=estimate(error - tolerated * untrained),
                 rise=None if self._best is None else estimate(error - tolerated * self._best),
                 spikes=self._spikes(),
             ),

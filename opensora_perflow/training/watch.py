@@ -55,14 +55,15 @@ class Seen:
     """One measurement. Differences are those of squared errors, each sample's with its own: positive means worse.
 
     count: Samples. error, untrained: Root mean square errors of the student and of an untrained network. worse: The student's
-    beyond the untrained network's and a tie. rise: Beyond the best measurement's and the tolerance; None: there is no best.
-    spikes: Do the run's losses rise?
+    beyond the untrained network's and a tie. far: Beyond the untrained network's and the tolerance. rise: Beyond the best
+    measurement's and the tolerance; None: there is no best. spikes: Do the run's losses rise?
     """
 
     count: int
     error: Estimate
     untrained: Estimate
     worse: Estimate
+    far: Estimate
     rise: Estimate | None = None
     spikes: bool = False
 
@@ -108,10 +109,10 @@ class Watch:
         if steps < self.rule.every // 4 or seen.count < ENOUGH:
             self.suspicious = False  # the first steps of a good run may lose a little
             return logging.INFO, text + (f"; {ENOUGH} samples are needed to judge" if seen.count < ENOUGH else "")
-        if self.suspicious and (again or helped or seen.spikes):
+        if self.suspicious and (again or helped or seen.spikes or seen.far.is_positive):
             return logging.WARNING, (
                 f"{text}. The student ends further from its teacher than a network that was not trained at all, by more than "
-                f"{SURE:g} standard errors; {_cause(helped, seen.spikes)}"
+                f"{SURE:g} standard errors; {_cause(helped, seen)}"
             )
         if seen.rise is not None and seen.rise.is_positive:
             return logging.WARNING, (
@@ -131,9 +132,15 @@ class Watch:
         self.best, self.helped, self.suspicious = math.inf, False, False
 
 
-def _cause(helped: bool, spikes: bool) -> str:
-    if helped or spikes:
-        why = "it was better before" if helped else "the losses rise"
+def _cause(helped: bool, seen: Seen) -> str:
+    if helped or seen.spikes or seen.far.is_positive:
+        why = (
+            "it was better before"
+            if helped
+            else "the losses rise"
+            if seen.spikes
+            else "training took it far from where it began"
+        )
         return f"{why}, so the learning rate is probably too high: lower it, or check grad_clip and the warm-up"
     return (
         "it was never better, and the losses do not rise. If the next lines say so too, compare with a run at another learning "
