@@ -60,3 +60,21 @@ def test_dependencies_run_downwards_only():
 
 def test_the_top_folder_is_small():
     assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_every_name_that_is_imported_exists():
+    """Also in modules that cannot be imported without a host."""
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    known = {}
+    for path, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        names = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names |= {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        module = ".".join(("opensora_perflow", *path.relative_to(PACKAGE).with_suffix("").parts))
+        known[module.removesuffix(".__init__")] = names
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module in known:
+                missing = {alias.name for alias in node.names} - known[node.module]
+                assert not [name for name in missing if f"{node.module}.{name}" not in known], path

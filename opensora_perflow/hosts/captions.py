@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from opensora_perflow.checks import check_num_steps, check_number, check_path
+from opensora_perflow.checks import check_num_steps, check_number, file_name
 from opensora_perflow.worlds.tables import read_table
 
 try:
@@ -44,7 +44,7 @@ def _check_settings(data_path: Any, fps: Any, given: Mapping[str, Any]) -> None:
     check_number("fps of perflow_captions", fps)
     if not 0 < fps < math.inf:
         raise ValueError(f"fps of perflow_captions must be > 0 and finite, got {fps!r}")
-    check_path("data_path of perflow_captions", data_path, "the table of captions (--data-path)")
+    file_name("the table of captions (--data-path)")("data_path of perflow_captions", data_path)
 
 
 @DATASETS.register_module("perflow_captions")
