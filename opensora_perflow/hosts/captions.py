@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from opensora_perflow.checks import check_num_steps, check_number, file_name
+from opensora_perflow.checks import as_number, check_num_steps, file_name
 from opensora_perflow.worlds.tables import read_table
 
 try:
@@ -41,9 +41,10 @@ def _check_settings(data_path: Any, fps: Any, given: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
             check_num_steps(value, f"{name} of perflow_captions")
-    check_number("fps of perflow_captions", fps)
-    if not 0 < fps < math.inf:
-        raise ValueError(f"fps of perflow_captions must be > 0 and finite, got {fps!r}")
+    rate = as_number(fps)
+    if rate is None or not 0 < rate < math.inf:
+        what = "a number" if rate is None else "> 0 and finite"
+        raise ValueError(f"fps of perflow_captions must be {what}, got {fps!r}; write for example fps=24")
     file_name("the table of captions (--data-path)")("data_path of perflow_captions", data_path)
 
 
