@@ -100,13 +100,16 @@ def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
 
 def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path: Path) -> None:
     masks = {"image_head": 0.5, "random": 0.4}
-    config = child_config(tmp_path / "two.py", "perflow_tiny_stage1.py", mask_ratios=masks, scheduler=dict(watch=dict(every=3)))
+    # Sixteen samples are held out, one a step in each process, before anything is measured.
+    watched = dict(mask_ratios=masks, scheduler=dict(watch=dict(every=3)), epochs=8)
+    config = child_config(tmp_path / "two.py", "perflow_tiny_stage1.py", **watched)
     options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
     printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=tmp_path)
-    assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step8"]
+    assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step8", "epoch7-global_step16"]
     assert np.isfinite(losses(printed)).all()
-    measured = re.findall(r"after (\d) training steps: held-out error (\d+\.\d+), of an untrained network (\d+\.\d+)", printed)
-    assert [steps for steps, _, _ in measured] == ["1", "3", "6"]  # said by one process
+    said = r"after (\d+) training steps: held-out error (\d+\.\d+) ± \S+ on 16 samples, of an untrained network (\d+\.\d+)"
+    measured = re.findall(said, printed)
+    assert [steps for steps, _, _ in measured] == ["9", "12", "15"]  # said by one process
     assert measured[1][1] != measured[2][1] and measured[1][2] == measured[2][2]
 
 
@@ -190,20 +193,20 @@ def test_loops_extend_the_video(host_root: Path, stage2: Path, tmp_path: Path, j
 
 
 def test_a_loop_with_the_tiny_config_and_what_its_comment_adds(host_root: Path, host_tag: str, stage2: Path, tmp_path: Path):
-    whole = sample(host_root, "inference.py", stage2, tmp_path, "--loop", "3", image_size=(64, 64))
+    whole = sample(host_root, "inference.py", stage2, tmp_path, "--loop", "3", image_size=(96, 96))
     assert whole.shape[0] == 17
     told = "all 5 latent frames of a clip are reference frames" in (tmp_path / "inference.log").read_text()
     assert told == (host_tag == "1.2")  # 1.3 shows the next clip no frames without a cond_type
     (tmp_path / "more").mkdir()
     added = {"1.2": ["--num-frames", "34"], "1.3": ["--condition-frame-length", "2"]}[host_tag]
     assert " ".join(added) in (CONFIGS / "perflow_tiny_inference.py").read_text()
-    video = sample(host_root, "inference.py", stage2, tmp_path / "more", "--loop", "3", *added, image_size=(64, 64))
+    video = sample(host_root, "inference.py", stage2, tmp_path / "more", "--loop", "3", *added, image_size=(96, 96))
     assert video.shape[0] == {"1.2": 34 + 17 + 17, "1.3": 34}[host_tag]  # 1.3: 5 + 3 + 3 latent frames, cut to 10
     assert "reference frames, so that" not in (tmp_path / "more" / "inference.log").read_text()
 
 
 def test_the_config_of_stage_1_samples_a_student_of_stage_2(host_root: Path, stage2: Path, tmp_path: Path) -> None:
-    sample(host_root, "inference.py", stage2, tmp_path, stage=1, image_size=(64, 64), verbose=2)
+    sample(host_root, "inference.py", stage2, tmp_path, stage=1, image_size=(96, 96), verbose=2)
     printed = (tmp_path / "inference.log").read_text()
     assert "PeRFlow samples with 4 windows, 4 steps and guidance mode fixed" in printed
     assert "other settings than it was trained with" not in printed
