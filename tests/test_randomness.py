@@ -67,7 +67,7 @@ def training(steps, seed=None, cut=0, disturb=False, data_seed=2, mask_index=(0,
     )
     drawn = []
     for first, last in ((0, cut), (cut, steps)):
-        scheduler = PeRFlow(windows=3, teacher=dict(steps_per_window=1), watch=None, **settings)
+        scheduler = PeRFlow(windows=3, teacher=dict(steps_per_window=1), **settings)
         with torch.no_grad():  # an evaluation begins the run, and moves no training step
             scheduler.training_losses(network, x, args, mask_index=list(mask_index))
         scheduler.run.randomness.steps = first
