@@ -13,7 +13,6 @@ from networks import PLAIN, batch, sizes, text_encoder, tiny_network
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1.checkpoints import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
-from opensora_perflow.training.host import Alone
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import (
     METADATA_KEY,
@@ -58,10 +57,11 @@ def test_found_from_whatever_a_host_calls_weights(tmp_path):
     (folder / "model").mkdir(parents=True)
     (folder / "ema.pt").touch()
     write_state(folder, STATE)
+    host = SimpleNamespace(first_weights=lambda: None, resumed=lambda: None, trained_students=lambda weights: False)
     for weights in (folder, folder / "model", folder / "ema.pt", str(folder)):
         assert find_state(weights)[0] == STATE
         with pytest.raises(ValueError, match="they are a student's"):
-            check_source(TeacherSettings(from_pretrained=weights), Alone())
+            check_source(TeacherSettings(from_pretrained=weights), host)
     for weights in (tmp_path, folder / "optimizer", "hpcai-tech/OpenSora-STDiT-v3"):
         assert find_state(weights) is None
 

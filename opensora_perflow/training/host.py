@@ -1,4 +1,4 @@
-"""What a training run asks of the host that it runs in: ten questions. hosts/ answers them; `Alone` is no host."""
+"""What a training run asks of the host that it runs in. hosts/ answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from opensora_perflow.checkpoints import read_state_dict
 
 
 class Host(Protocol):
@@ -49,40 +47,3 @@ class Host(Protocol):
 
     def settled(self, model: nn.Module) -> nn.Module:
         """The network inside a wrapped model, with its weights complete."""
-
-
-class Alone:
-    """A run in a process of its own, without Open-Sora: the demo's, the benchmarks' and the tests'."""
-
-    def seed(self) -> None:
-        return None
-
-    def first_weights(self) -> None:
-        return None
-
-    def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
-        return read_state_dict(source)
-
-    def resumed(self) -> None:
-        return None
-
-    def trained_students(self, weights: str) -> bool:
-        return False
-
-    def before_each_save(self, write: Callable[[Path], None]) -> None:
-        return None
-
-    def rank(self) -> int:
-        return 0
-
-    def mean(self, value: float, device: torch.device | str = "cpu") -> float:
-        return value
-
-    def gathered(self, value: Any) -> list[Any]:
-        return [value]
-
-    def shared(self, *values: Tensor | Any) -> Sequence[Any]:
-        return values
-
-    def settled(self, model: nn.Module) -> nn.Module:
-        return model

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.checkpoints import misfits
-from opensora_perflow.training.host import Alone, Host
+from opensora_perflow.checkpoints import misfits, read_state_dict
+from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import find_state
 
@@ -139,7 +139,7 @@ def load_teacher(
     teacher = copy_frozen(network)
     if source is not None:
         remove_adapters(teacher)
-        state = (weights or Alone().weights)(source, teacher)
+        state = read_state_dict(source) if weights is None else weights(source, teacher)
         check_fits(state, teacher, str(source))
         teacher.load_state_dict(state)
     return teacher
