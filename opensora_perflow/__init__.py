@@ -1,7 +1,7 @@
 """Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510) for Open-Sora: few-step video generation.
 
-Importing the package registers `perflow` in Open-Sora's SCHEDULERS (or, where Open-Sora is not installed, in a registry
-of the same name in this package), lets a script's settings be checked before its models are built, and does nothing else.
+Importing the package registers `perflow` in Open-Sora's SCHEDULERS. Without Open-Sora, a registry of the same name in this
+package takes its place. The import also lets a script's settings be checked before its models are built. Nothing else changes.
 See `conventions` for time, sign and shapes.
 """
 

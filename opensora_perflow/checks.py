@@ -9,8 +9,8 @@ A settings record names the kind of each of its keys beside the key's default, a
         def __post_init__(self) -> None:
             check_keys(self, "draws.")
 
-A kind is a function (name, value) -> value that raises ValueError, or gives the value back in plain Python (numpy's and torch's
-scalars become numbers), so that deepcopy and JSON take it. What JSON files hold is read and checked here too.
+A kind is a function (name, value) -> value that raises ValueError, or gives the value back in plain Python. Scalars of numpy
+and torch become numbers, so that deepcopy and JSON take the value. What JSON files hold is read and checked here too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ r"""Time, sign and shape: stated once; everything else refers to this page.
 * Untransformed time `u` is what windows and sampling grids are cut in. Where the host warps time for large or long
   videos, t = shift_time(u, ratio) with a ratio [B] of each sample's own.
 
-Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps and their networks answer data - noise, which is
+Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps. Their networks answer data - noise, which is
 **minus** dx/dt (v1.2.0 opensora/schedulers/rf/rectified_flow.py, the training target x_start - noise).
 
 Open-Sora 1.0 and 1.1 train another process, a diffusion, with integer timesteps and networks that answer the noise:

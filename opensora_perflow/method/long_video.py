@@ -17,8 +17,8 @@ def fade_change(x: Tensor, reference: Tensor, kept: Tensor, num_frames: int) -> 
         x: A clip, [B, C, T, H, W].
         reference: Holds the kept frames as given; other frames are not read. Shaped like x.
         kept: bool [B, T].
-        num_frames: n >= 0. A generated frame at a distance d <= n from a kept one, with no other in between, is moved by
-            (1 - d / (n + 1)) times the kept frame's difference; one between two kept frames by both.
+        num_frames: n >= 0. Take a generated frame at a distance d <= n from a kept one, with no other kept one in between. The
+            frame is moved by (1 - d / (n + 1)) times the kept frame's difference; one between two kept frames by both.
 
     Returns:
         Shape and dtype of x, kept frames equal to `reference`.

@@ -11,8 +11,8 @@ with p_k the density at time u of the states on window k's lines; all windows fo
 and pi_k is nearly w_k. Two families of weights, which combine:
 
 overlap  The lines of a window are continued over its noisy edge, by the length d. At s above the edge its weight is 1 - s / d,
-         the upper window's is s / d. Steps go down: one that begins nearer to the edge spends more of its length below it, and
-         at the edge itself, where a sampler with one step a window evaluates, nothing is blended.
+         the upper window's is s / d. Steps go down: the nearer to the edge a step begins, the
+         more of its length lies below. At the edge itself nothing is blended. A sampler with one step a window evaluates there.
 grids    Several partitions of [1, 0], equally often: the student's windows, and the steps of uniform grids that it is to be
          sampled with. At a time where only one of the grids has an edge, that grid's own step can be learned.
 """

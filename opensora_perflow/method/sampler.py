@@ -20,8 +20,8 @@ class FrameEdit:
 
     Args:
         edit_ratio: [B, T]; 1 = generate the frame, 0 = keep the reference, r in between = the frame joins at flow time r,
-            noised to it. The network is told one time a sample, so a ratio between two grid points splits that step at r,
-            which costs one evaluation more for each such ratio of a sample, and none where r is on the grid.
+            noised to it. The network is told one time a sample, so a ratio between two grid points splits that step at r.
+            Each such ratio of a sample costs one evaluation more. A ratio on the grid costs none.
         generator: Source of the noise. A sample of it is drawn every step, needed or not, as the host does, so that the
             same seed gives the same result.
         add_noise: (data, noise, t) -> the point of the path that frames join at; the straight path's if not given.

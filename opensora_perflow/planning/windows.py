@@ -1,8 +1,8 @@
 r"""Windows for a student, from what a pilot student's windows add to its error.
 
-The teacher alone does not tell where a student will err: its curvature, or the error of its Euler steps, is largest where its
-path bends, but a bend that is the same for all samples is learnt in no time, and a straight piece on which samples decide for
-different modes is not. So a student is asked: a short run with any windows.
+The teacher alone does not tell where a student will err. The teacher's curvature, and the error of its Euler steps, are largest
+where its path bends. But a bend that is the same for all samples is learnt in no time. A straight piece on which samples decide
+for different modes is not. So a student is asked: a short run with any windows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def plan_windows(
 ) -> tuple[tuple[float, ...], list[float]]:
     r"""Edges with the least sum of squared errors, if errors follow the pilot's.
 
-    The pilot's error in window k stands for a density of difficulty, rho = e_k^{1/p} / width there, and a window (s, e] is
+    The pilot's error in window k stands for a density of difficulty, rho = e_k^{1/p} / width there. A window (s, e] is
     expected to err by (\int_e^s rho du)^p. Since 2 p > 1 the best windows all hold the same difficulty. The steps between
     candidates are exact by dynamic programming (shortest_path).
 

@@ -1,12 +1,13 @@
 """Adaptations that let Open-Sora's unmodified scripts run where CUDA, xformers or a compiled kernel is missing.
 
-One small file per adaptation. Each has a `NAME` and an `install()` that looks at the machine, changes something only
-where the real thing is missing, logs one line on the logger "opensora_perflow.portable" that names what it replaced and
-why, and returns whether it did. With CUDA and the host's own packages present nothing is replaced.
+One small file per adaptation. Each has a `NAME` and an `install()` that looks at the machine and changes something only
+where the real thing is missing. Then it logs one line on the logger "opensora_perflow.portable" that names what it
+replaced and why. `install()` returns whether it replaced anything. With CUDA and the host's own packages present
+nothing is replaced.
 
-Importing this package changes nothing; `activate()` does, and only `opensora_perflow.run` calls it. Where the code to
-be adapted belongs to the host or to ColossalAI, the change is armed now and made when that module is imported, so that
-a script pays for nothing it does not use (see `imports`).
+Importing this package changes nothing; `activate()` does, and only `opensora_perflow.run` calls it. The code
+to be adapted may belong to the host or to ColossalAI. Then the change is armed now and made when that module is
+imported. So a script pays for nothing that it does not use (see `imports`).
 """
 
 from __future__ import annotations

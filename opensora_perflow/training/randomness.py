@@ -1,7 +1,7 @@
 """The random numbers of training: a function of the seed, the data-parallel rank and the step's number, and of nothing else.
 
-Nothing is carried from one step to the next, so that a resumed run needs the step's number and no generator's state, and
-processes that work on the same samples (sequence parallelism) draw the same without a word between them. The process's global
+Nothing is carried from one step to the next, so a resumed run needs the step's number and no generator's state. Processes that
+work on the same samples (sequence parallelism) draw the same without a word between them. The process's global
 generator is neither read nor moved.
 """
 

@@ -279,8 +279,8 @@ def tensor_to_frames(video: Tensor) -> np.ndarray:
 def recognise(frames: np.ndarray) -> Content:
     """Measure what a demo clip shows, without a network.
 
-    The shape is every pixel that differs from the background; its color is the nearest of COLORS to the mean of its
-    inner pixels, its direction the main axis of a straight-line fit to its centers, and its kind the one whose part of
+    The shape is every pixel that differs from the background. Its color is the nearest of COLORS to the mean of its
+    inner pixels. Its direction is the main axis of a straight-line fit to its centers. Its kind is the one whose part of
     the bounding box (circle 0.79, square 1, triangle 0.5) is nearest, averaged over the frames.
 
     Args:

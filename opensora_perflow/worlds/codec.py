@@ -1,8 +1,8 @@
 """A video autoencoder of a third of a million weights that answers the calls Open-Sora makes to its VAE.
 
 Frames are grouped in fours and each group becomes one latent frame, 8 times smaller in height and width. As in the host
-(opensora/models/vae, v1.2.0) the video is cut into pieces of `micro_frame_size` = 17 frames and a piece is padded *in
-front*, by repeating its first frame, to a multiple of four: 17 frames give 5 latent frames, 1 frame (an image) gives 1,
+(opensora/models/vae, v1.2.0) the video is cut into pieces of `micro_frame_size` = 17 frames. A piece is padded *in
+front*, by repeating its first frame, to a multiple of four. 17 frames give 5 latent frames, 1 frame (an image) gives 1,
 34 give 10; in general T frames give 5 * (T // 17) + ceil((T % 17) / 4).
 """
 
