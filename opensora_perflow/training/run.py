@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.method.draws import Drawn, draw
 from opensora_perflow.method.grids import linear_grid
+from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
@@ -40,7 +42,8 @@ class TrainingRun:
         self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
         self.monitor = Monitor(recipe.watch)
         self.randomness: TrainingRandomness | None = None
-        self._looked = False
+        self.looked = False
+        """Was the teacher compared with data?"""
         self.shares = 1
         """Data-parallel shares that the samples are split into."""
 
@@ -113,21 +116,49 @@ class TrainingRun:
         )
 
     def step(self, batch: Batch, objective: Objective, model: nn.Module) -> Tensor:
-        """The losses [B] of one step; with gradients enabled also what belongs after a step."""
-        if torch.is_grad_enabled() and not self._looked:
-            self._look(batch, model)
-        try:
-            loss = distil(batch, objective, self.segments)
+        """The losses [B] of one step; with gradients enabled also what belongs before and after a step."""
+        if torch.is_grad_enabled():
+            self.look(batch, model)
+        return self.learn(batch, self.solve(batch, model), objective, model)
+
+    def look(self, batch: Batch, model: nn.Module) -> None:
+        """Say what can be seen before the first step; nothing at later calls.
+
+        Raises:
+            ValueError: see first_step.check_trainable and first_step.check_teacher.
+        """
+        if self.looked:
+            return
+        self.looked = True
+        check_trainable(model)
+        report = check_teacher(batch, self.host, guided=self.teacher.is_student or self.recipe.teacher.allow_distilled)
+        if self.randomness.rank == 0:
+            logger.log(report.level, report.text)
+
+    def solve(self, batch: Batch, model: nn.Module) -> Segment:
+        """The first half of a step: the teacher's solution of the windows that were drawn."""
+        with self._blaming(batch, model):
+            return self.segments.of(batch)
+
+    def learn(self, batch: Batch, segment: Segment, objective: Objective, model: nn.Module) -> Tensor:
+        """The second half of a step: the losses [B]; with gradients enabled the run also measures itself."""
+        with self._blaming(batch, model):
+            loss = distil(batch, objective, segment)
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
                 self.monitor.note_loss(loss)
                 if self._measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
                 self._measure(model)
+        return loss
+
+    @contextmanager
+    def _blaming(self, batch: Batch, model: nn.Module) -> Iterator[None]:
+        try:
+            yield
         except NotFinite as error:
             networks = {"the student": model, "the teacher": self.teacher.network}
             raise explained(error, batch, self.randomness.steps, networks) from None
-        return loss
 
     @property
     def segments(self) -> Solved:
@@ -185,14 +216,6 @@ class TrainingRun:
         (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
         self.host.before_each_save(lambda folder: write_state(folder, describe(self)))
-
-    def _look(self, batch: Batch, model: nn.Module) -> None:
-        """Say what can be seen before the first step."""
-        self._looked = True
-        check_trainable(model)
-        report = check_teacher(batch, self.host, guided=self.teacher.is_student or self.recipe.teacher.allow_distilled)
-        if self.randomness.rank == 0:
-            logger.log(report.level, report.text)
 
     @property
     def _measures(self) -> bool:

@@ -26,15 +26,14 @@ class Segments(Protocol):
         """The teacher's solution of the windows that were drawn."""
 
 
-def distil(batch: Batch, objective: Objective, segments: Segments) -> Tensor:
+def distil(batch: Batch, objective: Objective, segment: Segment) -> Tensor:
     """The losses of one step: [B], float32, with the student's graph.
 
     Args:
         batch: What the host handed over.
         objective: What is minimised at each drawn time, see objectives/.
-        segments: Where the teacher's solutions come from.
+        segment: The teacher's solution of the windows that were drawn.
     """
-    segment = segments.of(batch)
     student = batch.players.student.velocity(segment.bounds)
     total = 0.0
     # One evaluation a time, not one with repeated rows: conditions are made for the batch as it is.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import misfits, read_state_dict
+from opensora_perflow.training.adapters import base_state, remove_adapters
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import find_state
@@ -51,9 +52,10 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     Raises:
         ValueError: see `check_source` and `load_teacher`.
     """
-    words = check_source(settings, host)
     source = settings.from_pretrained
-    network = load_teacher(host.settled(model), source, host.weights)
+    kept = host.own_teacher(model) if source is None else None
+    words = check_source(settings, host, kept is not None)
+    network = load_teacher(host.settled(model), source, host.weights) if kept is None else kept
     weights = host.first_weights() if source is None else source
     taught = None if weights is None else find_state(weights)
     teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
@@ -61,15 +63,19 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     return teacher
 
 
-def check_source(settings: TeacherSettings, host: Host) -> str:
+def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> str:
     """Where the teacher's weights will come from, in words for the log. Warns where a student is expected and none is known.
+
+    Args:
+        settings, host: See `first_teacher`.
+        kept: The host has a teacher apart from the student, see `Host.own_teacher`.
 
     Raises:
         ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
             does not say that this is meant.
     """
     pretrained, resumed, source = host.first_weights(), host.resumed(), settings.from_pretrained
-    if source is None and resumed is not None:
+    if source is None and resumed is not None and not kept:
         suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
         raise ValueError(
             f"this run resumes from {resumed[0]!r}, so its weights are already those of a student and must not become "
@@ -91,6 +97,8 @@ def check_source(settings: TeacherSettings, host: Host) -> str:
         )
     if source is not None:
         return f"weights from {source}"
+    if kept:
+        return f"the network as it was built ({'random weights' if pretrained is None else f'from {pretrained}'})"
     return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
 
 
@@ -145,24 +153,15 @@ def load_teacher(
     return teacher
 
 
-def remove_adapters(network: nn.Module) -> None:
-    """Put the original layers back where peft (LoRA) has wrapped them: named weights have no adapters."""
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            original = child._modules.get("base_layer", child._modules.get("original_module"))
-            if original is not None:
-                setattr(module, name, original)
-
-
 def fingerprint(network: nn.Module) -> str:
     """Identity of a network's weights: 16 hex digits of a SHA-256.
 
     It takes in names, shapes, dtypes and up to 8192 evenly spaced values of each tensor. That is enough to tell teachers apart,
     because training moves nearly every value of a tensor, and a network of a billion parameters takes a fraction of a second.
-    Rounded to another dtype the same weights are another teacher.
+    Rounded to another dtype the same weights are another teacher. Adapters do not count.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(base_state(network).items()):
         values = _plain(value).reshape(-1)[:: max(1, value.numel() // 4096)].contiguous().cpu()
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())

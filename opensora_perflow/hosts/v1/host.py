@@ -27,6 +27,9 @@ class OpenSora:
     def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
         return read_weights(source, network)
 
+    def own_teacher(self, model: nn.Module) -> None:
+        return None
+
     def resumed(self) -> tuple[str, bool] | None:
         return checkpoints.resumed_checkpoint()
 
