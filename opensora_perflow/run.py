@@ -96,11 +96,13 @@ def _visible_lines() -> Iterator[None]:
 
 
 def register_with_host() -> None:
-    """Enter the package's schedulers in the host's SCHEDULERS, and its checks before the host's models.
+    """Enter the package's schedulers or models in the host's registries, and its checks before the host's models.
 
     `python -m` imports the package before the checkout is on sys.path, so that its own registration may have found no
-    host to register with. A host without SCHEDULERS (Open-Sora 2.0) is left alone.
+    host to register with.
     """
+    opensora_perflow.check_early()
+    opensora_perflow.register_with_host()
     try:
         from opensora.registry import SCHEDULERS as host_schedulers
     except ImportError:
@@ -108,7 +110,6 @@ def register_with_host() -> None:
     for name, scheduler in opensora_perflow.SCHEDULERS.module_dict.items():
         if name not in host_schedulers.module_dict:
             host_schedulers.register_module(name=name, module=scheduler)
-    opensora_perflow.check_early()
 
 
 def prepare(script: str) -> None:

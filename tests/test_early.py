@@ -16,6 +16,7 @@ def host(monkeypatch):
     """A host's registries, with a text encoder and a training set in them."""
     package, module = ModuleType("opensora"), ModuleType("opensora.registry")
     module.MODELS, module.DATASETS = Registry("model", scope="opensora"), Registry("dataset", scope="opensora")
+    module.SCHEDULERS = Registry("scheduler", scope="opensora")
     package.registry, package.__path__, package.__spec__ = module, [], ModuleSpec("opensora", None)
     monkeypatch.setitem(sys.modules, "opensora", package)
     monkeypatch.setitem(sys.modules, "opensora.registry", module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -125,6 +125,15 @@ class Guidance:
                 f'guidance mode "range" needs scale=(low, high) with low < high, got {self.scale!r}; for one scale use '
                 'mode="fixed"'
             )
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any], num_windows: int) -> Guidance:
+        """The guidance that a student's state names, for a sampler with so many windows, which reads no folded scale."""
+        known = {name: value for name, value in values.items() if name in {f.name for f in fields(cls)}}
+        scale = known.get("scale")
+        if known.get("mode") == "fixed" and isinstance(scale, list) and len(scale) != num_windows:
+            known["scale"] = scale[0]
+        return cls(**known)
 
     @cached_property
     def folded(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from opensora_perflow.hosts.v1.run_config import main_variable
+from opensora_perflow.hosts.script import main_variable
 
 
 def resumed_checkpoint() -> tuple[str, bool] | None:

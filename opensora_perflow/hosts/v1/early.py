@@ -7,16 +7,16 @@ theirs to have: the package's import puts a check before it, for scripts whose c
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from mmengine.registry import Registry
 
+from opensora_perflow.hosts.script import before_builds, main_variable
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.install import find_tag, imported_tree
-from opensora_perflow.hosts.v1.run_config import main_variable, running_config
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.teacher import check_source
 
@@ -25,31 +25,31 @@ SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "m
 
 
 def check_early() -> None:
-    """Have `check_script` called before anything is built with the host's MODELS and DATASETS; does nothing without a host."""
+    """Have `check_run` called before anything is built with the host's MODELS and DATASETS; does nothing without a 1.x host."""
     try:
         from opensora import registry as host
     except ImportError:
         return
+    if not hasattr(host, "SCHEDULERS"):  # Open-Sora 2.0
+        return
     found = {section: getattr(host, name, None) for section, name in SECTIONS.items()}  # 1.0 has no DATASETS
     registries = {section: registry for section, registry in found.items() if isinstance(registry, Registry)}
-    for registry in registries.values():
-        if not hasattr(registry.build_func, "checks_early"):
-            registry.build_func = _checked(registry.build_func, registries)
+    before_builds(registries.values(), partial(check_run, registries))
 
 
-def _checked(build: Callable[..., Any], registries: Mapping[str, Registry]) -> Callable[..., Any]:
-    @functools.wraps(build)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        config = running_config()
-        if config is not None and config["scheduler"].get("type") == "perflow":
-            check_script(config)
-            for section, registry in registries.items():
-                check_type(section, config.get(section), registry)
-            check_batches()
-        return build(*args, **kwargs)
+def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is wrong with a script whose config says scheduler=dict(type="perflow"); others pass.
 
-    checked.checks_early = True
-    return checked
+    Args:
+        registries: Of SECTIONS, those that the host has.
+        config: The script's.
+    """
+    if (config.get("scheduler") or {}).get("type") != "perflow":
+        return
+    check_script(config)
+    for section, registry in registries.items():
+        check_type(section, config.get(section), registry)
+    check_batches()
 
 
 def check_script(config: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from opensora_perflow.checks import as_scales
 from opensora_perflow.hosts.v1.keys import Keys
@@ -84,7 +84,7 @@ def as_trained(
         "prediction": recipe.prediction != "auto" or path != state.path,
     }
     try:
-        guidance = recipe.guidance if told["guidance"] else _guidance(state, windows.num_windows)
+        guidance = recipe.guidance if told["guidance"] else Guidance.recorded(state.guidance, windows.num_windows)
         prediction = recipe.prediction if told["prediction"] else state.prediction
         grids = tuple(int(steps) for steps in state.draws.get("grids") or ())
         recipe = Recipe(windows=windows, guidance=guidance, prediction=prediction)
@@ -95,12 +95,3 @@ def as_trained(
     if "sampling_grid" not in given and keys.steps_over(windows) in grids:
         keys = replace(keys, sampling_grid="uniform")
     return SamplingSettings(recipe, keys, windows, grids)
-
-
-def _guidance(state: StudentState, num_windows: int) -> Guidance:
-    known = {f.name for f in fields(Guidance)}
-    values = {key: value for key, value in state.guidance.items() if key in known}
-    scale = values.get("scale")
-    if values["mode"] == "fixed" and isinstance(scale, list) and len(scale) != num_windows:
-        values["scale"] = scale[0]  # the config names other windows; a folded scale is not read in sampling
-    return Guidance(**values)

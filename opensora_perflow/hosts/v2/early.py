@@ -1,0 +1,110 @@
+"""What is wrong with a run of Open-Sora 2.0, told before its models are built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.registry import Registry
+
+from opensora_perflow.checks import shown
+from opensora_perflow.hosts.script import before_builds
+from opensora_perflow.hosts.v2.host import OpenSora2
+from opensora_perflow.hosts.v2.keys import read_config
+from opensora_perflow.hosts.v2.models import register
+from opensora_perflow.training.teacher import check_source
+
+logger = logging.getLogger("opensora_perflow")
+
+_checked: list[int] = []
+
+
+def register_with_host() -> None:
+    """Enter the factories in Open-Sora 2.0's MODELS, and the checks before its builds; does nothing without that host."""
+    try:
+        from opensora import registry as host
+    except ImportError:
+        return
+    if hasattr(host, "SCHEDULERS") or not isinstance(getattr(host, "MODELS", None), Registry):
+        return
+    register(host.MODELS)
+    before_builds([host.MODELS, host.DATASETS], check_run)
+
+
+def check_run(config: Mapping[str, Any]) -> None:
+    """Look at a script's config, once.
+
+    Raises:
+        ValueError: what would fail, or train something else than is meant.
+    """
+    model = config.get("model") or {}
+    if id(config) in _checked or not isinstance(model, Mapping):
+        return
+    _checked[:] = [id(config)]
+    if model.get("type") != "perflow_flux":
+        _refuse_stray_keys(config, model)
+        return
+    recipe, _ = read_config(model.get("perflow"))
+    if "perflow" in config:
+        raise ValueError("the config says perflow=... beside model=...; the keys belong inside: model=dict(perflow=dict(...))")
+    if config.get("optim") is None:  # inference.py
+        return
+    _check_plugin(config)
+    _check_host()
+    if recipe.guidance.folded or recipe.draws.starts == "student":
+        _check_encoders(config)
+    if recipe.guidance.folded and config.get("dropout_ratio"):
+        logger.warning(
+            "guidance is folded in, so texts that dropout_ratio drops teach the student nothing of it; write dropout_ratio=None"
+        )
+    if config.get("ema_decay") is not None and not config.get("lora_config") and config.get("dtype", "bf16") == "bf16":
+        logger.warning(
+            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
+            "ema_decay=None, which also saves its memory"
+        )
+    if not recipe.teacher.allow_distilled:
+        check_source(recipe.teacher, OpenSora2(), kept=recipe.teacher.from_pretrained is None)
+
+
+def _refuse_stray_keys(config: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    if "perflow" in model or "perflow" in config:
+        raise ValueError(
+            f"the config has PeRFlow's keys (perflow=...) and model=dict(type={shown(model.get('type'))}), which knows none of "
+            'them; write model=dict(type="perflow_flux", perflow=dict(...), ...)'
+        )
+
+
+def _check_plugin(config: Mapping[str, Any]) -> None:
+    stages = (config.get("plugin_config") or {}).get("pp_size", 1)
+    if stages > 1:
+        raise ValueError(
+            f"plugin_config.pp_size={stages}: with pipeline parallelism the network's answer is another process's, and "
+            "PeRFlow's loss does not reach it; use pp_size=1 with tp_size, sp_size or zero2"
+        )
+
+
+def _check_host() -> None:
+    from colossalai.checkpoint_io import CheckpointIO
+
+    if not hasattr(CheckpointIO, "synchronize"):
+        import colossalai
+
+        raise ValueError(
+            f"Open-Sora 2.0's train.py calls CheckpointIO.synchronize, which ColossalAI {colossalai.__version__} does not "
+            "have; install colossalai>=0.5.0"
+        )
+
+
+def _check_encoders(config: Mapping[str, Any]) -> None:
+    if config.get("cached_text"):
+        raise ValueError(
+            "cached_text=True: without text encoders the empty prompt has no embedding, which guidance needs; use "
+            "cached_text=False with perflow_t5 and perflow_clip"
+        )
+    plain = [name for name in ("t5", "clip") if (config.get(name) or {}).get("type") == "text_embedder"]
+    if plain:
+        raise ValueError(
+            "guidance needs the embedding of the empty prompt, which text_embedder does not note: write "
+            + ", ".join(f'{name}=dict(type="perflow_{name}", ...)' for name in plain)
+        )

@@ -1,0 +1,179 @@
+"""PeRFlow in Open-Sora 2.0: two hooks on the network that its scripts build, train and sample.
+
+train.py noises latents itself, calls the network and compares the answer with its own target. Before the network's forward,
+state and time become those that the objective asks for; after it, the answer brings its own loss (see prediction.py). The
+network stays Open-Sora's own class, so that boosters, policies, EMA, LoRA and checkpoints see nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.hosts.script import main_variable
+from opensora_perflow.hosts.v1.network import unwrap
+from opensora_perflow.hosts.v2.host import OpenSora2
+from opensora_perflow.hosts.v2.keys import read_config
+from opensora_perflow.hosts.v2.prediction import Prediction
+from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row
+from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
+from opensora_perflow.objectives import combine
+from opensora_perflow.training.run import TrainingRun
+from opensora_perflow.training.state import StudentState, find_state, sampling_mismatch
+from opensora_perflow.training.step import distil
+
+logger = logging.getLogger("opensora_perflow")
+
+
+class PeRFlowFlux:
+    """The hooks of one network.
+
+    Args:
+        config: The keys of keys.Keys and recipe.Recipe.
+
+    Attributes:
+        recipe, keys: The config, validated. objective: What is minimised.
+        run: What training remembers; None before the first training step.
+        host: Who answers `training.host.Host`.
+        evaluations: Rows of the network that sampling evaluated.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self.recipe, self.keys = read_config(config)
+        self.given = frozenset(config or {})
+        self.objective, self.curriculum = combine(self.recipe.objective), self.recipe.stages()
+        self.host = OpenSora2()
+        self.run: TrainingRun | None = None
+        self.evaluations = 0
+        self._sampled: SamplingSettings | None = None
+        self._step: Any = None
+        self._copies = 1
+        self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeRFlowFlux:
+        """Itself: an EMA copy of the network takes neither teacher nor run along."""
+        return self
+
+    def attach(self, network: nn.Module) -> nn.Module:
+        """The network, with these hooks."""
+        network.register_forward_pre_hook(self.before, with_kwargs=True)
+        network.register_forward_hook(self.after, with_kwargs=True)
+        return network
+
+    def before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What the network is called with instead.
+
+        Raises:
+            ValueError: see TrainingCall.of, TrainingRun.begin and text.null_text.
+        """
+        if args:
+            raise ValueError(f"the network of Open-Sora 2.0 is called by keywords, got {len(args)} arguments without names")
+        arguments = completed(network, kwargs)
+        self._step, self._copies = None, 1
+        if network.training and torch.is_grad_enabled():
+            return args, self._begin_step(network, arguments)
+        if not network.training:
+            if self.settings.recipe.guidance.folded:
+                arguments, self._copies = one_row(arguments)
+            self.evaluations += len(arguments["img"])
+        return args, arguments
+
+    def after(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """What the script gets as the network's answer."""
+        if self._step is not None:
+            return self._end_step(network, output)
+        return output if self._copies == 1 else output.repeat(self._copies, 1, 1)
+
+    def _begin_step(self, network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        call = TrainingCall.of(network, arguments)
+        if self.run is None:
+            self.run = TrainingRun.begin(self.recipe, self.host, network, self.curriculum, self._describe, vars(self.keys))
+        generator = self.run.randomness.next_generator(call.img.device)
+        batch = call.batch(self.run, self.keys, generator)
+        segment = self.run.solve(batch, network)
+        distil(batch, self.objective, segment)  # the rehearsal, see evaluation.py
+        self._step = call, batch, segment
+        return batch.players.evaluation.inputs(call.img.dtype)
+
+    def _end_step(self, network: nn.Module, output: Tensor) -> Tensor:
+        (call, batch, segment), self._step = self._step, None
+        evaluation = batch.players.evaluation
+        evaluation.answer(output)
+        loss = self.run.learn(batch, segment, self.objective, network)
+        evaluation.close()
+        return Prediction.of(output, loss.mean(), lambda target: self.run.look(call.compared(batch, target), network))
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """What the sampler goes by: the config, and what the state beside the weights says where the config is silent."""
+        if self._sampled is None:
+            config = main_variable("cfg") or {}
+            settings = SamplingSettings.of(self.recipe, self.keys)
+            weights = config.get("pretrained_lora_path") or (config.get("model") or {}).get("from_pretrained")
+            found = None if weights is None or self.run is not None else find_state(weights)
+            if found is not None:
+                settings = settings.as_trained(self.given, *found)
+                self._say(self._report(settings, *found))
+            self._sampled = settings
+        return self._sampled
+
+    def sampling_times(self, asked: Sequence[float], network: nn.Module, img_ids: Tensor) -> list[float]:
+        """The times of as many steps as `asked` has, at which the student is sampled."""
+        settings = self.settings
+        layout = Layout.of(img_ids, network.patch_size)
+        alpha = alphas(layout, settings.keys.flow_shift, 1, "cpu").item()
+        times, said = settings.times(asked, alpha)
+        self._say(said)
+        return times
+
+    def _report(self, settings: SamplingSettings, found: StudentState, where: Any) -> list[tuple[int, str]]:
+        recipe = settings.recipe
+        text = (
+            f"PeRFlow samples with {settings.windows.num_windows} windows and guidance mode {recipe.guidance.mode}; what the "
+            f"config leaves out is from {where}"
+        )
+        mismatch = sampling_mismatch(found, self._state(settings), where)
+        return [(logging.INFO, text)] + ([] if mismatch is None else [(logging.WARNING, mismatch)])
+
+    def _state(self, settings: SamplingSettings, run: TrainingRun | None = None) -> StudentState:
+        recipe, randomness = settings.recipe, None if run is None else run.randomness
+        draws = asdict(recipe.draws)
+        return StudentState(
+            windows=settings.windows.edges,
+            transform={"formula": "v2.0", "flow_shift": settings.keys.flow_shift},
+            path="linear",
+            prediction="velocity",
+            guidance=asdict(recipe.guidance),
+            teacher=None if run is None else run.teacher.fingerprint,
+            teacher_source=None if run is None else run.teacher.source,
+            stage=1 if run is None else run.teacher.stage,
+            curriculum=None if self.curriculum is None else self.curriculum.state(),
+            objective=recipe.objective,
+            draws=draws if randomness is None else {**draws, "seed": randomness.seed},
+            steps=0 if randomness is None else randomness.steps,
+        )
+
+    def _describe(self, run: TrainingRun) -> StudentState:
+        return self._state(SamplingSettings(self.recipe, self.keys, run.windows, self.recipe.draws.grids), run)
+
+    def _say(self, messages: Iterable[tuple[int, str]]) -> None:
+        for level, message in messages:
+            if message not in self._said:
+                self._said.add(message)
+                logger.log(level, message)
+
+
+def hooks_of(model: nn.Module) -> tuple[PeRFlowFlux, nn.Module] | None:
+    """The hooks of a network inside any wrappers, and the network; None where it has none."""
+    network = unwrap(model)
+    for hook in network._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, PeRFlowFlux):
+            return owner, network
+    return None

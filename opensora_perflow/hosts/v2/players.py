@@ -1,0 +1,85 @@
+"""The players of one batch of Open-Sora 2.0: its MMDiT under text, reference frames and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.hosts.v2.evaluation import Evaluation
+from opensora_perflow.hosts.v2.keys import Keys
+from opensora_perflow.hosts.v2.network import Told, network_output, rows_of, untrained_call
+from opensora_perflow.hosts.v2.tokens import Layout
+from opensora_perflow.method.process import Linear
+from opensora_perflow.training.adapters import adapters_off
+from opensora_perflow.training.players import Player
+from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.training.teacher import Teacher
+
+PROCESS = Linear(num_timesteps=1, sign=1)
+"""Networks are told t itself and answer noise - data."""
+
+
+@dataclass(frozen=True)
+class TrainingPlayers:
+    """Student and teacher of one training batch.
+
+    network: The student, bare. told, layout, dtype: What networks are told, see `network.network_output`.
+    teacher_now: Asked at every use, since a curriculum changes its teacher.
+    """
+
+    network: nn.Module
+    told: Told
+    layout: Layout
+    dtype: torch.dtype
+    recipe: Recipe
+    keys: Keys
+    teacher_now: Callable[[], Teacher]
+    separable = True
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self._output(self.network, self.told), self.told, self.layout)
+
+    @cached_property
+    def student(self) -> Player:
+        return _player(self.evaluation)
+
+    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+        told = self.told if rows is None else rows_of(self.told, rows)
+        guided: dict[str, Any] = {}
+        if not self.recipe.guidance.folded:
+            text = self.keys.cfg_scale
+            text = text[window] if isinstance(text, tuple) else text
+            guided = {"text_scale": text, "image_scale": self.keys.image_cfg_scale}
+        return _player(self._output(self.network, told, **guided))
+
+    def teacher(self, scale: float | Tensor) -> Player:
+        guidance, teacher = self.recipe.guidance, self.teacher_now()
+        image_scale = scale if guidance.image_scale is None else guidance.image_scale
+        if teacher.is_student:  # its guidance is folded in, and it is told a scale as the student is
+            scale = image_scale = 1.0
+        return _player(self._output(teacher.network, self.told, text_scale=scale, image_scale=image_scale, adapted=False))
+
+    def untrained(self) -> Player:
+        return _player(self._output(self.teacher_now().network, self.told, adapted=False))
+
+    def _output(self, network: nn.Module, told: Told, *, adapted: bool = True, **guided: Any) -> Any:
+        """`adapted`: With the adapters of the student's network; a teacher that is the same network has none."""
+        call = untrained_call(network)
+        if not adapted and network is self.network:
+
+            def plain(**inputs: Tensor) -> Tensor:
+                with adapters_off(network):
+                    return call(**inputs)
+
+            return network_output(plain, told, self.layout, self.dtype, **guided)
+        return network_output(call, told, self.layout, self.dtype, **guided)
+
+
+def _player(output: Any) -> Player:
+    return Player(output, PROCESS, "velocity")
