@@ -1,0 +1,1 @@
+"""Everything that knows Open-Sora 2.0."""
