@@ -839,3 +839,61 @@ def test_tiny_vae_and_text_take_the_hosts_settings(tiny: ModuleType) -> None:
     )
     encoded = text.encode(**text.tokenize_fn(["a red circle"]))
     assert encoded["y"].shape == (1, 1, text.model_max_length, text.output_dim) and encoded["y"].dtype == torch.bfloat16
+
+
+HUNYUAN = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+@dataclass
+class AutoEncoder3DConfig:
+    from_pretrained: str | None
+    block_out_channels: tuple
+    layers_per_block: int
+    norm_num_groups: int
+    latent_channels: int = 16
+class AutoencoderKLCausal3D(nn.Linear):
+    def __init__(self, config): super().__init__(3, config.latent_channels)
+    def encode(self, x, sample_posterior=True): return self(x)
+    def decode(self, z): return z @ self.weight
+"""
+
+
+@pytest.fixture
+def tiny_2(packages, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    conditioner = "from torch import nn\nclass HFEmbedder(nn.Module): ...\n"
+    hunyuan = {"models/hunyuan_vae/autoencoder_kl_causal_3d.py": HUNYUAN}
+    packages("opensora", {"registry.py": REGISTRY, "models/text/conditioner.py": conditioner, **hunyuan})
+    monkeypatch.delitem(sys.modules, "opensora_perflow.hosts.v2.tiny", raising=False)
+    yield importlib.import_module("opensora_perflow.hosts.v2.tiny")
+    del sys.modules["opensora_perflow.hosts.v2.tiny"]
+
+
+def test_tiny_stand_ins_of_2_0_need_the_host_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "opensora_perflow.hosts.v2.tiny", raising=False)
+    absent(monkeypatch, "opensora")
+    with pytest.raises(ImportError, match="python -m opensora_perflow.run ROOT/scripts/diffusion"):
+        importlib.import_module("opensora_perflow.hosts.v2.tiny")
+
+
+def test_tiny_embedders_speak_the_demos_words(tiny_2: ModuleType) -> None:
+    t5 = tiny_2.MODELS.build({"type": "perflow_tiny_t5", "max_length": 6, "shardformer": True, "torch_dtype": torch.float32})
+    words = t5.encoder.encode(["a red circle", ""])["y"][:, 0]
+    assert torch.equal(t5(["a red circle", ""]), words) and torch.equal(t5(""), words[1:])
+    aligned = t5(["a red circle"], added_tokens=3, seq_align=4)  # 3 + 6 tokens and 3 more
+    assert torch.equal(aligned[:, :6], words[:1]) and torch.equal(aligned[:, 6:], torch.zeros(1, 3, 32))
+    clip = tiny_2.MODELS.build({"type": "perflow_tiny_clip", "output_dim": 32, "torch_dtype": torch.float32})
+    # Three words and the end token; padding, which is zeros, does not count. float32 sums of four.
+    torch.testing.assert_close(clip(["a red circle"])[0], words[0, :4].mean(0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(clip("")[0], words[1, 0]) and clip.is_clip and not t5.is_clip
+    assert tiny_2.tiny_t5()(["x"]).dtype == torch.bfloat16
+
+
+def test_tiny_hunyuan_vae_is_the_same_everywhere_and_computes_in_float32(tiny_2: ModuleType) -> None:
+    state = torch.get_rng_state()
+    vae, again = (tiny_2.MODELS.build({"type": "perflow_tiny_hunyuan_vae", "torch_dtype": torch.bfloat16}) for _ in range(2))
+    assert torch.equal(vae.weight, again.weight) and torch.equal(torch.get_rng_state(), state)
+    assert vae.cfg.latent_channels == 16 and tiny_2.tiny_hunyuan_vae(latent_channels=4).cfg.latent_channels == 4
+    x = torch.ones(1, 3).bfloat16()
+    assert torch.equal(vae.encode(x), nn.functional.linear(torch.ones(1, 3), vae.weight, vae.bias).bfloat16())
+    assert torch.equal(vae.decode(torch.ones(1, 16).bfloat16()), (torch.ones(1, 16) @ vae.weight).bfloat16())

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from _harness import REPOSITORY, Clips, losses, run_script
 
-from opensora_perflow.hosts.v1.install import CONFIGS, TAGS, check, install, uninstall
+from opensora_perflow.hosts.install import TAGS, check, install, uninstall
 
 pytestmark = pytest.mark.host
+CONFIGS = "configs/opensora"
 TRAIN_CONFIGS = {"1.2": "opensora-v1-2/train/stage1.py", "1.3": "opensora-v1-3/train/stage1.py"}
 
 # Until the patch is imported this process must not know opensora_perflow, so the portable layer cannot help where xformers

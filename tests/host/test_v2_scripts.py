@@ -12,7 +12,13 @@ from _harness import Clips, checkpoints, decode_video, losses, mp4_files, run_sc
 from _harness_v2 import inference_config_v2, train_config_v2
 from safetensors.torch import load_file
 
+from opensora_perflow.hosts import install
+
 pytestmark = pytest.mark.host
+
+
+def test_install_knows_the_checkout(host2_root: Path) -> None:
+    assert install.find_tag(host2_root) == "2.0" and install.check(host2_root).record is None
 
 
 @pytest.fixture(scope="module")

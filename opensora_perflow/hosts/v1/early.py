@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.registry import Registry
 
+from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.hosts.v1.install import find_tag, imported_tree
 from opensora_perflow.hosts.v1.run_config import main_variable, running_config
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.teacher import check_source
