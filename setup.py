@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     # configs/ and patches/ stand at the top level of the repository, and inside the package where it is installed:
-    # `opensora-perflow install` takes them from there (hosts/v1/install.py).
+    # `opensora-perflow install` takes them from there (hosts/install.py).
     packages=[
         *find_packages(include=["opensora_perflow", "opensora_perflow.*"]),
         "opensora_perflow.configs",
@@ -26,7 +26,7 @@ setup(
     package_dir={"opensora_perflow.configs": "configs", "opensora_perflow.patches": "patches"},
     package_data={
         "opensora_perflow": ["worlds/weights/*"],
-        "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py"],
+        "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py", "opensora/v2/*/*.py"],
         "opensora_perflow.patches": ["*.patch", "README.md"],
     },
     install_requires=[

@@ -1,8 +1,8 @@
 """Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510) for Open-Sora: few-step video generation.
 
 Importing the package registers `perflow` in the SCHEDULERS of Open-Sora 1.x, and `perflow_flux` in the MODELS of 2.0. Without
-Open-Sora, a registry of this package takes their place. The import also lets a script's settings be checked before its models are
-built. Nothing else changes.
+Open-Sora, a registry of this package takes their place. The import also lets a script's settings be checked before its models
+are built. Nothing else changes.
 See `conventions` for time, sign and shapes.
 """
 

@@ -23,7 +23,8 @@ Run a script of an Open-Sora checkout as it is, in this order:
   1. the checkout that holds SCRIPT is put on sys.path, so that the script and the package it imports belong together;
   2. what this machine lacks is replaced (see opensora_perflow/portable): one line on stderr says what and why, and on a
      machine with CUDA and the host's own packages there is no such line;
-  3. "perflow" is registered in the host's SCHEDULERS, so that any config may say scheduler = dict(type="perflow", ...);
+  3. "perflow" is registered in the host's SCHEDULERS, so that any config may say scheduler = dict(type="perflow", ...)
+     (Open-Sora 2.0 has none: there the config's custom_imports register what its model is);
   4. SCRIPT runs as if it had been started directly: same sys.argv, same __main__.
 Everything after SCRIPT belongs to the script; `... SCRIPT --help` shows its own help.
 """
@@ -35,7 +36,10 @@ examples (ROOT is an Open-Sora checkout):
   continue               ... ROOT/scripts/train.py config.py --load outputs/000-STDiT3-XL-2/epoch0-global_step4
   sample                 python -m opensora_perflow.run ROOT/scripts/inference.py config.py --prompt "a red ball"
   image to video (v1.3)  python -m opensora_perflow.run ROOT/scripts/inference_i2v.py config.py --cond-type i2v_head
-Without CUDA a training script that was not started by torchrun becomes a world of one process; inference stays plain.
+  Open-Sora 2.0          python -m opensora_perflow.run ROOT/scripts/diffusion/train.py config.py
+                         python -m opensora_perflow.run ROOT/scripts/diffusion/inference.py config.py --prompt "a red ball"
+Without CUDA a training script that was not started by torchrun becomes a world of one process; inference stays plain, but for
+that of Open-Sora 2.0, which waits for a process group.
 """
 
 

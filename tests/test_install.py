@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from opensora_perflow.hosts.v1 import install as module
-from opensora_perflow.hosts.v1.install import CONFIGS, RECORD, TAGS, check, find_tag, install, uninstall
+from opensora_perflow.hosts import install as module
+from opensora_perflow.hosts.install import TAGS, check, find_tag, install, uninstall
 from opensora_perflow.tools import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATCHES = sorted((REPOSITORY / "patches").glob("*.patch"))
+CONFIGS = "configs/opensora"
+RECORD = f"{CONFIGS}/.perflow_install.json"
 INIT = "opensora/schedulers/__init__.py"
+PATCHED_TAGS = [tag for tag in TAGS if tag != "2.0"]
 SHIPPED = {
     path.relative_to(REPOSITORY / CONFIGS).as_posix()
     for pattern in ("perflow_*.py", "_base_/*.py")
@@ -29,7 +32,7 @@ SHIPPED = {
 def write_tree(root: Path, tag: str) -> Path:
     """What an Open-Sora checkout has that matters here, importable, with a scheduler of its own."""
     names = ["dpms", "iddpm"] + (["rf"] if tag in ("v1.2.0", "v1.3") else [])
-    newest = list(TAGS)
+    newest = PATCHED_TAGS
     files = {
         "opensora/__init__.py": "",
         "opensora/registry.py": "from mmengine.registry import Registry\n"
@@ -67,7 +70,7 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(["git", *identity, *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture(params=list(TAGS))
+@pytest.fixture(params=PATCHED_TAGS)
 def tag(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -92,7 +95,7 @@ def python(tree: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_tag_has_one_patch() -> None:
-    assert [path.stem.rsplit("-", 1)[1] for path in PATCHES] == list(reversed(TAGS))
+    assert [path.stem.rsplit("-", 1)[1] for path in PATCHES] == list(reversed(PATCHED_TAGS))
     assert [path.name[:5] for path in PATCHES] == [f"{number:04d}-" for number in range(1, len(PATCHES) + 1)]
     readme = (REPOSITORY / "patches" / "README.md").read_text()
     assert all(path.name in readme for path in PATCHES)
@@ -213,7 +216,9 @@ def test_an_unknown_tree_is_refused(tree: Path, lacks: str) -> None:
     shutil.rmtree(tree / lacks) if (tree / lacks).is_dir() else (tree / lacks).unlink()
     before = snapshot(tree)
     for action in (find_tag, check, install, uninstall):
-        with pytest.raises(ValueError, match=rf"v1\.0\.0, v1\.1\.0, v1\.2\.0, v1\.3, got .*which has no {re.escape(lacks)}"):
+        with pytest.raises(
+            ValueError, match=rf"v1\.0\.0, v1\.1\.0, v1\.2\.0, v1\.3, 2\.0, got .*which has no {re.escape(lacks)}"
+        ):
             action(tree)
     assert snapshot(tree) == before
 
@@ -296,6 +301,7 @@ def test_no_git_is_a_clear_error(tree: Path, monkeypatch: pytest.MonkeyPatch, tm
         '{"version":"0","patch":null,"copied":true,"configs":{}}', '{"version":"0","patch":"","copied":NaN,"configs":{}}',
         '{"version":"0","patch":"","copied":true,"configs":{"perflow_a.py":1}}', "[" * 10**5, " " * (2**20 + 1), "\udcff",
         '{"version":"0","patch":"","copied":true,"configs":{"train/16x256x256.py":"sha256 0"}}',
+        '{"version":"0","patch":"","copied":true,"configs":{"other/perflow_a.py":"sha256 0"}}',
         '{"version":"0","patch":"--- a/scripts/train.py\\n+++ /dev/null","copied":true,"configs":{}}',
     ],
 )  # fmt: skip
@@ -311,7 +317,7 @@ def test_a_record_cannot_remove_files_elsewhere(tree: Path, name: str) -> None:
     record = json.loads((tree / RECORD).read_text())
     record["configs"][name] = module._content(tree / CONFIGS / name)
     (tree / RECORD).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="leads out of configs/opensora"):
+    with pytest.raises(ValueError, match="leads out of the folder of configs"):
         uninstall(tree)
     assert (tree / "scripts" / "train.py").is_file()
 
@@ -447,6 +453,70 @@ def test_a_file_of_the_users_in_our_folder_stays(tree: Path) -> None:
     assert list((tree / CONFIGS / "_base_").iterdir()) == [mine]
 
 
+# Open-Sora 2.0
+
+
+@pytest.fixture
+def tree_2(tmp_path: Path) -> Path:
+    """What a checkout of 2.0 has that matters here."""
+    root = tmp_path / "Open-Sora"
+    for name in ("train/image.py", "train/stage1.py", "inference/256px.py", "inference/plugins/sp.py"):
+        (root / "configs" / "diffusion" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "configs" / "diffusion" / name).write_text("lr = 1\n")
+    for name in ("opensora/__init__.py", "opensora/registry.py", "scripts/diffusion/train.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("")
+    return root
+
+
+@pytest.fixture
+def shipped_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two configs for 2.0, one of them with a config of the host's as its base, where this package's configs are."""
+    folder = tmp_path / "configs" / "opensora" / "v2"
+    for name, text in {"train/perflow_a.py": "_base_ = ['image.py']\n", "inference/perflow_b.py": "seed = 1\n"}.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+    monkeypatch.setattr(module, "_shipped", lambda name: tmp_path / name)
+    return folder
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_2_0_gets_configs_beside_its_own_and_no_patch(tree_2: Path, shipped_2: Path, copy: bool) -> None:
+    from mmengine import Config
+
+    before, folder = snapshot(tree_2), tree_2 / "configs" / "diffusion"
+    assert find_tag(tree_2) == "2.0" and check(tree_2).missing == (
+        "configs/diffusion/inference/perflow_b.py",
+        "configs/diffusion/train/perflow_a.py",
+    )
+    assert install(tree_2, copy=copy) is True and install(tree_2, copy=copy) is False
+    assert check(tree_2).complete and check(tree_2).registers is None
+    put = {"train/perflow_a.py", "inference/perflow_b.py"}
+    assert set(snapshot(folder)) - {name.removeprefix("configs/diffusion/") for name in before} == {
+        ".perflow_install.json",
+        *put,
+    }
+    assert Config.fromfile(folder / "train" / "perflow_a.py").lr == 1
+    (folder / "train" / "perflow_a.py").unlink()
+    assert check(tree_2).missing == ("configs/diffusion/train/perflow_a.py",) and not check(tree_2).complete
+    assert uninstall(tree_2) is True and snapshot(tree_2) == before
+    assert uninstall(tree_2) is False
+
+
+def test_2_0_without_its_configs_is_refused(tree_2: Path) -> None:
+    shutil.rmtree(tree_2 / "configs" / "diffusion" / "inference")
+    with pytest.raises(ValueError, match=r"which has no configs/diffusion/inference; .* \(2\.0 is the main branch\)"):
+        check(tree_2)
+
+
+def test_the_command_says_nothing_of_a_line_in_2_0(tree_2: Path, shipped_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["install", str(tree_2)]) == 0
+    assert cli.main(["install", "--check", str(tree_2)]) == 0
+    printed = capsys.readouterr().out
+    assert "Open-Sora 2.0" in printed and "linked, 2 of 2" in printed and "registering line" not in printed
+    assert cli.main(["install", "--uninstall", str(tree_2)]) == 0
+
+
 # The command
 
 
@@ -529,4 +599,6 @@ def test_a_built_package_holds_configs_and_patches(tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
     package = tmp_path / "built" / "opensora_perflow"
     assert {path.name for path in (package / "patches").glob("*.patch")} == {path.name for path in PATCHES}
-    assert {path.relative_to(package / CONFIGS).as_posix() for path in (package / CONFIGS).rglob("*.py")} == SHIPPED
+    assert {path.relative_to(package / CONFIGS).as_posix() for path in (package / CONFIGS).rglob("*.py")} == {
+        path.relative_to(REPOSITORY / CONFIGS).as_posix() for path in (REPOSITORY / CONFIGS).rglob("*.py")
+    }

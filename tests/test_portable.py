@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
+import os
 import runpy
 import sys
 from importlib.util import find_spec
@@ -19,15 +20,23 @@ from torch import Tensor, nn
 from opensora_perflow import portable
 from opensora_perflow.portable import (
     adam,
+    async_writer,
     cached_download,
+    compilation,
     cpu_accelerator,
+    cuda_broadcasts,
     cuda_queue,
     device_default,
+    device_setup,
+    flash_attention,
+    liger_kernels,
     mp4_codec,
+    pinned_memory,
     process_group,
     pyav_error,
     script_assert,
     text_dropout,
+    world_of_one,
     xformers_attention,
     zero_optimizer,
     zero_stores,
@@ -36,6 +45,14 @@ from opensora_perflow.portable.imports import ModuleView, is_installed, source_m
 from opensora_perflow.portable.xformers_attention import BlockDiagonalMask, memory_efficient_attention
 
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of a few dozen float64 products
+
+STAND_INS = (
+    *("xformers", "xformers.ops", "xformers.ops.fmha"),
+    *("flash_attn", "flash_attn.flash_attn_interface"),
+    *("liger_kernel", "liger_kernel.ops", "liger_kernel.ops.rms_norm", "liger_kernel.ops.rope"),
+    *("tensornvme", "tensornvme.async_file_io"),
+)
+"""Modules that adaptations provide where the packages are not installed."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +67,12 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in STAND_INS:
+        monkeypatch.setitem(sys.modules, name, None)  # registers the undo
+        del sys.modules[name]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHDYNAMO_DISABLE"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
     monkeypatch.setattr(portable, "_active", {})
 
 
@@ -203,18 +226,12 @@ def test_wrong_lengths_and_shapes_are_refused() -> None:
 
 
 def test_xformers_can_be_imported_and_found(monkeypatch: pytest.MonkeyPatch, no_cuda: None) -> None:
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        monkeypatch.setitem(sys.modules, name, None)  # registers the undo
-        del sys.modules[name]
     assert xformers_attention.install()
     import xformers.ops
 
     assert xformers.ops.memory_efficient_attention is memory_efficient_attention
     assert xformers.ops.fmha.BlockDiagonalMask is BlockDiagonalMask
     assert find_spec("xformers") is not None and find_spec("xformers.ops") is not None
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
-        del sys.modules[name]
 
 
 def test_real_xformers_is_kept_on_cuda(monkeypatch: pytest.MonkeyPatch, cuda: None) -> None:
@@ -226,26 +243,45 @@ def test_real_xformers_is_kept_on_cuda(monkeypatch: pytest.MonkeyPatch, cuda: No
 
 # All of them
 
+VERSION_1 = {
+    "utils/train_utils.py": "optimizer._param_store",
+    "models/layers/blocks.py": "torch.rand(1).cuda()",
+    "schedulers/iddpm/gaussian_diffusion.py": 'device: str = "cuda"',
+    "datasets/utils.py": '"avc1"',
+}
+VERSION_2 = {
+    "models/mmdit/math.py": "from flash_attn import flash_attn_func",
+    "models/mmdit/layers.py": "from liger_kernel.ops.rms_norm import LigerRMSNormFunction\n@torch.compile(dynamic=True)",
+    "utils/ckpt.py": "from tensornvme.async_file_io import AsyncFileWriter\ntorch.empty(1, pin_memory=True)",
+    "utils/train.py": "    assert torch.cuda.is_available()",
+    "utils/config.py": "def sync_string(value)",
+    "utils/cai.py": "def init_inference_environment()",
+}
+"""What adaptations look for in the two generations of Open-Sora."""
+ONLY_2 = (
+    async_writer,
+    compilation,
+    cuda_broadcasts,
+    device_setup,
+    flash_attention,
+    liger_kernels,
+    pinned_memory,
+    world_of_one,
+)
+
 
 def test_nothing_is_replaced_on_a_complete_machine(
     monkeypatch: pytest.MonkeyPatch, cuda: None, packages, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    for name in ("xformers", "flash_attn", "liger_kernel", "tensornvme"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "av", SimpleNamespace(AVError=OSError, __version__="13"))
     monkeypatch.setattr(mp4_codec, "can_encode", lambda code: True)
     packages("cv2", {})
     packages("huggingface_hub", {"__init__.py": "def cached_download(): ..."})
     packages("diffusers", {"utils/dynamic_modules_utils.py": "from huggingface_hub import cached_download"})
     packages("colossalai", {"zero/low_level/low_level_optim.py": "self._param_store = None"})
-    packages(
-        "opensora",
-        {
-            "utils/train_utils.py": "optimizer._param_store",
-            "models/layers/blocks.py": "torch.rand(1).cuda()",
-            "schedulers/iddpm/gaussian_diffusion.py": 'device: str = "cuda"',
-            "datasets/utils.py": '"avc1"',
-        },
-    )
+    packages("opensora", {**VERSION_1, **VERSION_2})
     before = copy.copy(sys.meta_path), dict(vars(torch.cuda)), dict(vars(dist))
     with caplog.at_level(logging.DEBUG, logger="opensora_perflow"):
         assert portable.activate() == []
@@ -256,23 +292,13 @@ def test_nothing_is_replaced_on_a_complete_machine(
 def test_each_adaptation_is_installed_once_and_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, no_cuda: None, packages, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
-        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "av", SimpleNamespace(FFmpegError=OSError, __version__="14"))
     monkeypatch.setattr(mp4_codec, "can_encode", lambda code: code == "mp4v")
     packages("cv2", {})
     packages("huggingface_hub", {})
     packages("diffusers", {"utils/dynamic_modules_utils.py": "from huggingface_hub import cached_download"})
     packages("colossalai", {"zero/low_level/low_level_optim.py": ""})
-    packages(
-        "opensora",
-        {
-            "utils/train_utils.py": "optimizer._param_store",
-            "models/layers/blocks.py": "torch.rand(1).cuda()",
-            "schedulers/iddpm/gaussian_diffusion.py": 'device: str = "cuda"',
-            "datasets/utils.py": '"avc1"',
-        },
-    )
+    packages("opensora", {**VERSION_1, **VERSION_2})
     with caplog.at_level(logging.INFO, logger="opensora_perflow.portable"):
         active = portable.activate()
         assert portable.activate() == active
@@ -288,6 +314,11 @@ def test_packages_that_are_not_there_need_nothing(monkeypatch: pytest.MonkeyPatc
     for module in (adam, cached_download, cpu_accelerator, device_default, zero_stores, mp4_codec, pyav_error):
         assert not module.install()
     assert not text_dropout.install() and not zero_optimizer.install()
+
+
+def test_open_sora_1_is_left_alone_by_what_2_needs(no_cuda: None, packages) -> None:
+    packages("opensora", VERSION_1)
+    assert [module.NAME for module in ONLY_2 if module.install()] == []
 
 
 # Looking and hooking
@@ -370,13 +401,8 @@ def test_cuda_queue_does_nothing_quietly(no_cuda: None) -> None:
 
 
 def test_world_of_one_only_where_a_group_is_asked_for(no_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
     calls = []
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: calls.append((args, options)))
-    import os
-
     assert process_group.install()
     assert "WORLD_SIZE" not in os.environ
     dist.init_process_group(backend="nccl", init_method="tcp://127.0.0.1:1", rank=0, world_size=1)
@@ -396,8 +422,6 @@ def test_world_of_one_only_where_a_group_is_asked_for(no_cuda: None, monkeypatch
 
 
 def test_torchruns_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "9"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -406,9 +430,6 @@ def test_torchruns_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_launch_from_torch_gets_a_world_of_one(no_cuda: None, packages, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
     packages(
         "colossalai",
         {
@@ -617,6 +638,136 @@ def test_reduce_scatter_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(mine[1], torch.tensor([3.0, 4.0]).bfloat16())  # inputs are left as they were
 
 
+# Open-Sora 2.0
+
+
+def test_flash_attention_is_attention(no_cuda: None, packages) -> None:
+    packages("opensora", VERSION_2)
+    assert flash_attention.install()
+    from flash_attn import flash_attn_func
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
+    q, k, v = random_qkv(5, 6, batch=2)
+    torch.testing.assert_close(flash_attn_func(q, k, v), dense_attention(q, k, v), **FLOAT64)
+    with pytest.raises(RuntimeError, match="set sp_size=1"):
+        _flash_attn_forward(q, k, v)
+
+
+@pytest.mark.parametrize("module", [flash_attention, liger_kernels])
+def test_an_installed_kernel_is_replaced_without_cuda_alone(monkeypatch, packages, cuda: None, module: ModuleType) -> None:
+    packages("opensora", VERSION_2)
+    name = "flash_attn" if module is flash_attention else "liger_kernel"
+    real = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, real)
+    assert not module.install() and sys.modules[name] is real
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.install() and sys.modules[name] is not real
+
+
+def test_rms_norm_rounds_before_the_scale(no_cuda: None, packages) -> None:
+    packages("opensora", VERSION_2)
+    assert liger_kernels.install()
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    x, weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([2.0, 0.5])
+    # The mean square of (3, 4) is 12.5, and eps makes it 16.
+    expected = torch.tensor([[3 / 4 * 3.0, 4 / 4 * 1.5], [0.0, 0.0]])
+    assert torch.equal(LigerRMSNormFunction.apply(x, weight, 3.5, 1.0, "llama", False), expected)
+    half = LigerRMSNormFunction.apply(x.bfloat16(), weight.bfloat16(), 1e-6, 0.0, "llama", False)
+    rounded = torch.tensor([3.0, 4.0]).div(12.5**0.5).bfloat16()
+    assert half.dtype == torch.bfloat16 and torch.equal(half[0], rounded * weight.bfloat16())
+    with pytest.raises(ValueError, match="casting_mode must be \"llama\", got 'gemma'"):
+        LigerRMSNormFunction.apply(x, weight, 1e-6, 0.0, "gemma", False)
+
+
+def test_rotary_embedding_turns_pairs_by_their_angles(no_cuda: None, packages) -> None:
+    packages("opensora", VERSION_2)
+    assert liger_kernels.install()
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    q, k = (torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in range(2))
+    angles = torch.linspace(0, 3, 2 * 5 * 4, dtype=torch.float64).view(2, 5, 4)
+    cos, sin = (function(angles).repeat(1, 1, 2) for function in (torch.cos, torch.sin))
+    for x, turned in zip((q, k), LigerRopeFunction.apply(q, k, cos, sin), strict=True):
+        expected = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+        torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], -1), **FLOAT64)
+    assert LigerRopeFunction.apply(q.bfloat16(), k.bfloat16(), cos.float(), sin.float())[0].dtype == torch.bfloat16
+
+
+def test_the_asynchronous_writer_can_be_imported_and_says_what_to_set(packages) -> None:
+    packages("opensora", VERSION_2)
+    assert async_writer.install()
+    from tensornvme.async_file_io import AsyncFileWriter
+
+    with pytest.raises(RuntimeError, match="set async_io=False"):
+        AsyncFileWriter("file", 1)
+
+
+def test_only_setup_device_sees_a_device(no_cuda: None, packages) -> None:
+    source = (
+        "import torch\n"
+        "def setup_device(rank):\n"
+        "    assert torch.cuda.is_available()\n"
+        "    return rank % torch.cuda.device_count(), torch.device('cpu')\n"
+    )
+    packages("opensora", {"utils/train.py": source})
+    assert device_setup.install()
+    from opensora.utils.train import setup_device
+
+    assert setup_device(3) == (0, torch.device("cpu"))
+    assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+
+
+def test_broadcasts_stay_on_the_cpu(no_cuda: None, packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = "import torch\ndef sync_string(value): return value, torch.zeros(1).cuda().device.type\n"
+    datasets = (
+        "import torch.distributed as dist\n"
+        "def sync_object_across_devices(obj, rank=0):\n"
+        "    objects = [obj]\n"
+        "    dist.broadcast_object_list(objects, src=rank, device='cuda')\n"
+        "    return objects[0]\n"
+    )
+    packages("opensora", {"utils/config.py": config, "datasets/utils.py": datasets})
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: pytest.fail("moved to CUDA"))
+    assert cuda_broadcasts.install()
+    from opensora.datasets.utils import sync_object_across_devices
+    from opensora.utils.config import sync_string
+
+    assert sync_string("003") == ("003", "cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert sync_object_across_devices({"64px": 1}) == {"64px": 1}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_memory_is_not_pinned(no_cuda: None, packages) -> None:
+    packages("opensora", {"utils/ckpt.py": "import torch\ndef buffer(): return torch.empty(2, 3, pin_memory=True)\n"})
+    pinning = "def _pin_tensor(tensor, empty=True): return tensor.pin_memory()\n"
+    packages("colossalai", {"checkpoint_io/utils.py": pinning})
+    assert pinned_memory.install()
+    from colossalai.checkpoint_io.utils import _pin_tensor
+    from opensora.utils.ckpt import buffer
+
+    value = torch.arange(6.0)
+    assert buffer().shape == (2, 3) and _pin_tensor(value, empty=False) is value
+    assert _pin_tensor(value).shape == value.shape and _pin_tensor(value).data_ptr() != value.data_ptr()
+
+
+def test_nothing_is_compiled(no_cuda: None, packages) -> None:
+    packages("opensora", VERSION_2)
+    assert compilation.install()
+    compiled = torch.compile(lambda x: x + 1, backend=lambda *arguments: pytest.fail("compiled"))
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+
+
+def test_a_script_of_2_0_is_a_world_of_one_unless_launched(no_cuda: None, packages, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages("opensora", VERSION_2)
+    assert world_of_one.install() and os.environ["WORLD_SIZE"] == "1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not world_of_one.install() and os.environ["WORLD_SIZE"] == "2"
+
+
 # Stand-ins for the host's networks (opensora_perflow.hosts.tiny)
 
 REGISTRY = "from mmengine.registry import Registry\nMODELS = Registry('model')\n"
@@ -688,3 +839,61 @@ def test_tiny_vae_and_text_take_the_hosts_settings(tiny: ModuleType) -> None:
     )
     encoded = text.encode(**text.tokenize_fn(["a red circle"]))
     assert encoded["y"].shape == (1, 1, text.model_max_length, text.output_dim) and encoded["y"].dtype == torch.bfloat16
+
+
+HUNYUAN = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+@dataclass
+class AutoEncoder3DConfig:
+    from_pretrained: str | None
+    block_out_channels: tuple
+    layers_per_block: int
+    norm_num_groups: int
+    latent_channels: int = 16
+class AutoencoderKLCausal3D(nn.Linear):
+    def __init__(self, config): super().__init__(3, config.latent_channels)
+    def encode(self, x, sample_posterior=True): return self(x)
+    def decode(self, z): return z @ self.weight
+"""
+
+
+@pytest.fixture
+def tiny_2(packages, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    conditioner = "from torch import nn\nclass HFEmbedder(nn.Module): ...\n"
+    hunyuan = {"models/hunyuan_vae/autoencoder_kl_causal_3d.py": HUNYUAN}
+    packages("opensora", {"registry.py": REGISTRY, "models/text/conditioner.py": conditioner, **hunyuan})
+    monkeypatch.delitem(sys.modules, "opensora_perflow.hosts.v2.tiny", raising=False)
+    yield importlib.import_module("opensora_perflow.hosts.v2.tiny")
+    del sys.modules["opensora_perflow.hosts.v2.tiny"]
+
+
+def test_tiny_stand_ins_of_2_0_need_the_host_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "opensora_perflow.hosts.v2.tiny", raising=False)
+    absent(monkeypatch, "opensora")
+    with pytest.raises(ImportError, match="python -m opensora_perflow.run ROOT/scripts/diffusion"):
+        importlib.import_module("opensora_perflow.hosts.v2.tiny")
+
+
+def test_tiny_embedders_speak_the_demos_words(tiny_2: ModuleType) -> None:
+    t5 = tiny_2.MODELS.build({"type": "perflow_tiny_t5", "max_length": 6, "shardformer": True, "torch_dtype": torch.float32})
+    words = t5.encoder.encode(["a red circle", ""])["y"][:, 0]
+    assert torch.equal(t5(["a red circle", ""]), words) and torch.equal(t5(""), words[1:])
+    aligned = t5(["a red circle"], added_tokens=3, seq_align=4)  # 3 + 6 tokens and 3 more
+    assert torch.equal(aligned[:, :6], words[:1]) and torch.equal(aligned[:, 6:], torch.zeros(1, 3, 32))
+    clip = tiny_2.MODELS.build({"type": "perflow_tiny_clip", "output_dim": 32, "torch_dtype": torch.float32})
+    # Three words and the end token; padding, which is zeros, does not count. float32 sums of four.
+    torch.testing.assert_close(clip(["a red circle"])[0], words[0, :4].mean(0), rtol=1e-6, atol=1e-6)
+    assert torch.equal(clip("")[0], words[1, 0]) and clip.is_clip and not t5.is_clip
+    assert tiny_2.tiny_t5()(["x"]).dtype == torch.bfloat16
+
+
+def test_tiny_hunyuan_vae_is_the_same_everywhere_and_computes_in_float32(tiny_2: ModuleType) -> None:
+    state = torch.get_rng_state()
+    vae, again = (tiny_2.MODELS.build({"type": "perflow_tiny_hunyuan_vae", "torch_dtype": torch.bfloat16}) for _ in range(2))
+    assert torch.equal(vae.weight, again.weight) and torch.equal(torch.get_rng_state(), state)
+    assert vae.cfg.latent_channels == 16 and tiny_2.tiny_hunyuan_vae(latent_channels=4).cfg.latent_channels == 4
+    x = torch.ones(1, 3).bfloat16()
+    assert torch.equal(vae.encode(x), nn.functional.linear(torch.ones(1, 3), vae.weight, vae.bias).bfloat16())
+    assert torch.equal(vae.decode(torch.ones(1, 16).bfloat16()), (torch.ones(1, 16) @ vae.weight).bfloat16())

@@ -33,6 +33,7 @@ def checkout(tmp_path: Path) -> Path:
         "opensora/registry.py": "from mmengine.registry import Registry\nSCHEDULERS = Registry('scheduler')\n",
         "scripts/train.py": SCRIPT,
         "scripts/misc/deep.py": "print('deep')",
+        "scripts/diffusion/train.py": "",
     }.items():
         (root / relative).parent.mkdir(parents=True, exist_ok=True)
         (root / relative).write_text(source)
@@ -94,6 +95,7 @@ def test_a_script_outside_a_checkout_is_a_clear_error(tmp_path: Path, capsys: py
 def test_the_nearest_checkout_is_found(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.find_host_root(checkout / "scripts" / "train.py") == checkout.resolve()
     assert run.find_host_root(checkout / "scripts" / "misc" / "deep.py") == checkout.resolve()
+    assert run.find_host_root(checkout / "scripts" / "diffusion" / "train.py") == checkout.resolve()
     monkeypatch.chdir(checkout)
     assert run.find_host_root("scripts/train.py") == checkout.resolve()
     with pytest.raises(ValueError, match="not a file"):

@@ -1,4 +1,4 @@
-"""Adaptations that let Open-Sora's unmodified scripts run where CUDA, xformers or a compiled kernel is missing.
+"""Adaptations that let Open-Sora's unmodified scripts run where CUDA, xformers, flash-attn or a compiled kernel is missing.
 
 One small file per adaptation. Each has a `NAME` and an `install()` that looks at the machine and changes something only
 where the real thing is missing. Then it logs one line on the logger "opensora_perflow.portable" that names what it
@@ -16,15 +16,23 @@ from collections.abc import Callable
 
 from opensora_perflow.portable import (
     adam,
+    async_writer,
     cached_download,
+    compilation,
     cpu_accelerator,
+    cuda_broadcasts,
     cuda_queue,
     device_default,
+    device_setup,
+    flash_attention,
+    liger_kernels,
     mp4_codec,
+    pinned_memory,
     process_group,
     pyav_error,
     script_assert,
     text_dropout,
+    world_of_one,
     xformers_attention,
     zero_optimizer,
     zero_stores,
@@ -46,6 +54,14 @@ INSTALLERS: dict[str, Callable[[], bool]] = {
         text_dropout,
         device_default,
         mp4_codec,
+        flash_attention,
+        liger_kernels,
+        async_writer,
+        device_setup,
+        cuda_broadcasts,
+        pinned_memory,
+        compilation,
+        world_of_one,
     )
 }
 """Every adaptation by name, in the order in which they are asked; none depends on another having been installed."""

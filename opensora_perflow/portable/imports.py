@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -56,6 +58,47 @@ def source_mentions(package: str, relative: str, text: str) -> bool:
     """Whether the source file `relative` of `package` contains `text`: asks what a host needs without importing it."""
     path = package_file(package, relative)
     return path is not None and text in path.read_text(encoding="utf-8")
+
+
+def provide_modules(origin: str, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put stand-in modules into sys.modules.
+
+    Args:
+        origin: Module that makes them, for their docstrings.
+        modules: Dotted name -> names in the module; a package comes before what is inside it.
+    """
+    for name, names in modules.items():
+        module = ModuleType(name, f"Stand-in by {origin}.")
+        # Without a __spec__ importlib.util.find_spec raises ValueError, and diffusers calls it at import.
+        module.__spec__ = ModuleSpec(name, None, is_package=True)
+        module.__path__ = []
+        module.__dict__.update(names)
+        sys.modules[name] = module
+        package, _, inner = name.rpartition(".")
+        if package:
+            setattr(sys.modules[package], inner, module)
+
+
+@contextmanager
+def _cuda_stays_here() -> Iterator[None]:
+    """While it lasts, tensor.cuda() returns the tensor: for one call only, so that other uses still fail loudly."""
+    cuda = torch.Tensor.cuda
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = cuda
+
+
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, within which tensor.cuda() returns the tensor."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_stays_here():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def when_imported(name: str, change: Callable[[ModuleType], None]) -> None:

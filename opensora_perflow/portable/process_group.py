@@ -27,13 +27,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def provide_world_of_one() -> None:
-    """Set the variables torchrun would set for one process, unless a launcher has set RANK or WORLD_SIZE."""
+def provide_world_of_one() -> bool:
+    """Set the variables torchrun would set for one process, unless a launcher has set RANK or WORLD_SIZE; were they set?"""
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        return
+        return False
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    return True
 
 
 def _reads_environment(init_method: str | None, options: dict[str, Any]) -> bool:

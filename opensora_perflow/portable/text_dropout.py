@@ -6,43 +6,17 @@ a run without CUDA drops the same samples as one with it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
-import torch
-
-from opensora_perflow.portable.imports import announce, has_cuda, source_mentions, when_imported
+from opensora_perflow.portable.imports import announce, has_cuda, on_cpu, source_mentions, when_imported
 
 NAME = "text_dropout"
-
-
-@contextmanager
-def _cuda_stays_here() -> Iterator[None]:
-    """While it lasts, tensor.cuda() returns the tensor: for one call only, so that other uses still fail loudly."""
-    cuda = torch.Tensor.cuda
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
-    try:
-        yield
-    finally:
-        torch.Tensor.cuda = cuda
-
-
-def _on_cpu(token_drop: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(token_drop)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _cuda_stays_here():
-            return token_drop(*args, **kwargs)
-
-    return call
 
 
 def _wrap(module: ModuleType) -> None:
     for value in vars(module).values():
         if isinstance(value, type) and value.__module__ == module.__name__ and "token_drop" in vars(value):
-            value.token_drop = _on_cpu(value.token_drop)
+            value.token_drop = on_cpu(value.token_drop)
 
 
 def install() -> bool:

@@ -7,17 +7,14 @@ Open-Sora imports xformers.ops at the top of models/layers/blocks.py (v1.2.0:22,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opensora_perflow.portable.imports import announce, has_cuda, is_installed
+from opensora_perflow.portable.imports import announce, has_cuda, is_installed, provide_modules
 
 NAME = "xformers_attention"
 
@@ -138,27 +135,12 @@ def memory_efficient_attention(
     return torch.cat(blocks, dim=1).contiguous()
 
 
-def build_modules() -> dict[str, ModuleType]:
-    """Modules xformers, xformers.ops and xformers.ops.fmha with the names above, not yet in sys.modules."""
-    modules = {}
-    for name in ("xformers", "xformers.ops", "xformers.ops.fmha"):
-        module = ModuleType(name, f"Stand-in by {__name__}.")
-        # Without a __spec__ importlib.util.find_spec raises ValueError, and diffusers calls it at import.
-        module.__spec__ = ModuleSpec(name, None, is_package=True)
-        module.__path__ = []
-        modules[name] = module
-    modules["xformers"].ops = modules["xformers.ops"]
-    modules["xformers.ops"].fmha = modules["xformers.ops.fmha"]
-    modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention
-    modules["xformers.ops.fmha"].memory_efficient_attention = memory_efficient_attention
-    modules["xformers.ops.fmha"].BlockDiagonalMask = BlockDiagonalMask
-    return modules
-
-
 def install() -> bool:
     if is_installed("xformers") and has_cuda():
         return False
     reason = "has no kernel for block diagonal masks without CUDA" if is_installed("xformers") else "is not installed"
-    sys.modules.update(build_modules())
+    attention = {"memory_efficient_attention": memory_efficient_attention}
+    mask = {"BlockDiagonalMask": BlockDiagonalMask}
+    provide_modules(__name__, {"xformers": {}, "xformers.ops": attention, "xformers.ops.fmha": {**attention, **mask}})
     announce(NAME, f"xformers.ops now computes attention with torch, because xformers {reason}")
     return True

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opensora_perflow.hosts.v1.install import Status
+    from opensora_perflow.hosts.install import Status
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,10 +111,12 @@ def _add_install(commands: argparse._SubParsersAction) -> None:
         "install",
         help="register perflow in an Open-Sora checkout and put the configs into it, or undo that",
         description=(
-            "Puts two things into an Open-Sora checkout (v1.0.0, v1.1.0, v1.2.0 or v1.3; which one is found out):\n"
+            "Puts two things into an Open-Sora checkout (v1.0.0, v1.1.0, v1.2.0, v1.3 or 2.0; which one is found out):\n"
             "  1. one line in opensora/schedulers/__init__.py that registers perflow, so that any config may change its\n"
-            '     scheduler to type="perflow" and nothing else. From then on Open-Sora needs this package to be installed;\n'
-            "  2. this package's configs, as configs/opensora/perflow_*.py and configs/opensora/_base_/*.py.\n"
+            '     scheduler to type="perflow" and nothing else. From then on Open-Sora needs this package to be installed.\n'
+            "     2.0 needs no such line;\n"
+            "  2. this package's configs, as configs/opensora/perflow_*.py and configs/opensora/_base_/*.py; in 2.0 as\n"
+            "     configs/diffusion/train/perflow_*.py and configs/diffusion/inference/perflow_*.py.\n"
             "No file is overwritten, a second run changes nothing, after a failure nothing is left, and --uninstall leaves\n"
             "`git status` as it was before. Needs git on PATH; ROOT itself need not be a repository."
         ),
@@ -136,7 +138,7 @@ def _add_install(commands: argparse._SubParsersAction) -> None:
 
 
 def _install(args: dict) -> int:
-    from opensora_perflow.hosts.v1 import install
+    from opensora_perflow.hosts import install
 
     root = args["root"]
     if args["check"]:
@@ -160,7 +162,8 @@ def _print_status(root: Path, status: Status) -> int:
     present = "not installed" if status.record is None else "copied" if status.record.copied else "linked"
     number = 0 if status.record is None else len(status.record.configs) - len(status.missing)
     print(f"Open-Sora {status.tag} at {root}: perflow is {'' if status.complete else 'not (fully) '}installed")
-    print(f"  registering line  {'there' if status.registers else status.conflict or 'not there'}")
+    if status.registers is not None:
+        print(f"  registering line  {'there' if status.registers else status.conflict or 'not there'}")
     print(f"  configs           {present}" + (f", {number} of {len(status.record.configs)}" if status.record else ""))
     if status.record is not None:
         for what, names in {"missing": status.missing, "edited": status.edited}.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,14 @@ SKIP_REASON = (
     "set OPENSORA_ROOTS=/path/to/Open-Sora-v1.2.0:/path/to/Open-Sora-v1.3 (one or more unmodified checkouts of "
     "hpcaitech/Open-Sora at those tags, joined by ':') and run pytest where the host's packages are installed, see docs"
 )
+SKIP_REASON_2 = (
+    "name an unmodified checkout of hpcaitech/Open-Sora's main branch (2.0) in OPENSORA_ROOTS, and run pytest where the host's "
+    "packages and colossalai 0.5.0 are installed, see docs"
+)
 
 
-def host_roots() -> list[Path]:
-    """Checkouts named by OPENSORA_ROOTS.
+def host_roots(generation: int = 1) -> list[Path]:
+    """Checkouts of Open-Sora 1.x, or of 2.0, that OPENSORA_ROOTS names.
 
     Raises:
         ValueError: a path in it is no Open-Sora checkout.
@@ -33,11 +38,13 @@ def host_roots() -> list[Path]:
     for root in roots:
         if not (root / "opensora" / "__init__.py").is_file():
             raise ValueError(f"OPENSORA_ROOTS must name Open-Sora checkouts, got {str(root)!r}; it holds no opensora/")
-    return roots
+    return [root for root in roots if (tag_of(root) == "2.0") == (generation == 2)]
 
 
 def tag_of(root: Path) -> str:
-    """Which Open-Sora a checkout is, by what it has: "1.0", "1.1", "1.2" or "1.3"."""
+    """Which Open-Sora a checkout is, by what it has: "1.0", "1.1", "1.2", "1.3" or "2.0"."""
+    if (root / "scripts" / "diffusion").is_dir():
+        return "2.0"
     if (root / "scripts" / "inference_i2v.py").is_file():
         return "1.3"
     if (root / "opensora" / "schedulers" / "rf").is_dir():
@@ -234,6 +241,7 @@ def run_script(
     """Run `scripts/<script>` of a checkout through opensora_perflow.run and return what it printed.
 
     Args:
+        script: Relative to scripts/: "train.py", and "diffusion/train.py" in 2.0.
         nproc: 1 starts plain Python; more start torchrun with that many processes.
         cwd: Folder to run in (outputs of the host are relative to it).
         log: Where to stream the output; default `cwd`/<script>.log.
@@ -269,6 +277,11 @@ def run_python(command: Sequence[str], *, nproc: int, log: Path, cwd: Path, time
         tail = "\n".join(output.splitlines()[-TAIL_LINES:])
         raise AssertionError(f"{' '.join(command)} ended with {code}; last {TAIL_LINES} lines of {log}:\n{tail}")
     return output
+
+
+def losses(printed: str) -> list[float]:
+    """Losses in train.py's progress bar, in order."""
+    return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", printed)]
 
 
 def checkpoints(outputs: Path) -> list[Path]:

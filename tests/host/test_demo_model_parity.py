@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _harness import SKIP_REASON, host_roots
 from safetensors.torch import load_file, save_file
 
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
@@ -19,7 +20,7 @@ from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
 pytestmark = pytest.mark.host
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ROOTS = [Path(part) for part in os.environ.get("OPENSORA_ROOTS", "").split(":") if part]
+ROOTS = host_roots()
 
 HOST_PROCESS = """
 import sys, torch
@@ -78,7 +79,7 @@ def host_outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """(outputs of the real class, weight files, cases) for one checkout."""
     root = request.param
     if root is None:
-        pytest.skip("OPENSORA_ROOTS is unset; name one or more unmodified Open-Sora checkouts, joined by ':'")
+        pytest.skip(SKIP_REASON)
     if not (root / "opensora" / "models" / "stdit" / "stdit3.py").is_file():
         pytest.skip(f"{root.name} has no STDiT3")
     folder = tmp_path_factory.mktemp("parity")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _harness import REPOSITORY, Clips, run_script
+from _harness import REPOSITORY, Clips, losses, run_script
 
-from opensora_perflow.hosts.v1.install import CONFIGS, TAGS, check, install, uninstall
+from opensora_perflow.hosts.install import TAGS, check, install, uninstall
 
 pytestmark = pytest.mark.host
+CONFIGS = "configs/opensora"
 TRAIN_CONFIGS = {"1.2": "opensora-v1-2/train/stage1.py", "1.3": "opensora-v1-3/train/stage1.py"}
 
 # Until the patch is imported this process must not know opensora_perflow, so the portable layer cannot help where xformers
@@ -69,11 +69,6 @@ def python(root: Path, code: str) -> str:
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
-
-
-def losses(printed: str) -> list[float]:
-    """Losses in train.py's progress bar, in order."""
-    return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", printed)]
 
 
 @pytest.mark.parametrize("copy", [False, True], ids=["links", "copies"])

@@ -17,6 +17,7 @@ from _harness import (
     decode_video,
     host_roots,
     inference_config,
+    losses,
     mp4_files,
     run_python,
     run_script,
@@ -33,11 +34,6 @@ def trained(host_root: Path, host_tag: str, clips: Clips, tmp_path_factory: pyte
     folder = tmp_path_factory.mktemp(f"trained{host_tag}")
     config = train_config(folder / "train.py", host_tag, clips, OWN_SCHEDULER[host_tag], folder / "outputs")
     return folder / "outputs", run_script(host_root, "train.py", config, cwd=folder)
-
-
-def losses(output: str) -> list[float]:
-    """Losses in train.py's progress bar, in order."""
-    return [float(value) for value in re.findall(r"loss=([-+.\deE]+|nan|inf)", output)]
 
 
 def model_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from mmengine.registry import Registry
 
+from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.script import before_builds, main_variable
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.hosts.v1.install import find_tag, imported_tree
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.teacher import check_source
 

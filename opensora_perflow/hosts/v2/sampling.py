@@ -72,8 +72,8 @@ class SamplingSettings:
             said.append(
                 (
                     logging.WARNING,
-                    f"{steps} sampling steps for {count} windows: steps cross edges of windows, which the student never learned; "
-                    f"set sampling_option.num_steps={count}, or a multiple",
+                    f"{steps} sampling steps for {count} windows: steps cross edges of windows, which the student never "
+                    f"learned; set sampling_option.num_steps={count}, or a multiple",
                 )
             )
         if max(abs(one - other) for one, other in zip(times, asked)) <= SAME:

@@ -1,8 +1,9 @@
 """Put the plugin into an Open-Sora checkout, say what of it is there, and take it out again.
 
-Two things go in: the patch of the tag (one line that registers `perflow`, see patches/), and this package's configs, as links
-or copies, beside the host's own. What was put in is written to a record in the tree, so that a later version of this package
-takes out what an earlier one put in. Nothing that the record does not name is ever removed, and nothing is overwritten.
+Two things go in: the patch of the tag (one line that registers `perflow`, see patches/; Open-Sora 2.0 needs none), and this
+package's configs, as links or copies, beside the host's own. What was put in is written to a record in the tree. So a later
+version of this package takes out what an earlier one put in. Nothing that the record does not name is ever removed, and nothing
+is overwritten.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import opensora_perflow
-from opensora_perflow.hosts.v1.install_record import (
-    CONFIGS,
+from opensora_perflow.hosts.install_record import (
     PATCHED,
     RECORD,
     Record,
+    Tree,
     part_of,
     read_record,
     refuse_links,
@@ -32,14 +33,19 @@ from opensora_perflow.hosts.v1.install_record import (
 )
 
 TAGS = {
+    "2.0": "scripts/diffusion/train.py",
     "v1.3": "scripts/inference_i2v.py",
     "v1.2.0": "opensora/models/stdit/stdit3.py",
     "v1.1.0": "opensora/models/stdit/stdit2.py",
     "v1.0.0": "opensora/models/stdit/stdit.py",
 }
-"""Open-Sora's tags, newest first, each with a file that the older ones lack. Its setup.py says 1.2.0 in v1.3 too."""
+"""Open-Sora's tags, newest first, each with a file that the older ones lack. Its setup.py says 1.2.0 in v1.3 too.
 
-_COMMON = ("opensora/registry.py", PATCHED, "scripts/train.py", CONFIGS)
+2.0 is upstream's main branch. There a model is what a config chooses, and its custom_imports register ours.
+"""
+
+_COMMON = ("opensora/registry.py", PATCHED, "scripts/train.py", "configs/opensora")
+_COMMON_2 = ("opensora/registry.py", "configs/diffusion/train", "configs/diffusion/inference")
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Status:
     """What of the plugin is in a tree."""
 
     tag: str
-    registers: bool
-    """Whether the line that registers `perflow` is there."""
+    registers: bool | None
+    """Whether the line that registers `perflow` is there; None where none is needed."""
     conflict: str
     """Why the patch can neither be applied nor taken out, naming the file; empty if it can."""
     record: Record | None
@@ -63,21 +69,22 @@ class Status:
     @property
     def complete(self) -> bool:
         """Whether everything is there, as this version of the package would put it. Edited copies are the user's right."""
-        return self.record is not None and self.registers and not self.missing and not self.outdated
+        return self.record is not None and self.registers is not False and not self.missing and not self.outdated
 
 
 def find_tag(root: Path) -> str:
     """Which of Open-Sora's tags a tree is, by the files that it has.
 
     Raises:
-        ValueError: none of them (Open-Sora 2.0 has no schedulers to register with).
+        ValueError: none of them.
     """
-    missing = [name for name in _COMMON if not (root / name).exists()]
     tag = next((tag for tag, newest in TAGS.items() if (root / newest).is_file()), None)
+    missing = [name for name in (_COMMON_2 if tag == "2.0" else _COMMON) if not (root / name).exists()]
     if missing or tag is None:
         raise ValueError(
             f"ROOT must be a checkout of hpcaitech/Open-Sora at {', '.join(reversed(TAGS))}, got {str(root)!r}, which has no "
-            f"{(missing or [TAGS['v1.0.0']])[0]}; clone one of these tags, for example with --branch v1.3"
+            f"{(missing or [TAGS['v1.0.0']])[0]}; clone one of these tags, for example with --branch v1.3 (2.0 is "
+            "the main branch)"
         )
     return tag
 
@@ -88,19 +95,18 @@ def check(root: str | os.PathLike) -> Status:
     Raises:
         ValueError: a tree that is none of Open-Sora's tags, a damaged record, folders that are links out of the tree, no git.
     """
-    root = Path(root).resolve()
-    tag, record = find_tag(root), read_record(root)
-    patch = _patch_for(tag)
-    registers, conflict = _patch_state(root, record.patch if record else patch)
-    wanted = _wanted(copy=record is not None and record.copied)
-    refuse_links(root, {**wanted, **(record.configs if record else {})})
+    tree = _tree(root)
+    record, patch = read_record(tree), _patch_for(tree.tag)
+    registers, conflict = _patch_state(tree.root, record.patch if record else patch)
+    wanted = _wanted(tree, copy=record is not None and record.copied)
+    refuse_links(tree, {**wanted, **(record.configs if record else {})})
     if record is None:
-        return Status(tag, registers, conflict, None, tuple(f"{CONFIGS}/{name}" for name in wanted), (), False)
-    missing = tuple(f"{CONFIGS}/{name}" for name in record.configs if not (root / CONFIGS / name).exists())
-    changed = (f"{CONFIGS}/{name}" for name, content in record.configs.items() if _content(root / CONFIGS / name) != content)
+        return Status(tree.tag, registers, conflict, None, tuple(map(tree.name, wanted)), (), False)
+    missing = tuple(tree.name(name) for name in record.configs if not tree.path(name).exists())
+    changed = (tree.name(name) for name, content in record.configs.items() if _content(tree.path(name)) != content)
     edited = tuple(name for name in changed if name not in missing)
     outdated = (record.patch, dict(record.configs)) != (patch, wanted)
-    return Status(tag, registers, conflict, record, missing, edited, outdated)
+    return Status(tree.tag, registers, conflict, record, missing, edited, outdated)
 
 
 def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
@@ -118,15 +124,14 @@ def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
         ValueError: see `check`; edits where the patch goes; files in the way of configs; edited configs that would have to be
             replaced (the message names the files).
     """
-    root = Path(root).resolve()
-    status = check(root)
+    tree, status = _tree(root), check(root)
     if status.complete and status.record.copied == copy:
         return False
     if status.conflict:
         raise ValueError(status.conflict)
-    record = Record(opensora_perflow.__version__, _patch_for(status.tag), copy, _wanted(copy))
+    record = Record(opensora_perflow.__version__, _patch_for(status.tag), copy, _wanted(tree, copy))
     ours = status.record.configs if status.record else {}
-    taken = [f"{CONFIGS}/{name}" for name in record.configs if name not in ours and os.path.lexists(root / CONFIGS / name)]
+    taken = [tree.name(name) for name in record.configs if name not in ours and os.path.lexists(tree.path(name))]
     if status.edited:
         raise ValueError(f"nothing was installed, because {_names(status.edited)} was edited; move it away, then install again")
     if taken:
@@ -136,13 +141,13 @@ def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
     if status.record:
         uninstall(root)
     try:
-        write_record(root, record)
+        write_record(tree, record)
         for name in record.configs:
-            _put(_shipped("configs") / "opensora" / name, root / CONFIGS / name, copy)
-        if not _patch_state(root, record.patch)[0]:  # a line that was there before, put in by hand, is taken as ours
-            _git_apply(root, record.patch)
+            _put(_source(tree) / name, tree.path(name), copy)
+        if _patch_state(tree.root, record.patch)[0] is False:  # a line that was there before, put in by hand, is taken as ours
+            _git_apply(tree.root, record.patch)
     except BaseException:
-        _remove_configs(root, record)
+        _remove_configs(tree, record)
         raise
     return True
 
@@ -157,18 +162,17 @@ def uninstall(root: str | os.PathLike) -> bool:
         ValueError: see `check`; edits around the registering line, or edited configs, which are not thrown away. Then nothing
             was removed.
     """
-    root = Path(root).resolve()
-    status = check(root)
+    tree, status = _tree(root), check(root)
     if status.conflict:
         raise ValueError(status.conflict)
     if status.edited:
         raise ValueError(f"nothing was removed, because {_names(status.edited)} was edited; move it away, then uninstall again")
     if status.registers:
-        _git_apply(root, status.record.patch if status.record else _patch_for(status.tag), "--reverse")
+        _git_apply(tree.root, status.record.patch if status.record else _patch_for(status.tag), "--reverse")
     if status.record:
-        _remove_configs(root, status.record)
-    halves = _remove_parts(root, _wanted(copy=False))
-    return status.registers or status.record is not None or halves
+        _remove_configs(tree, status.record)
+    halves = _remove_parts(tree, _wanted(tree, copy=False))
+    return bool(status.registers) or status.record is not None or halves
 
 
 def imported_tree() -> Path | None:
@@ -186,15 +190,26 @@ def _shipped(name: str) -> Path:
     raise ValueError(f"this installation of opensora-perflow has no folder {name} in {package}; install the package again")
 
 
+def _tree(root: str | os.PathLike) -> Tree:
+    root = Path(root).resolve()
+    return Tree(root, find_tag(root))
+
+
+def _source(tree: Tree) -> Path:
+    return _shipped("configs") / tree.source[0]
+
+
 def _patch_for(tag: str) -> str:
+    if tag == "2.0":
+        return ""
     (path,) = _shipped("patches").glob(f"*-{tag}.patch")
     return path.read_text(encoding="utf-8")
 
 
-def _wanted(copy: bool) -> dict[str, str]:
-    """Every config by its path below CONFIGS, and what `_content` is to say of it."""
-    source = _shipped("configs") / "opensora"
-    paths = sorted([*source.glob("perflow_*.py"), *source.glob("_base_/*.py")])
+def _wanted(tree: Tree, copy: bool) -> dict[str, str]:
+    """Every config by its path below the tree's folder of them, and what `_content` is to say of it."""
+    source = _source(tree)
+    paths = sorted(path for pattern in tree.source[1] for path in source.glob(pattern))
     return {path.relative_to(source).as_posix(): _content(path) if copy else f"link {path}" for path in paths}
 
 
@@ -213,30 +228,32 @@ def _put(source: Path, path: Path, copy: bool) -> None:
         path.symlink_to(source)
 
 
-def _remove_parts(root: Path, names: Iterable[str]) -> bool:
+def _remove_parts(tree: Tree, names: Iterable[str]) -> bool:
     """Remove what a process left that was killed while it wrote configs or the record; was there anything?"""
-    parts = [part_of(root / RECORD), *(part_of(root / CONFIGS / name) for name in names)]
+    parts = [part_of(tree.path(name)) for name in (RECORD, *names)]
     found = [part for part in parts if os.path.lexists(part)]
     for part in found:
         part.unlink()
     return bool(found)
 
 
-def _remove_configs(root: Path, record: Record) -> None:
+def _remove_configs(tree: Tree, record: Record) -> None:
     """Remove what the record names, where it is still what was put there; the record itself last."""
     for name, content in record.configs.items():
-        path = root / CONFIGS / name
+        path = tree.path(name)
         if _content(path) == content:
             path.unlink()
-    _remove_parts(root, record.configs)
-    for folder in {(root / CONFIGS / name).parent for name in record.configs} - {root / CONFIGS}:
+    _remove_parts(tree, record.configs)
+    for folder in {tree.path(name).parent for name in record.configs} - {tree.root / tree.folder}:
         with suppress(OSError):  # it is not there, or holds files of the user's
             folder.rmdir()
-    (root / RECORD).unlink(missing_ok=True)
+    tree.path(RECORD).unlink(missing_ok=True)
 
 
-def _patch_state(root: Path, patch: str) -> tuple[bool, str]:
-    """Whether the patch is in the tree; and if it neither is nor could be, why."""
+def _patch_state(root: Path, patch: str) -> tuple[bool | None, str]:
+    """Whether the patch is in the tree (None without one); and if it neither is nor could be, why."""
+    if not patch:
+        return None, ""
     try:
         _git_apply(root, patch, "--check", "--reverse")
         return True, ""
