@@ -30,6 +30,10 @@ class Host(Protocol):
     def resumed(self) -> tuple[str, bool] | None:
         """The checkpoint that the run goes on from, and whether its steps are counted on; None for a run from the start."""
 
+    def restore(self, model: nn.Module) -> str:
+        """Put back what the host's own loader left out of the resumed checkpoint's weights. What the run goes on with, in
+        words."""
+
     def trained_students(self, weights: str) -> bool:
         """Did a PeRFlow run write these weights, as far as the host's own files tell?"""
 

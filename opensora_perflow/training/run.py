@@ -203,12 +203,11 @@ class TrainingRun:
                     self._teach_by(model)  # the checkpoint does not hold the student that taught until now
             check_resumed(state, describe(self), where, recipe.allow_change)
             seed, steps = state.draws.get("seed") if seed is None else seed, state.steps if loaded[1] else 0
+            weights = self.host.restore(model)
             logger.info(
-                "PeRFlow goes on after %d training steps (%s): with the draws of an unbroken run, and with the checkpoint's "
-                "weights, which are rounded where the host trains float32 masters and does not save them",
-                steps,
-                where,
-            )
+                "PeRFlow goes on after %d training steps (%s): with the draws of an unbroken run, and with %s",
+                steps, where, weights,
+            )  # fmt: skip
         elif loaded is not None:
             logger.info(
                 "PeRFlow counts its steps from 0: %s has no perflow.json, so nothing is known of its windows", loaded[0]

@@ -2,11 +2,12 @@
 
     python _recording_run.py OUT SCRIPT [args ...]
 
-OUT/draws.pt holds each step's windows, times and noise; OUT/teacher.safetensors the teacher's weights.
+OUT/draws-RANK.pt holds each step's windows, times, noise and loss; OUT/teacher.safetensors the teacher's weights.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def recorded_step(self, batch, *args):
     drawn = batch.drawn
     edges = drawn.solver_times[[0, -1]]
     steps.append({"windows": drawn.window_idx, "times": drawn.times, "edges": edges, "noise": batch.noise})
-    return step(self, batch, *args)
+    loss = step(self, batch, *args)
+    steps[-1]["loss"] = loss.detach().clone()
+    return loss
 
 
 TrainingRun.step = recorded_step
 main(arguments)
 out.mkdir(parents=True, exist_ok=True)
-torch.save(steps, out / "draws.pt")
+torch.save(steps, out / f"draws-{os.environ.get('RANK', 0)}.pt")
 write_state_dict(out / "teacher.safetensors", runs[0].teacher.network.state_dict())

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from opensora_perflow.hosts.script import main_variable
+from opensora_perflow.hosts.v1.masters import write_masters
 
 
 def resumed_checkpoint() -> tuple[str, bool] | None:
@@ -25,6 +26,7 @@ def resumed_checkpoint() -> tuple[str, bool] | None:
 def before_each_save(write: Callable[[Path], None]) -> bool:
     """Have `write(folder)` called in the first process whenever the running script saves a checkpoint into a folder.
 
+    Before that every process writes its shard of ZeRO's masters there.
     train.py of every 1.x tag saves with `booster.save_model(model, folder/model, ...)` (opensora/utils/ckpt_utils.py, save)
     before anything else: that method of that one object is wrapped. `write` comes first: where it fails, nothing has been
     saved yet, and the script stops without a checkpoint that looks whole.
@@ -39,8 +41,10 @@ def before_each_save(write: Callable[[Path], None]) -> bool:
 
     @functools.wraps(save_model)
     def save(model: Any, checkpoint: str, *args: Any, **options: Any) -> Any:
+        folder = Path(checkpoint).parent
+        write_masters(folder, model)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            write(Path(checkpoint).parent)
+            write(folder)
         return save_model(model, checkpoint, *args, **options)
 
     booster.save_model = save

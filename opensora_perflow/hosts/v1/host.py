@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1 import checkpoints, parallel, run_config
+from opensora_perflow.hosts.v1 import checkpoints, masters, parallel, run_config
 from opensora_perflow.hosts.v1.network import settle, unwrap
 from opensora_perflow.hosts.v1.weights import read_weights
 
@@ -32,6 +32,10 @@ class OpenSora:
 
     def resumed(self) -> tuple[str, bool] | None:
         return checkpoints.resumed_checkpoint()
+
+    def restore(self, model: nn.Module) -> str:
+        folder, _ = self.resumed()
+        return masters.restore_masters(Path(folder), model)
 
     def trained_students(self, weights: str) -> bool:
         return run_config.trained_students(weights)

@@ -57,6 +57,9 @@ class OpenSora2:
         folder = (_config() or {}).get("load")
         return None if folder is None else (str(folder), True)
 
+    def restore(self, model: nn.Module) -> str:
+        return "the checkpoint's weights, which are rounded where ColossalAI trains float32 masters"
+
     def trained_students(self, weights: str) -> bool:
         return trained_students(weights)
 
