@@ -25,19 +25,24 @@ def state(**changes):
     return StudentState(**{**values, **changes})
 
 
-def sample(weights, scheduler, network=None, **arguments):
-    """What an inference.py does with a scheduler: its network evaluations, in samples of a batch of 2."""
-    network = tiny_network() if network is None else network
-    count = CountCalls(network)
+def latents(weights, scheduler, network, **arguments):
+    """What an inference.py gets from a scheduler."""
 
     def main():
         cfg = Config(dict(scheduler=dict(type="perflow"), model=dict(from_pretrained=str(weights))))
         noise, args = torch.randn(2, 4, 5, 4, 4), dict(additional_args=sizes(2), progress=False)
         with torch.no_grad():
-            scheduler.sample(network, text_encoder(network), noise, ["a", "b"], **{**args, **arguments})
-        return cfg
+            sampled = scheduler.sample(network, text_encoder(network), noise, ["a", "b"], **{**args, **arguments})
+        return cfg, sampled
 
-    main()
+    return main()[1]
+
+
+def sample(weights, scheduler, network=None, **arguments):
+    """Network evaluations of an inference.py, in samples of a batch of 2."""
+    network = tiny_network() if network is None else network
+    count = CountCalls(network)
+    latents(weights, scheduler, network, **arguments)
     return count.calls, count.samples
 
 
@@ -138,6 +143,46 @@ def test_the_scale_of_mode_range_lies_in_the_trained_range(tmp_path, said):
         sample(tmp_path, PeRFlow(**BARE), network)
     with pytest.raises(ValueError, match=r"cfg_scale \(windows as in .*one for each of the 2 windows"):
         sample(tmp_path, PeRFlow(cfg_scale=[2.0, 2.0, 2.0, 2.0], **BARE), network)
+
+
+@pytest.mark.parametrize(
+    "trained, told, asked, scale, words",
+    [
+        (3.0, {}, {}, 3.0, None),
+        (3.0, dict(cfg_scale=3.0), {}, 3.0, None),
+        (3.0, dict(cfg_scale=5.0), {}, 5.0, "guidance 5, and was trained on the states that guidance 3 leads to"),
+        (3.0, {}, dict(guidance_scale=[3.0, 2.0]), [3.0, 2.0], "guidance 3, 2, and was trained"),
+        ((9.0, 2.0), {}, {}, [9.0, 2.0], None),
+        ((9.0, 2.0), dict(windows=3), {}, 4.0, "windows trained"),
+        (None, {}, {}, 4.0, None),
+        (None, dict(cfg_scale=5.0), {}, 5.0, None),
+    ],
+)
+def test_the_scale_of_mode_sync_is_that_of_the_starts(trained, told, asked, scale, words, tmp_path, said):
+    """Against the same network, sampled by a scheduler that is told everything."""
+    write_state(tmp_path, state(guidance=SYNC, cfg_scale=trained))
+    network, scheduler, plain = tiny_network(), PeRFlow(**BARE, **told), PeRFlow(**{**BARE, "windows": [1, 0.6, 0], **told})
+    drawn = {}
+    for name, one, weights, arguments in (
+        ("trained", scheduler, tmp_path, asked),
+        ("told", plain, "nowhere", dict(guidance_scale=scale)),
+    ):
+        torch.manual_seed(0)
+        drawn[name] = latents(weights, one, network, **arguments)
+    assert torch.equal(drawn["trained"], drawn["told"])
+    assert len(said()) == (words is not None) and all(words in text for text in said())
+
+
+def test_a_state_holds_the_scale_by_which_its_starts_were_reached():
+    for settings, scale in (
+        (dict(cfg_scale=[9.0, 5.0]), (9.0, 5.0)),
+        (dict(draws=dict(starts="diffused")), None),
+        (dict(guidance=dict(mode="fixed", scale=3.0)), None),
+    ):
+        network, scheduler = tiny_network(), PeRFlow(windows=2, **BARE, **settings)
+        scheduler.training_losses(network, *batch(network))
+        assert scheduler.state().cfg_scale == scale
+        assert StudentState.from_json(scheduler.state().to_json(), "x").cfg_scale == scale
 
 
 def test_path_and_prediction_come_from_the_checkpoint(tmp_path, said):

@@ -18,6 +18,7 @@ from opensora_perflow import __version__
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checkpoints import read_metadata
 from opensora_perflow.checks import (
+    as_scales,
     check_keys,
     choice,
     data,
@@ -76,6 +77,9 @@ class StudentState:
     prediction: str = key(MISSING, choice(*PREDICTIONS))
     guidance: dict[str, Any] = key(MISSING, _settings)
     """The keys of recipe.Guidance."""
+    cfg_scale: Any = key(None, optional(as_scales))
+    """Guidance by which the student came to its starts in training, where it is guided in sampling too (mode sync): a number,
+    or one a window; None: no such guidance, or not known."""
     teacher: str | None = key(None, optional(words))
     """teacher.fingerprint of its weights; None before there is one."""
     teacher_source: str | None = key(None, optional(words))

@@ -20,12 +20,14 @@ class SamplingSettings:
 
     windows: The recipe's, or those of a curriculum's stage.
     grids: Numbers of steps whose uniform grids the student was trained for as well, see recipe.Draws.
+    scale: Guidance by which the student came to its starts, see state.StudentState.cfg_scale; None: not known.
     """
 
     recipe: Recipe
     keys: Keys
     windows: TimeWindows
     grids: tuple[int, ...] = ()
+    scale: float | tuple[float, ...] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -42,6 +44,19 @@ class SamplingSettings:
             f"{steps} sampling {step} for {count} windows: steps cross edges of windows, which the student never learned, "
             "and samples end further from the teacher's: 2.8 times as far with 2 steps for 4 windows on the mixture of "
             f"benchmarks/. Set num_sampling_steps={count}, or train a student of {steps} {window} (stage 3, curriculum)"
+        ]
+
+    def other_scale(self, asked: float | Sequence[float] | None) -> list[str]:
+        """A warning where a call asks for another guidance than the student came to its starts by; `asked` None: cfg_scale."""
+        if self.scale is None:
+            return []
+        now, trained = (self.keys.scales(scale, self.windows.num_windows) for scale in (asked, self.scale))
+        if now == trained:
+            return []
+        now, trained = (", ".join(f"{scale:g}" for scale in dict.fromkeys(scales)) for scales in (now, trained))
+        return [
+            f"the student is sampled with guidance {now}, and was trained on the states that guidance {trained} leads to; "
+            "leave out cfg_scale, or train with the scale that is sampled (mode range serves many)"
         ]
 
     def report(self, found: StudentState, now: StudentState, where: str | os.PathLike) -> list[tuple[int, str]]:
@@ -65,6 +80,8 @@ def as_trained(
     where: str | os.PathLike,
 ) -> SamplingSettings:
     """A config, with windows, guidance, prediction and path as a student was trained, where the config does not name them.
+
+    The same holds for cfg_scale in mode sync.
 
     Args:
         config: The config alone.
@@ -91,7 +108,11 @@ def as_trained(
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} does not go with the scheduler's config: {error}") from error
     as_scales(f"cfg_scale (windows as in {where})", config.keys.cfg_scale, windows.num_windows)
-    keys = replace(config.keys, path=path)
+    scale = state.cfg_scale
+    if recipe.guidance.folded or (isinstance(scale, tuple) and len(scale) != windows.num_windows):
+        scale = None
+    told_scale = scale is None or "cfg_scale" in given
+    keys = replace(config.keys, path=path, cfg_scale=config.keys.cfg_scale if told_scale else scale)
     if "sampling_grid" not in given and keys.steps_over(windows) in grids:
         keys = replace(keys, sampling_grid="uniform")
-    return SamplingSettings(recipe, keys, windows, grids)
+    return SamplingSettings(recipe, keys, windows, grids, scale)

@@ -181,8 +181,8 @@ class PeRFlow:
             additional_args: height, width, num_frames, fps, ar, [B] each; not changed.
             mask: Edit ratio of each frame, [B, T], see `sampler.FrameEdit`; None or ones generate everything.
             guidance_scale: Text guidance in mode sync, what the student is told in mode range; one number, or one a window;
-                None: the config's cfg_scale.
-            image_cfg_scale: Guidance by reference frames in mode sync; None: the config's cfg_scale, as upstream.
+                None: the config's cfg_scale, or the student's.
+            image_cfg_scale: Guidance by reference frames in mode sync; None: as by text, as upstream.
             neg_prompts: B negative prompts, mode sync only (else guidance.negative in training).
             z_cond, mask_index: Reference latents and their frames (v1.3); z_cond_mask follows from mask_index.
             use_sdedit: Put the noised reference back onto its frames before each step.
@@ -215,7 +215,8 @@ class PeRFlow:
         call = SamplingCall(
             model, network, text_encoder, x, prompts, sizes, mask, neg_prompts, reference, use_sdedit, progress
         )  # fmt: skip
-        self._log_once((logging.WARNING, warning) for warning in (*idle, *settings.crossing, *call.complete))
+        warnings = (*idle, *settings.crossing, *settings.other_scale(guidance_scale), *call.complete)
+        self._log_once((logging.WARNING, warning) for warning in warnings)
         oscillate = (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         scales = self.step_scales(guidance_scale)
         guidance = StepGuidance.of(settings.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
@@ -262,7 +263,7 @@ class PeRFlow:
         Raises:
             ValueError: a scale outside the range that the student was trained for.
         """
-        scales = self.keys.scales(asked, self.windows.num_windows)
+        scales = self.settings.keys.scales(asked, self.windows.num_windows)
         self.settings.recipe.guidance.check_told(scales)
         starts = torch.tensor(self.grid[:-1], dtype=torch.float64)
         return [scales[k] for k in self.windows.lookup(starts).tolist()]
@@ -288,6 +289,7 @@ class PeRFlow:
             path="ddpm" if isinstance(self._process, DDPM) else "linear",
             prediction=check_prediction(self._process, recipe.prediction),
             guidance=asdict(recipe.guidance),
+            cfg_scale=None if recipe.guidance.folded or recipe.draws.starts != "student" else self.settings.keys.cfg_scale,
             teacher=None if run is None else run.teacher.fingerprint,
             teacher_source=None if run is None else run.teacher.source,
             stage=1 if run is None else run.teacher.stage,
