@@ -51,18 +51,20 @@ def read_state_dict(source: str | os.PathLike) -> dict[str, Tensor]:
         ValueError: nothing is there, it is not one of FORMS, or it is damaged. The message names the file.
         OSError: the system refuses to read it.
     """
+    refuse_missing(source)
     path = Path(source)
-    if not str(source).strip():
-        raise ValueError(f"no checkpoint at {str(source)!r}; accepted: {FORMS}")
     if path.is_file():
         state = _read_chosen(path)
-    elif path.is_dir():
-        state = _read_folder(path)
-    elif _is_repo_id(str(source)):
-        state = _read_folder(_download(str(source)))
     else:
-        raise ValueError(f"no checkpoint at {str(source)!r}; accepted: {FORMS}")
+        state = _read_folder(path if path.is_dir() else _download(str(source)))
     return _unwrapped(state, source)
+
+
+def refuse_missing(source: str | os.PathLike) -> None:
+    """Raises ValueError where a source is no file, no folder and no repository id. Asks no hub."""
+    path, text = Path(source), str(source)
+    if not text.strip() or not (path.is_file() or path.is_dir() or _is_repo_id(text)):
+        raise ValueError(f"no checkpoint at {text!r}; accepted: {FORMS}")
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

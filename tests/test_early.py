@@ -28,15 +28,16 @@ def host(monkeypatch):
     return module
 
 
-def script(host, scheduler, *, batches=None, loader=None, **values):
+def script(host, scheduler, *, batches=None, loader=None, trains=True, **values):
     """Stands for main() of a script, which builds a training set, counts its batches and builds a text encoder."""
 
     def main():
         cfg = Config(dict(scheduler=scheduler, **values))
+        booster = "a booster" if trains else None
         dataset = host.DATASETS.build(dict(type="videos"))
         num_steps_per_epoch, dataloader = batches, loader
         host.MODELS.build(dict(type="t5"))
-        return cfg, dataset, num_steps_per_epoch, dataloader
+        return cfg, booster, dataset, num_steps_per_epoch, dataloader
 
     main()
     return host.built
@@ -59,6 +60,37 @@ def test_wrong_settings_are_told_before_anything_is_built(host, scheduler, value
     with pytest.raises(ValueError, match=message):
         script(host, scheduler, **values)
     assert host.built == []
+
+
+NEGATIVE = dict(mode="fixed", scale=3.0, negative="nowhere/negative.safetensors")
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(guidance=NEGATIVE), "guidance.negative 'nowhere/negative.safetensors' cannot be read .*opensora-perflow embed"),
+        (
+            dict(teacher=dict(from_pretrained="./nowhere/epoch0-global_step10")),
+            "no checkpoint at './nowhere/epoch0-global_step10'",
+        ),
+        (dict(teacher=dict(from_pretrained="/nowhere/teacher.pth")), "no checkpoint at '/nowhere/teacher.pth'; accepted"),
+    ],
+)
+def test_files_that_are_not_there_are_told_before_anything_is_built(host, keys, message):
+    scheduler = dict(type="perflow", **keys)
+    with pytest.raises(ValueError, match=message):
+        script(host, scheduler)
+    assert host.built == []
+    assert script(host, scheduler, trains=False) == ["videos", "t5"]  # sampling reads neither
+
+
+@pytest.mark.parametrize("source", ["hpcai-tech/OpenSora-STDiT-v3", "OpenSora-v1-HQ-16x256x256.pth", "perflow_tiny_teacher"])
+def test_names_of_published_weights_are_left_to_the_first_step(host, source):
+    assert script(host, dict(type="perflow", teacher=dict(from_pretrained=source))) == ["videos", "t5"]
+
+
+def test_a_teacher_that_is_there_is_left_alone(host, tmp_path):
+    assert script(host, dict(type="perflow", teacher=dict(from_pretrained=str(tmp_path)))) == ["videos", "t5"]
 
 
 def test_other_schedulers_are_none_of_our_business(host):

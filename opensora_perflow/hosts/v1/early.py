@@ -18,6 +18,7 @@ from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.script import before_builds, main_variable
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.weights import check_there
 from opensora_perflow.training.teacher import check_source
 
 SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "model": "MODELS"}
@@ -53,11 +54,18 @@ def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> 
 
 
 def check_script(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for keys of the scheduler that are wrong, and a resumed run that names no teacher."""
+    """Raises ValueError for keys of the scheduler that are wrong.
+
+    In train.py also for a resumed run that names no teacher, and for files that training needs and that are not there.
+    """
     scheduler = PeRFlow(**{key: value for key, value in config["scheduler"].items() if key != "type"})
     teacher, host = scheduler.recipe.teacher, OpenSora()
     if teacher.from_pretrained is None and host.resumed() is not None:
         check_source(teacher, host)
+    if main_variable("booster") is not None:  # train.py of every 1.x tag makes it first, and no other script does
+        if teacher.from_pretrained is not None:
+            check_there(teacher.from_pretrained)
+        scheduler.negative_text()
 
 
 def check_batches() -> None:

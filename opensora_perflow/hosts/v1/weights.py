@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.checkpoints import read_state_dict, refuse_missing
 from opensora_perflow.hosts.v1.run_config import running_config
 from opensora_perflow.worlds.model import WEIGHTS
 
@@ -46,12 +46,23 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> dict[str, Ten
     Raises:
         ValueError, OSError: see `read_state_dict`.
     """
-    fetched = Path("pretrained_models") / source  # v1.1.0 ckpt_utils.py:104
-    if not Path(source).exists():
-        source = fetched if fetched.is_file() else SHIPPED.get(str(source), source)
-    state = read_state_dict(source)
+    state = read_state_dict(_place(source))
     model = (running_config() or {}).get("model") or {}
     return as_loaded(_with_16_channels(state) if model.get("adapt_16ch") else state, network)
+
+
+def check_there(source: str | os.PathLike) -> None:
+    """Raises ValueError for a path where nothing is. Names without a folder pass: the host may fetch them yet."""
+    if Path(source).name != str(source):
+        refuse_missing(_place(source))
+
+
+def _place(source: str | os.PathLike) -> str | os.PathLike:
+    """A source, or where weights lie that go by its name."""
+    fetched = Path("pretrained_models") / source  # v1.1.0 ckpt_utils.py:104
+    if Path(source).exists():
+        return source
+    return fetched if fetched.is_file() else SHIPPED.get(str(source), source)
 
 
 def as_loaded(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
