@@ -83,6 +83,27 @@ def test_a_wrong_teacher_is_warned_of_with_its_cause(hook, before, factor, words
     assert re.search(words, text), text
 
 
+@pytest.mark.parametrize("shown, told", [(1, True), (2, False)])
+def test_a_mask_that_shows_one_token_is_told(shown, told, video, caplog):
+    """Also of a text encoder whose first token knows the rest of the text, so that answers differ."""
+    data, args = video
+    mask = torch.zeros_like(args["mask"])
+    mask[:, :shown] = 1
+    contextual = args["y"] + args["y"].mean(dim=2, keepdim=True)
+    level, text = said(load_teacher(), data, {**args, "y": contextual, "mask": mask}, caplog)
+    assert ("the text's mask shows one token of" in text) == told
+    assert "different texts get the same answer" not in text
+
+
+def test_a_cause_is_looked_for_wherever_the_slope_is_not_one(video, caplog):
+    """Of these two clips times in 0..1 have a slope of .77, as near to 1 as teachers that are healthy have."""
+    network = load_teacher()
+    network.register_forward_pre_hook(small_time, with_kwargs=True)
+    data, args = video
+    level, text = said(network, data[2:], {key: value[2:] for key, value in args.items()}, caplog)
+    assert level == "WARNING" and "slope 0.77" in text and "Most likely it is told times in 0..1" in text
+
+
 @pytest.mark.parametrize(
     "hook, factor, words", [(flip, 1.0, "its sign is flipped"), (None, 5.0, "the latents are 5 times too large")]
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.training.players import Batch
 
-TEXT = "the text embeddings"
+TEXT, TEXT_MASK = "the text embeddings", "the text's mask"
 """Name in `Batch.inputs` of what samples are told in words, [B, ...]."""
 
 

@@ -29,7 +29,7 @@ from opensora_perflow.method.process import Process
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import mean_over_frames
-from opensora_perflow.training.blame import TEXT
+from opensora_perflow.training.blame import TEXT, TEXT_MASK
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.run import TrainingRun
 
@@ -160,7 +160,7 @@ class Translation:
         told: dict[str, Any] = {
             "the network's null text": student.null,
             TEXT: student.text,
-            "the text's mask": student.text_mask,
+            TEXT_MASK: student.text_mask,
         }
         told |= {f"{name!r} of the batch": value for name, value in student.extras.items()}
         if student.reference is not None:
