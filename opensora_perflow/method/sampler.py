@@ -117,6 +117,7 @@ def carry_to_windows(
     window_idx: Tensor,
     *,
     whole: bool = False,
+    way: list[Tensor] | None = None,
 ) -> Tensor:
     """Carry noise down to the noisy edge of each sample's window, one Euler step a window: states that a sampler meets.
 
@@ -126,6 +127,7 @@ def carry_to_windows(
         edges: Window edges of each sample, [K + 1, B], float64, descending from 1 to 0.
         window_idx: [B], 0 is the noisiest window, whose start is the noise itself.
         whole: Samples that have arrived go along, and their results are dropped: for fields of the whole batch only.
+        way: A list that is given the states after each step, of the samples that took it.
 
     Returns:
         States at edges[window_idx], shape and dtype of `noise`. Callers wrap in no_grad. Evaluations of single samples:
@@ -138,5 +140,8 @@ def carry_to_windows(
             stepped = euler_step(field_of(k, None), x, edges[k], edges[k + 1])
             x[rows] = stepped[rows]
         else:
-            x[rows] = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
+            stepped = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
+            x[rows] = stepped
+        if way is not None:
+            way.append(stepped)
     return x

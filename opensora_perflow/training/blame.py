@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from opensora_perflow.training.players import Batch
 
 TEXT = "the text embeddings"
-"""Name in `Batch.inputs` of what samples are told in words, [B, ...]."""
+"""Name in what `Batch.inputs` gives of what samples are told in words, [B, ...]."""
 
 
 class NotFinite(ValueError):
@@ -51,17 +51,17 @@ def check_solution(states: Sequence[Tensor] | Tensor, times: Tensor, source: str
 
 
 def check_way(way: Sequence[Tensor], route: Tensor, window_idx: Tensor) -> None:
-    """Raises NotFinite where the student's velocities on its way to the windows are not; called where the end is not.
+    """Raises NotFinite where the student's states on its way to the windows are not; called where the end is not.
 
     Args:
-        way: The velocities of each step, one a window: of the whole batch [B, ...], or of the samples still on their way.
+        way: The states after each step, one a window: of the whole batch [B, ...], or of the samples still on their way.
         route: Times of those steps, [R + 1, B].
         window_idx: Window of each sample, [B]: steps from there on were dropped.
     """
-    for k, velocity in enumerate(way):
+    for k, state in enumerate(way):
         on_its_way = (window_idx > k).cpu()
         bad = torch.zeros_like(on_its_way)
-        bad[on_its_way] = _bad(velocity)[on_its_way] if len(velocity) == len(bad) else _bad(velocity)
+        bad[on_its_way] = _bad(state)[on_its_way] if len(state) == len(bad) else _bad(state)
         if bad.any():
             raise NotFinite("the student", "on its way to a window's start", bad, route[k], route[k + 1], STUDENT_ADVICE)
 
@@ -99,7 +99,7 @@ def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
     """Name and value of everything that a step starts from, in order."""
     yield "the latents", batch.data
     yield "the noise", batch.noise
-    yield from batch.inputs.items()
+    yield from batch.inputs().items()
     yield "the guidance scale", batch.scale
     yield "the loss weight of a time", batch.drawn.weights.T
     if batch.frame_weights is not None:

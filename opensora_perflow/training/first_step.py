@@ -164,7 +164,7 @@ class _Probe:
                 f"two calls with the same input differ by {moved:.0%}: dropout, or another layer that draws, is on; put the "
                 "network into eval mode or set its dropout to 0"
             )
-        text = self.batch.inputs.get(TEXT)
+        text = self.batch.inputs().get(TEXT)
         if isinstance(text, Tensor) and len(text) == len(x) and size > 1e-6:
             other = (text != text[:1]).flatten(1).any(dim=1).to(again.device)
             if other.any() and ((again[other] - again[:1]).flatten(1).norm(dim=1).max() / size) < 1e-3:

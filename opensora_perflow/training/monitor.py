@@ -191,10 +191,6 @@ class Monitor:
             losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
             losses.append(loss.detach().mean())
 
-    def wants_measurement(self, steps: int) -> bool:
-        """Is it time to watch, after so many training steps of the run?"""
-        return self.watch is not None and self.watch.wants_measurement(steps)
-
     def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
         """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""
         ends = [held.squared_ends(grids) for held in self.batches]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,7 @@ class Player:
     prediction: str
     moving: Tensor | None = None
 
-    def velocity(self, bounds: Bounds) -> Velocity:
+    def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
         return hold_frames(self.process.student(self.output, self.prediction, bounds), self.moving)
 
@@ -49,7 +49,7 @@ class Players(Protocol):
     separable: bool
     """Can players be had for some of the samples alone?"""
 
-    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+    def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         """The student as a sampler runs it in a window, guided where sampling is; of the samples `rows` [n] alone, if given."""
 
     def teacher(self, scale: float | Tensor) -> Player:
@@ -69,7 +69,7 @@ class Batch:
     players: See `Players`.
     scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
     frame_weights: Loss weight of each frame, [B, T]; None: equal.
-    inputs: Name in words -> what else the networks are told, tensors [B, ...] or numbers, for errors (see blame.py).
+    inputs: Gives what else the networks are told, name in words -> tensor [B, ...] or number, for errors (see blame.py).
     """
 
     data: Tensor
@@ -79,4 +79,4 @@ class Batch:
     players: Players
     scale: float | Tensor
     frame_weights: Tensor | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Callable[[], Mapping[str, Any]] = dict

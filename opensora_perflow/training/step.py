@@ -87,25 +87,11 @@ def diffused(batch: Batch, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
-    """Where the student, sampled with one Euler step a window, reaches each sample's window; `way` is given its velocities."""
-    way = [] if way is None else way
+    """Where the student, sampled with one Euler step a window, reaches each sample's window. `way`: see `carry_to_windows`."""
 
-    def field_of(window: int, rows: Tensor | None) -> Velocity:
-        windows = batch.windows if rows is None else batch.windows.take(rows)
-        return _noting(batch.players.sampled(window, rows).velocity(windows.bounds), way)
-
-    drawn, whole = batch.drawn, not batch.players.separable
-    return carry_to_windows(field_of, held(batch, batch.noise), drawn.route, drawn.window_idx, whole=whole)
-
-
-def _noting(velocity: Velocity, way: list[Tensor]) -> Velocity:
-    """The field, which leaves in `way` what it said."""
-
-    def noted(x: Tensor, t: Tensor) -> Tensor:
-        way.append(velocity(x, t))
-        return way[-1]
-
-    return noted
+    drawn, players = batch.drawn, batch.players
+    start, whole = held(batch, batch.noise), not players.separable
+    return carry_to_windows(players.sampled, start, drawn.route, drawn.window_idx, whole=whole, way=way)
 
 
 def held(batch: Batch, x: Tensor) -> Tensor:

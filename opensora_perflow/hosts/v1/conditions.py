@@ -63,16 +63,17 @@ class Condition:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
 
-    def take(self, rows: Tensor, batch_size: int) -> Condition | None:
-        """What some of the B samples are told; None where samples cannot be told apart, as in packed text."""
+    def separable(self, batch_size: int) -> bool:
+        """Can samples be told apart? Not in packed text."""
         batched = self.text.dim() == 4 and len(self.text) == batch_size
-        if not batched or (self.text_mask is not None and len(self.text_mask) != batch_size):
-            return None
-        if any(isinstance(value, (list, tuple)) for value in self.extras.values()):
-            return None
+        masked = self.text_mask is None or len(self.text_mask) == batch_size
+        return batched and masked and not any(isinstance(value, (list, tuple)) for value in self.extras.values())
+
+    def take(self, rows: Tensor) -> Condition:
+        """What some of the B samples are told, of a condition that is separable."""
 
         def part(value: Any) -> Any:
-            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
+            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.text)
             return value[rows.to(value.device)] if of_samples else value
 
         named = {f.name: part(getattr(self, f.name)) for f in fields(self)}

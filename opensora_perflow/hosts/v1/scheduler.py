@@ -75,6 +75,7 @@ class PeRFlow:
         self.recipe, self.keys, self.objective, self.curriculum = recipe, keys, objective, curriculum
         self.given = frozenset(config)
         self._process: Process | None = process
+        self._prediction: str | None = None
         self._trained: SamplingSettings | None = None
         self.num_timesteps = int(keys.diffusion_steps if known == "ddpm" else keys.num_timesteps)
         self._negative: dict[str, Tensor] | None = None
@@ -231,7 +232,8 @@ class PeRFlow:
         found = None if weights is None else find_state(weights)
         if found is not None:
             stages = () if self.curriculum is None else self.curriculum.stages
-            self._trained, self._process = as_trained(self.settings, self.given, stages, *found), None
+            self._trained = as_trained(self.settings, self.given, stages, *found)
+            self._process = self._prediction = None
             self.process_of(network)
             self._log_once(self._trained.report(found[0], self.state(), found[1]))
 
@@ -302,11 +304,13 @@ class PeRFlow:
         if self._process is None:
             recipe, keys = self.settings.recipe, self.settings.keys
             self._process = build_process(find_process(keys.path, network), recipe, keys)
-        return self._process, self.settings.recipe.check_process(self._process)
+        if self._prediction is None:
+            self._prediction = self.settings.recipe.check_process(self._process)
+        return self._process, self._prediction
 
     def _forget_trained(self) -> None:
         if self._trained is not None:
-            self._trained = self._process = None
+            self._trained = self._process = self._prediction = None
 
     def _log_once(self, messages: Iterable[tuple[int, str]]) -> None:
         for level, message in messages:

@@ -60,8 +60,9 @@ def network_output(
     """The network under a condition, guided: what it outputs for states and timesteps, without its variance half.
 
     Args:
-        call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one).
-        network: The network itself, to read its signature and its text dropout.
+        call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one). See
+            `without_text_dropout`.
+        network: The network itself, to read its signature.
         condition: Text, reference frames and sizes for B samples.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
         text_scale: Classifier-free guidance by text, a number or one a sample [B]; 1 = none, one evaluation of B samples
@@ -88,13 +89,12 @@ def network_output(
     else:
         branches = (FULL,)
     inputs = _network_inputs(network, condition, branches, frame_mask)
-    quiet = without_text_dropout(call, network)
     telling = nullcontext if told is None else partial(told_scale, network, told.repeat(len(branches)))
 
     def output(x: Tensor, timestep: Tensor) -> Tensor:
         timestep = timestep.to(x.device).repeat(len(branches))
         with telling():
-            said = quiet(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
+            said = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
         parts = halves(said, x.shape[1])[0].chunk(len(branches))
         if len(parts) == 3:
             return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
@@ -115,7 +115,8 @@ def velocity_field(
 
     Arguments, errors and `settings` as `network_output`.
     """
-    return Linear(num_timesteps).student(network_output(call, network, condition, **settings), "velocity", None)
+    quiet = without_text_dropout(call, network)
+    return Linear(num_timesteps).student(network_output(quiet, network, condition, **settings), "velocity", None)
 
 
 def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
