@@ -27,7 +27,7 @@ from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.process import Bounds, Output
-from opensora_perflow.method.solvers import Velocity, states
+from opensora_perflow.method.solvers import states
 
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 PREDICTIONS = ("velocity", "ddim_eps", "diff_eps")
@@ -206,11 +206,8 @@ class DDPM:
         for y, t in zip(carried, times):
             yield still(y * expand_like(self.alpha(t), x))
 
-    def student(self, output: Output, prediction: str, bounds: Bounds) -> Velocity:
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
-
-        return velocity
+    def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:
+        return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
 
     def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
         if prediction == "velocity":

@@ -1,4 +1,4 @@
-"""A segment: what the teacher made of each sample's window, and the straight line that the student learns there."""
+"""A segment: what the teacher made of each sample's window, the straight line that the student learns there, and its error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from einops import rearrange
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
@@ -45,6 +46,27 @@ class Segment:
         """(t_start, t_end): the segment's window, for every t in it. Its clean edge counts as inside."""
         return self.t_start, self.t_end
 
+    def error(self, v: Tensor, t: Tensor) -> Tensor:
+        """How far a velocity at times t [B] is from the line's, as an error of the network's output."""
+        return self.in_units(v - self.velocity, t)
+
     def in_units(self, error: Tensor, t: Tensor) -> Tensor:
         """An error of the velocity at t [B] as one of the network's output."""
         return error if self.units is None else error * expand_like(self.units(t), error)
+
+
+def mean_over_frames(error: Tensor, frame_weights: Tensor | None) -> Tensor:
+    """Mean of an elementwise error over everything but the batch: [B, C, T, ...] -> [B], float32.
+
+    Args:
+        error: Errors, [B, C, T, H, W]; any [B, ...] if frame_weights is None.
+        frame_weights: Weight of each frame, [B, T], or None for equal weights. A frame of weight 0 (a frozen frame) neither
+            counts nor dilutes the mean; a sample without any weight has loss 0.
+    """
+    error = error.float()
+    if frame_weights is None:
+        return error.flatten(1).mean(dim=1)
+    per_frame = rearrange(error, "b c t ... -> b t (c ...)").mean(dim=2)
+    weights = frame_weights.to(per_frame.dtype)
+    total = weights.sum(dim=1)
+    return (per_frame * weights).sum(dim=1) / total.where(total > 0, total.new_ones(()))

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.segment import Segment, mean_over_frames
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 TARGETS = ("student", "solution")

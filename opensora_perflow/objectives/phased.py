@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.segment import Segment, mean_over_frames
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 
@@ -27,6 +26,6 @@ def perflow_phased(student: Velocity, segment: Segment, t: Tensor, frame_weights
     end of the phase; the division by the window's length, which gives all windows one scale, is ours.
     """
     rest = ((t - segment.t_end) / (segment.t_start - segment.t_end)).square()
-    error = segment.in_units(student(segment.point(t), t) - segment.velocity, t)
+    error = segment.error(student(segment.point(t), t), t)
     loss = mean_over_frames(error.square(), frame_weights)
     return loss * rest.to(loss.device, loss.dtype)

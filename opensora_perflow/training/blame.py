@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.training.players import Batch
+if TYPE_CHECKING:
+    from opensora_perflow.training.players import Batch
 
 TEXT = "the text embeddings"
 """Name in what `Batch.inputs` gives of what samples are told in words, [B, ...]."""

@@ -24,7 +24,7 @@ from opensora_perflow.objectives import mean_over_frames, perflow
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance, WatchSettings
-from opensora_perflow.training.step import Solved, held, solve
+from opensora_perflow.training.step import Solved, held
 from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
 
 FieldWithin = Callable[[Bounds], Velocity]
@@ -172,7 +172,7 @@ class Monitor:
             window_idx = torch.full((len(x),), k, device=x.device)
             scale = batch.scale if guidance.mode == "range" else guidance.scale_in(window_idx)
             how = segments()
-            return solve(players.teacher(scale), x, times, how.solver, how.source)
+            return players.teacher(scale).trajectory(x, times, how.solver, how.source)
 
         self.batches.append(
             HeldOutBatch(

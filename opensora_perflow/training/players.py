@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from opensora_perflow.method.draws import Drawn
 from opensora_perflow.method.process import Bounds, Output, Process
 from opensora_perflow.method.solvers import Velocity, hold_frames
 from opensora_perflow.method.warped import WarpedWindows
+from opensora_perflow.training.blame import check_solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +34,22 @@ class Player:
 
     def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
-        return hold_frames(self.process.student(self.output, self.prediction, bounds), self.moving)
+        return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
-    def trajectory(self, x: Tensor, times: Tensor, solver: str) -> Tensor:
-        """States at times [S + 1, B] of the ODE that a teacher follows from x [B, ...]: [S + 1, B, ...]."""
-        return torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
+    def trajectory(self, x: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
+        """States at times [S + 1, B] of the ODE that a teacher follows from x [B, ...]: [S + 1, B, ...].
+
+        Args:
+            solver: A key of SOLVERS.
+            source: What the teacher is, in words, for errors.
+
+        Raises:
+            NotFinite: the last states are not finite.
+        """
+        states = torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
+        check_solution(states, times, source)
+        return states
 
 
 class Players(Protocol):

@@ -30,7 +30,7 @@ from opensora_perflow.checks import (
     whole,
 )
 from opensora_perflow.method.ddpm import DDPM, PREDICTIONS
-from opensora_perflow.method.guidance import draw_scales, scale_of_window
+from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
@@ -142,8 +142,10 @@ class Guidance:
         return self.mode != "sync"
 
     def scale_in(self, window_idx: Tensor) -> float | Tensor:
-        """What guides the teacher in windows [B] where nothing is drawn: one scale, or one a sample [B]."""
-        return 1.0 if self.mode == "sync" else scale_of_window(self.scale, window_idx)
+        """What guides the teacher in windows [B] where nothing is drawn: one scale, or one a sample [B], float64."""
+        if isinstance(self.scale, tuple):
+            return torch.tensor(self.scale, dtype=torch.float64, device=window_idx.device)[window_idx]
+        return 1.0 if self.mode == "sync" else self.scale
 
     def draw_scale(self, window_idx: Tensor, generator: torch.Generator) -> float | Tensor:
         """What guides the teacher in a training step: as `scale_in`, or drawn for each sample in mode range."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.training.blame import NotFinite, check_solution, check_way
-from opensora_perflow.training.players import Batch, Player
+from opensora_perflow.training.blame import NotFinite, check_way
+from opensora_perflow.training.players import Batch
 
 Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
 """objective(student, segment, t, frame_weights) -> loss [B]."""
@@ -61,23 +61,12 @@ class Solved:
         way: list[Tensor] = []
         x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
         try:
-            states = solve(batch.players.teacher(batch.scale), x_start, times, self.solver, self.source)
+            states = batch.players.teacher(batch.scale).trajectory(x_start, times, self.solver, self.source)
         except NotFinite:
             check_way(way, batch.drawn.route, batch.drawn.window_idx)
             raise
         units = student.process.output_units(student.prediction, lambda t: (times[0], times[-1]))
         return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
-
-
-def solve(teacher: Player, x_start: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
-    """The teacher's states at `times` [S + 1, B], [S + 1, B, ...].
-
-    Raises:
-        NotFinite: they are not finite.
-    """
-    states = teacher.trajectory(x_start, times, solver)
-    check_solution(states, times, source)
-    return states
 
 
 def diffused(batch: Batch, t: Tensor) -> Tensor:

@@ -145,8 +145,8 @@ class PeRFlow:
             self.keys.say_what_has_no_effect()
             self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
-        generator = self.run.randomness.next_generator(x_start.device)
         windows = self.warped(call.model_args, x_start)
+        generator = self.run.randomness.next_generator(x_start.device)
         batch, host_losses = translation.batch(call, windows, generator)
         return {"loss": host_losses.added_to(self.run.step(batch, self.objective, model))}
 

@@ -116,7 +116,7 @@ def velocity_field(
     Arguments, errors and `settings` as `network_output`.
     """
     quiet = without_text_dropout(call, network)
-    return Linear(num_timesteps).student(network_output(quiet, network, condition, **settings), "velocity", None)
+    return partial(Linear(num_timesteps).velocity, network_output(quiet, network, condition, **settings), "velocity", None)
 
 
 def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:

@@ -159,7 +159,7 @@ class Translation:
             return [{}] * count
         num_steps = (drawn.route > 0).sum(dim=0)
         steps = StepGuidance.of(guidance, self.keys, num_frames, self.keys.scales(None, count), num_steps=num_steps)
-        return [steps.at(window) for window in range(count)]
+        return list(map(steps.at, range(count)))
 
     def _told(self, student: Condition, teacher: Condition) -> dict[str, Any]:
         """What the networks are told besides state and time, by name in words, in the order in which it is suspected."""
@@ -195,11 +195,12 @@ class Translation:
     def _conditions(self, call: TrainingCall, generator: torch.Generator) -> tuple[Condition, Condition, Tensor | None]:
         """What student and teacher are told, after the same dropout for both; and the loss weights of the frames."""
         network, teacher, folded = call.network, self.run.teacher.network, self.run.recipe.guidance.folded
+        references, frame_weights = call.references, call.frame_weights
         drop = None if folded else self._text_drop(call, generator)
         student_condition = training_condition(network, call.model_args, drop)
         teacher_condition = training_condition(teacher, call.model_args, drop, self.negative)
-        if not call.references:
-            return student_condition, teacher_condition, call.frame_weights
+        if not references:
+            return student_condition, teacher_condition, frame_weights
         reference = Reference.of(call.x_start if call.x_noisy_ref is None else call.x_noisy_ref, call.mask_index)
         dropped = draw_reference_drop(None if folded else self.keys.drop_condition, generator)
         conditions = (with_reference(c, reference, dropped) for c in (student_condition, teacher_condition))
