@@ -157,6 +157,3 @@ def _refuse_rows(table: Any, column: str, values: list[Any], accepted: Callable[
     if wrong:
         shown = ", ".join(f"row {row}: {value!r}" for row, value in wrong[:5])
         raise ValueError(f"{table}, column {column}: {shown}: {what} ({len(wrong)} such rows); mend them, or take them out")
-
-
-__all__ = ["Captions"]

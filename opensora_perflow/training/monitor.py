@@ -67,11 +67,6 @@ class HeldOutBatch:
         return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
 
     @torch.no_grad()
-    def end_errors(self, grids: Tensor) -> tuple[float, float]:
-        """Root mean squares over samples of `squared_ends`."""
-        return tuple(values.mean().sqrt().item() for values in self.squared_ends(grids))
-
-    @torch.no_grad()
     def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
         """How far from the teacher's end one step a window leads, the student's and an untrained network's: mean squares over
         elements, one a sample [B], float64. `grids` as above."""

@@ -240,6 +240,3 @@ def _compose(name: str) -> str:
 
 def _fold(name: str) -> str:
     return _compose(_compose(name).casefold())
-
-
-__all__ = ["Caption", "captions_of_folder", "captions_of_table"]

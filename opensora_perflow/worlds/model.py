@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -310,20 +311,15 @@ class _ScalarEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
 
 
-class _Mlp(nn.Module):
-    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.fc2 = nn.Linear(hidden_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    layers = {"fc1": nn.Linear(in_features, hidden_features), "act": nn.GELU("tanh")}
+    return nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(hidden_features, out_features)))
 
 
 class _CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels: int, hidden_size: int, uncond_prob: float, num_tokens: int) -> None:
         super().__init__()
-        self.y_proj = _Mlp(caption_channels, hidden_size, hidden_size)
+        self.y_proj = _mlp(caption_channels, hidden_size, hidden_size)
         # a buffer, as in the host: the null text is loaded, never trained
         self.register_buffer("y_embedding", torch.randn(num_tokens, caption_channels) / caption_channels**0.5)
         self.uncond_prob = uncond_prob
@@ -396,7 +392,7 @@ class _Block(nn.Module):
         self.temporal = temporal
         self.attn = _SelfAttention(hidden_size, num_heads, qk_norm)
         self.cross_attn = _CrossAttention(hidden_size, num_heads)
-        self.mlp = _Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
+        self.mlp = _mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(

@@ -85,6 +85,3 @@ def _decode(table: Path, raw: bytes) -> str:
             f", which cp1252 (Windows, 'ANSI') reads as {found.decode('cp1252', 'replace')!r}" if encoding == "utf-8" else ""
         )
         raise ValueError(f"{table}, line {line}: not {encoding}: byte 0x{found.hex()}{guess}; save it as CSV UTF-8") from error
-
-
-__all__ = ["Row", "read_table"]

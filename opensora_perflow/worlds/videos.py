@@ -191,6 +191,3 @@ def _thinned(timed: Iterator[tuple[float, np.ndarray]]) -> list[tuple[float, np.
     if last is not None and held[-1] is not last:
         held.append(last)
     return held
-
-
-__all__ = ["FPS", "VIDEO_SUFFIXES", "find_files", "read_video", "unreadable", "write_video"]
