@@ -13,8 +13,6 @@ A kind is a function (name, value) -> value that raises ValueError, or gives the
 and torch become numbers, so that deepcopy and JSON take the value. What JSON files hold is read and checked here too.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

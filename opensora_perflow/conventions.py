@@ -15,8 +15,6 @@ Open-Sora 1.0 and 1.1 train another process, a diffusion, with integer timesteps
 method/ddpm.py has that process, its times and its way to a velocity.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -9,8 +9,6 @@ Importing this module registers "perflow_captions" in the host's DATASETS (Open-
 The table (--data-path) needs a column `text`; `num_frames`, `height` and `width` are used where it has them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real

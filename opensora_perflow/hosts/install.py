@@ -6,8 +6,6 @@ version of this package takes out what an earlier one put in. Nothing that the r
 is overwritten.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -16,8 +16,6 @@ parameters). VAE and text encoder are the demo's, which the host calls in ways e
 has 192 x 192: with the settings above they reach the network as latents of 8 x 8 at the positions that it was trained with.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a training step works on: a window for each sample, the teacher's steps across it, and the times to train there."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Grids of times that the teacher and the sampler step on, untransformed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Guidance: how predictions under several conditions are combined into one. All are linear, so signs do not matter."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Joining clips that share frames: how a change of the shared frames is faded into the frames beside them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How samples are compared: with a reference from the same noise, and as distributions."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """How much a student moves, window by window, beside its teacher: motion is what few-step students lose first."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -17,8 +17,6 @@ grids    Several partitions of [1, 0], equally often: the student's windows, and
          sampled with. At a time where only one of the grids has an edge, that grid's own step can be learned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A point is x_t = alpha(t) data + sigma(t) noise, with t as in conventions.py: 1 
 one, alpha = 1 - t and sigma = t: rectified flow, the `rflow` of Open-Sora 1.2 and 1.3 and all of 2.0. ddpm.py has the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The few-step sampler: Euler steps over a grid of times, with frames that are kept or edited on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A segment: what the teacher made of each sample's window, the straight line that the student learns there, and its error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Consistency inside windows: from any two neighbouring states of a trajectory, the student reaches the same window end."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Direction matching: the angle between the student's velocity and the window's. Meant to be added to another objective."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from opensora_perflow.method.segment import Segment, mean_over_frames

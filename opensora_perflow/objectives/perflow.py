@@ -1,7 +1,5 @@
 """The PeRFlow objective (arXiv:2405.07510, eq. 4): match the constant velocity of each window's straight line."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from opensora_perflow.method.segment import Segment, mean_over_frames

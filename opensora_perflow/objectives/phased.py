@@ -1,7 +1,5 @@
 """The phased target of Rectified Diffusion: errors count at the end of the window that they lead to."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from opensora_perflow.method.segment import Segment, mean_over_frames

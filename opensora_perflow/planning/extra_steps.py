@@ -1,7 +1,5 @@
 """Any number of steps from one student: where steps beyond one a window, or steps left out, change the error most."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

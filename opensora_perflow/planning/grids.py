@@ -1,7 +1,5 @@
 """A better grid for the steps of a network as it is, without training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

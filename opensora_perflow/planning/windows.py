@@ -5,8 +5,6 @@ where its path bends. But a bend that is the same for all samples is learnt in n
 for different modes is not. So a student is asked: a short run with any windows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Clips, network, VAE and text encoder are small; the scheduler is the PeRFlow obj
 train.py and inference.py call it.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import sys

@@ -1,7 +1,5 @@
 """Labels that can be drawn: a font that has the script, or a number where no font has it."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re

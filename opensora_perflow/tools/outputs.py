@@ -6,8 +6,6 @@ is copied and nothing is ever missing. Linux and macOS have this exchange. Elsew
 points, files are replaced one by one: the last one goes first and comes last, so that it stands for a whole run.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

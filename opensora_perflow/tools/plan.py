@@ -1,7 +1,5 @@
 """`opensora-perflow plan` and `opensora-perflow curve`: measure, decide, write what `windows=` reads, draw a picture."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The demo's networks as fields, and as something to plan on: the tiny video model, and the mixture whose answer is known."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `opensora-perflow plan` and `curve` measure: a teacher, perhaps its student, and noise for both."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Frames are uint8 [T, H, W, 3], RGB, everywhere in this module; `frames_to_tensor
 the [-1, 1], channels-first tensors that a VAE takes.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import logging

@@ -6,8 +6,6 @@ front*, by repeating its first frame, to a multiple of four. 17 frames give 5 la
 34 give 10; in general T frames give 5 * (T // 17) + ceil((T % 17) / 4).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

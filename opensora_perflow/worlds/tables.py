@@ -1,7 +1,5 @@
 """CSV tables: read strictly, so that no row, accent or half of a caption is lost in silence."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io

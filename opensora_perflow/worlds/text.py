@@ -5,8 +5,6 @@ word is hashed into one of `NUM_BUCKETS` vectors, so that captions of a user's o
 closes a text with an end token and pads to `model_max_length`; unlike T5 a vector does not depend on its neighbours.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Sequence

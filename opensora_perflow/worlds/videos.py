@@ -1,7 +1,5 @@
 """One video file: read it as a player shows it, or write it. Frames are uint8 [T, H, W, 3], RGB."""
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable, Iterator

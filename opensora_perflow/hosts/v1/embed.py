@@ -1,7 +1,5 @@
 """`opensora-perflow embed`: a prompt through the text encoder of an Open-Sora config, to a file for guidance.negative."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

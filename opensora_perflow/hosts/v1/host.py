@@ -1,7 +1,5 @@
 """Open-Sora 1.x as the host of a training run: `training.host.Host`, answered by what its scripts know."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from opensora_perflow.hosts.v1 import checkpoints, parallel, run_config

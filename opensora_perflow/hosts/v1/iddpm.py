@@ -1,7 +1,5 @@
 """What only epsilon networks need: which process a network was trained on, what iddpm guides, and the learned variance."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from importlib.util import find_spec

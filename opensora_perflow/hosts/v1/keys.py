@@ -1,7 +1,5 @@
 """The host's keys: those that Open-Sora's rflow and iddpm have, and what sampling inside Open-Sora adds to them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

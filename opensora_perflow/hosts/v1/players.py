@@ -1,7 +1,5 @@
 """The players of one batch of Open-Sora 1.x: its STDiT networks under text, reference frames and guidance."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What the running host script was told: whether it resumes, and where its weights came from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`perflow`: the object that Open-Sora 1.x builds. It turns the host's calls into the method's words, and losses back."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict

@@ -5,8 +5,6 @@ network tiles the text mask that way (v1.2.0 opensora/models/stdit/stdit3.py:344
 from the signature of forward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial

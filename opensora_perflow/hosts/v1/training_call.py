@@ -1,7 +1,5 @@
 """`training_losses` as the scripts of each tag call it, turned into a batch of the method, and its loss into their answer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
