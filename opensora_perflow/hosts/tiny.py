@@ -13,7 +13,7 @@ The networks are the host's own classes in other sizes; the host's factories fix
 parameters). VAE and text encoder are the demo's, which the host calls in ways explained there.
 
 "perflow_tiny_teacher" names the demo's teacher, which was trained on clips of 64 x 64 pixels. The smallest bucket of the host
-has 192 x 192: with the settings above they reach the network as latents of 8 x 8 at the positions that it was trained with.
+has 192 x 192. With the settings above such clips reach the network as latents of 8 x 8, at the positions of its training.
 """
 
 import logging
@@ -48,9 +48,9 @@ def tiny_stdit3(from_pretrained: str | os.PathLike | None = None, **settings: An
 
     Args:
         from_pretrained: None for random weights, "perflow_tiny_teacher", or what `checkpoints.read_state_dict` takes: a
-            checkpoint folder of train.py (epochE-global_stepG), a .safetensors file or a .pt file of plain tensors.
-        settings: hidden_size (96), divisible by 4 and by num_heads; num_heads (4), with hidden_size / num_heads even (rotary
-            embedding); depth (2), pairs of one spatial and one temporal block. Everything else STDiT3Config knows; the
+            checkpoint folder of train.py, a .safetensors file or a .pt file.
+        settings: hidden_size (96), divisible by 4 and by num_heads. num_heads (4); hidden_size / num_heads is even, for the
+            rotary embedding. depth (2), pairs of one spatial and one temporal block. Everything else STDiT3Config knows; the
             host's scripts pass input_size, in_channels, caption_channels, model_max_length and enable_sequence_parallelism.
 
     Raises:
@@ -111,8 +111,8 @@ class HostVAE(TinyVAE):
         pretrained: Whether to load the weights shipped with the demo.
         shrink: Pixels of the video in one of the codec's, along each side, >= 1: encoding averages them, decoding spreads
             them. Sides are cut to a multiple of 8 * shrink.
-        from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone: the host's VAEs take
-            settings that mean nothing here (micro batches, tiles).
+        from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone. They mean nothing here (micro
+            batches, tiles).
     """
 
     # v1.3's collect_references_batch (utils/inference_utils.py:184-189) cuts a reference to a length its VAE takes. By

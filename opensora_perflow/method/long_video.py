@@ -9,7 +9,7 @@ def fade_change(x: Tensor, reference: Tensor, kept: Tensor, num_frames: int) -> 
 
     Two clips of a long video share frames: those that end the one and, as reference frames, begin the other. Where the second
     clip made them anew, its further frames continue its own version of them, and the joint shows the difference. Fading it out
-    over the following frames is a cross-fade of the two versions, and all that is left to do once the first clip is done.
+    over the following frames is a cross-fade of the two versions. More cannot be done once the first clip is done.
 
     Args:
         x: A clip, [B, C, T, H, W].

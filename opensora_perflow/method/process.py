@@ -1,7 +1,7 @@
 r"""The process that noises data, on which a teacher was trained: what its points are, and what a network's output means there.
 
-A point is x_t = alpha(t) data + sigma(t) noise, with t as in conventions.py: 1 is noise, 0 is data. Here is the straight
-one, alpha = 1 - t and sigma = t: rectified flow, the `rflow` of Open-Sora 1.2 and 1.3 and all of 2.0. ddpm.py has the other.
+A point is x_t = alpha(t) data + sigma(t) noise, with t as in conventions.py: 1 is noise, 0 is data. Here is the straight one,
+alpha = 1 - t and sigma = t. It is rectified flow: the `rflow` of Open-Sora 1.2 and 1.3, and all of 2.0. ddpm.py has the other.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ class Process(Protocol):
         """The host's timestep -> flow time in [0, 1], float64."""
 
     def states(self, output: Output, x: Tensor, times: Tensor, *, method: str, frame_mask: Tensor | None) -> Iterator[Tensor]:
-        """Carry x along times [S + 1, B] with a teacher's output, yielding the state at each; frames [B, T] that are False in
+        """Carry x along times [S + 1, B] with a teacher's output, yielding the state at each. Frames [B, T] that are False in
         the mask stand still."""
 
     def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:

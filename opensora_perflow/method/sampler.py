@@ -24,10 +24,9 @@ class FrameEdit:
             same seed gives the same result.
         add_noise: (data, noise, t) -> the point of the path that frames join at; the straight path's if not given.
 
-    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step: there a frame joins at the
-    first grid point that is at most r, noised to that point's time, up to 1/4 away at 4 steps. The iddpm of every tag rounds
-    the ratio down to a step of its own and adds noise to reference frames (ratio 0) in its last step; here they stay as they
-    are.
+    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step. There a frame joins at the
+    first grid point that is at most r, noised to that point's time. At 4 steps that is up to 1/4 away. The iddpm of every tag
+    rounds the ratio down to a step of its own. Its last step adds noise to reference frames (ratio 0); here they stay as they are.
     """
 
     def __init__(

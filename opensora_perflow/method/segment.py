@@ -15,10 +15,10 @@ class Segment:
     """A teacher's solution across one window per sample.
 
     x_start, x_end: states at the noisy and the clean edge, [B, ...], float32. t_start > t_end: the edges, [B], float64.
-    states: the teacher's states on its way, both edges included, [S + 1, B, ...], at `times` [S + 1, B], float64; None where
-    the ends alone are known.
-    units: t [B] -> the factor [B] that turns an error of the velocity at t into one of what the network outputs, which is what
-    losses compare; None where the network outputs velocities.
+    states: the teacher's on its way, both edges included, [S + 1, B, ...], at `times` [S + 1, B], float64. None where the ends
+    alone are known.
+    units: t [B] -> the factor [B] that turns an error of the velocity at t into one of the network's output. Losses compare
+    outputs. None where the network outputs velocities.
     """
 
     x_start: Tensor

@@ -1,6 +1,6 @@
 """The demo: distil a tiny video teacher into a 4-step student, sample both from the same noise, and show the difference.
 
-Clips, network, VAE and text encoder are small; the scheduler is the PeRFlow object that Open-Sora builds, called the way its
+Clips, network, VAE and text encoder are small. The scheduler is the PeRFlow object that Open-Sora builds, called the way its
 train.py and inference.py call it.
 """
 
@@ -81,8 +81,8 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     The output folder is not touched before everything is there: then all of it takes its place at once.
 
     Raises:
-        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder with files
-            of other origin under the names of the demo's.
+        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder where the
+            demo's names are other files.
     """
     began = time.perf_counter()
     torch.manual_seed(settings.seed)

@@ -1,7 +1,7 @@
 """Who is to blame where a step's numbers are not finite: what came in, then the student, then the teacher.
 
 NaN spreads to whatever is computed from it, so that the first in the order of a step is the cause. A good step pays one look at
-the teacher's ends and one at the losses; all else is looked at only where one of those is not finite. No network is called
+the teacher's ends and one at the losses. All else is looked at only where one of those is not finite. No network is called
 again: a call on one process alone would wait for the others.
 """
 

@@ -26,7 +26,7 @@ BLANK = 1e-3
 LEAST_COSINE, LEAST_SIZE = 0.1, 0.05
 """Less of either is an answer that has nothing to do with the data."""
 ODD_SLOPE, WRONG_SLOPE = 0.15, 0.35
-"""How far a slope may be from 1, beside three standard errors: beyond the first a cause is looked for, and beyond the second a
+"""How far a slope may be from 1, beside three standard errors. Beyond the first a cause is looked for; beyond the second a
 warning needs none. Healthy: video .98 to 1.01, mixture .86 to 1.41 with errors of .1. Latents half or twice as large have .70
 and 1.5."""
 CONVINCING = 0.3

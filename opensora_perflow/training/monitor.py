@@ -1,9 +1,9 @@
 """How far the student is from its teacher, on batches that the run keeps from its beginning: is training still helping?
 
 A training loss cannot tell: its times, states and batches are drawn anew, and its states move with the student. Here the
-teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since that is what samples
-show: errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all
-are what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
+teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since samples show that.
+Errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all are
+what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class HeldOutBatch:
 
     @torch.no_grad()
     def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """How far from the teacher's end one step a window leads, the student's and an untrained network's: mean squares over
+        """How far from the teacher's end one step a window leads, the student's and an untrained network's. Mean squares over
         elements, one a sample [B], float64. `grids` as above."""
         edges = self._solve(grids)
         if self.untrained_end is None:

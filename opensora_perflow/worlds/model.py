@@ -144,8 +144,8 @@ class TinySTDiT(nn.Module):
             x: Latents [B, C, T, H, W], any T, H, W; odd sides are padded inside.
             timestep: [B], 0 (data) .. 1000 (noise); not rounded to the weights' dtype (as v1.3; v1.2 rounds).
             y: Word vectors [B, 1, L, D].
-            mask: 0/1 [B or a divisor of B, L]; fewer rows are tiled, so a guided batch is [cond..., uncond...] and the
-                null text is cut to its prompt's length. None: every token counts.
+            mask: 0/1 [B or a divisor of B, L]. Fewer rows are tiled: a guided batch is [cond..., uncond...], and the null text
+                is cut to its prompt's length. None: every token counts.
             x_mask: bool [B, T]; False marks a frame that is given, which is modulated as at timestep 0.
             fps: Frames per second, [B or a divisor of B].
             height, width: Of the video in pixels; the first entry sets the spatial scale for the whole batch.
@@ -155,8 +155,8 @@ class TinySTDiT(nn.Module):
             float32 [B, 2 C, T, H, W].
 
         Raises:
-            ValueError: fps, height or width missing, a mask that cannot be tiled or has a row without a token, or in
-                train mode a y whose L, D are not those of the null text.
+            ValueError: fps, height or width missing; a mask that cannot be tiled or has a row without a token; in train mode, a
+                y whose L, D are not the null text's.
         """
         if fps is None or height is None or width is None:
             sizes = {"fps": fps, "height": height, "width": width}
@@ -438,7 +438,7 @@ class _FinalLayer(nn.Module):
 
         versions = [modulated(x, t_vectors[0])]
         if given is not None:
-            # host quirk, kept for equal outputs: given frames are modulated twice (v1.2.0 blocks.py, T2IFinalLayer
-            # overwrites x before the timestep-0 branch reads it); samplers put those frames back, so it never shows
+            # host quirk, kept for equal outputs: given frames are modulated twice. T2IFinalLayer (v1.2.0 blocks.py) overwrites
+            # x before the timestep-0 branch reads it. Samplers put those frames back, so it never shows.
             versions.append(modulated(versions[0], t_vectors[1]))
         return self.linear(_select(given, versions))

@@ -94,12 +94,12 @@ def training_condition(
         network: The unwrapped network that will see it; its own null embedding is used.
         model_args: The host's dict: y, mask, sizes. Left as it is.
         drop: bool [B], True where the prompt is dropped; None drops nothing.
-        negative: y [1, L, D] and mask [1, L] of a negative prompt, which guidance then leads away from in place of the null
-            text; see hosts/negative_text.py.
+        negative: y [1, L, D] and mask [1, L] of a negative prompt, which takes the place of the null text in guidance; see
+            hosts/v1/negative_text.py.
 
     Raises:
-        ValueError: no text in model_args, prompts are to be dropped and the network has no null text, or a negative prompt of
-            other sizes than the prompts.
+        ValueError: no text in model_args; prompts to be dropped and no null text; or a negative prompt of other sizes than the
+            prompts.
     """
     if "y" not in model_args:
         raise ValueError(f"model_args needs the text embeddings 'y', got the keys {sorted(model_args)}")

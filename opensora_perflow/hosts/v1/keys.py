@@ -66,9 +66,9 @@ class Keys:
     """What the host's scripts and networks add to a recipe."""
 
     path: str = key("auto", choice(*PATHS))
-    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
-    variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
-    what the host and its network allow (see iddpm.find_process)."""
+    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion with epsilon and usually a learned
+    variance (iddpm; dpm-solver samples the same networks). auto: the path whose keys are in this config (see PATH_KEYS).
+    Without such keys, what the host and its network allow (see iddpm.find_process)."""
     transform: str = _rflow("auto", choice(*TRANSFORM_FORMULAS))
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
@@ -79,14 +79,14 @@ class Keys:
     """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
     number of windows serves every window alike."""
     sampling_grid: str = key("edges", choice(*SAMPLING_GRIDS))
-    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows, or to where the plan
-    that `windows` names wants them; uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same
-    where the number of windows divides that of steps."""
+    """edges: every window edge is a sampling time. The steps left over go to the noisiest windows, or where the plan of
+    `windows` has them. uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same where the number
+    of windows divides that of steps."""
     num_timesteps: int = _rflow(1000, whole(high=MOST_TIMESTEPS))
     """Size of the network's timestep range."""
     cfg_scale: Any = key(4.0, as_scales)
-    """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
-    or a list of one a window, noisiest first. No effect in mode fixed."""
+    """Guidance when sampling in mode sync. In mode range, the scale that the student is told, which lies in the range. A
+    number, or a list of one a window, noisiest first. No effect in mode fixed."""
     use_discrete_timesteps: bool = _rflow(False, switch)
     """Round drawn times, window edges and the sampling grid to whole timesteps."""
     use_timestep_transform: bool = _rflow(False, switch)
@@ -130,7 +130,7 @@ class Keys:
     diffusion_steps: int = _iddpm(1000, whole(high=MOST_TIMESTEPS))
     """iddpm: size of the network's timestep range."""
     learn_sigma: bool = _iddpm(True, switch)
-    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too, at an
+    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too. The cost is an
     evaluation of the teacher for each time that is trained. False: there is none worth keeping. With prediction="velocity": no
     effect."""
     sigma_small: bool = _iddpm(False, only_false)

@@ -19,8 +19,8 @@ def loaded_weights() -> str | None:
 
 
 def host_seed() -> int | None:
-    """The seed in the running script's config; None where there is no script, or none in its config (Open-Sora seeds itself
-    with 1024 then, see torch.initial_seed)."""
+    """The seed in the running script's config; None where there is no script, or none in its config. Open-Sora seeds itself
+    with 1024 then, see torch.initial_seed."""
     return (running_config() or {}).get("seed")
 
 

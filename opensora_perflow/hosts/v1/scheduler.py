@@ -109,7 +109,7 @@ class PeRFlow:
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. With path="linear" in [0, num_timesteps] and taken as already transformed, as
-                upstream does; with path="ddpm" indices 0..num_timesteps - 1. By name t is the only time that is trained; as
+                upstream does; with path="ddpm" indices 0..num_timesteps - 1. By name t is the only time that is trained. As
                 1.0's and 1.1's third argument t is their train.py's draw, and `draws` adds to t as to one of ours.
             mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
                 sampled, without the reference embedders' biases.
@@ -189,9 +189,9 @@ class PeRFlow:
             z_size: (C, T, H, W) of noise to draw in float32 where there is no z (v1.0).
 
         Returns:
-            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps in modes fixed and range;
-            twice that in mode sync (three times with reference frames), once where the scales are 1. An edit ratio between
-            two grid points counts as a step, see `sampler.FrameEdit`.
+            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps in modes fixed and range.
+            Mode sync takes twice as many, three times with reference frames; where the scales are 1, no more. An edit ratio
+            between two grid points counts as a step, see `sampler.FrameEdit`.
 
         Raises:
             ValueError: neither or both of z and z_size; a scale outside the range of mode range; see conditions.py and
