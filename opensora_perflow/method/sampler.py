@@ -26,7 +26,8 @@ class FrameEdit:
 
     Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step. There a frame joins at the
     first grid point that is at most r, noised to that point's time. At 4 steps that is up to 1/4 away. The iddpm of every tag
-    rounds the ratio down to a step of its own. Its last step adds noise to reference frames (ratio 0); here they stay as they are.
+    rounds the ratio down to a step of its own. Its last step adds noise to reference frames (ratio 0); here they stay as they
+    are.
     """
 
     def __init__(

@@ -55,6 +55,11 @@ class Player:
 class Players(Protocol):
     """The players of one batch; whoever builds them knows their host. Networks are those of the time of asking."""
 
+    process: Process
+    prediction: str
+    moving: Tensor | None
+    """Those of the student, see `Player`."""
+
     student: Player
     """As it is trained."""
 

@@ -57,27 +57,26 @@ class Solved:
     source: str
 
     def of(self, batch: Batch) -> Segment:
-        student, times = batch.players.student, batch.drawn.solver_times
+        players, times = batch.players, batch.drawn.solver_times
         way: list[Tensor] = []
         x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
         try:
-            states = batch.players.teacher(batch.scale).trajectory(x_start, times, self.solver, self.source)
+            states = players.teacher(batch.scale).trajectory(x_start, times, self.solver, self.source)
         except NotFinite:
             check_way(way, batch.drawn.route, batch.drawn.window_idx)
             raise
-        units = student.process.output_units(student.prediction, lambda t: (times[0], times[-1]))
+        units = players.process.output_units(players.prediction, lambda t: (times[0], times[-1]))
         return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
 
 
 def diffused(batch: Batch, t: Tensor) -> Tensor:
     """Data with the noise of time t [B]; frames that stand still have as little as the process gives them."""
-    return held(batch, batch.players.student.process.add_noise(batch.data, batch.noise, t))
+    return held(batch, batch.players.process.add_noise(batch.data, batch.noise, t))
 
 
 @torch.no_grad()
 def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
     """Where the student, sampled with one Euler step a window, reaches each sample's window. `way`: see `carry_to_windows`."""
-
     drawn, players = batch.drawn, batch.players
     start, whole = held(batch, batch.noise), not players.separable
     return carry_to_windows(players.sampled, start, drawn.route, drawn.window_idx, whole=whole, way=way)
@@ -85,9 +84,8 @@ def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
 
 def held(batch: Batch, x: Tensor) -> Tensor:
     """The state with its still frames put where training holds them."""
-    student = batch.players.student
-    if student.moving is None:
+    process, moving = batch.players.process, batch.players.moving
+    if moving is None:
         return x
-    process = student.process
     still = process.add_noise(batch.data, batch.noise, torch.full_like(batch.drawn.t_start, process.still_time))
-    return torch.where(student.moving[:, None, :, None, None], x, still)
+    return torch.where(moving[:, None, :, None, None], x, still)
