@@ -186,7 +186,7 @@ def build_network(open_sora: Path | None) -> nn.Module:
 
     from opensora_perflow.checkpoints import read_state_dict
 
-    network = STDiT3(STDiT3Config(**TinySTDiT().host_config())).eval()
+    network = STDiT3(STDiT3Config(**TinySTDiT().config)).eval()
     missing, unexpected = network.load_state_dict(read_state_dict(WEIGHTS), strict=False)
     # v1.3 adds embedders of reference frames, zero until they are trained.
     if unexpected or any(not key.startswith("x_embedder_cond") for key in missing):

@@ -81,16 +81,22 @@ class TinySTDiT(nn.Module):
                 f"hidden_size={hidden_size}, num_heads={num_heads}, patch_size={tuple(patch_size)}; the shipped "
                 "teacher has 96, 4 and (1, 2, 2)"
             )
-        self.in_channels = in_channels
-        self.out_channels = 2 * in_channels
-        self.pred_sigma = True
-        self.hidden_size = hidden_size
-        self.depth = depth
-        self.num_heads = num_heads
-        self.mlp_ratio = mlp_ratio
-        self.patch_size = tuple(patch_size)
-        self.input_sq_size = input_sq_size
-        self.qk_norm = qk_norm
+        self.config = {
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "caption_channels": caption_channels,
+            "model_max_length": model_max_length,
+            "class_dropout_prob": class_dropout_prob,
+            "patch_size": tuple(patch_size),
+            "input_sq_size": input_sq_size,
+            "qk_norm": qk_norm,
+            "pred_sigma": True,
+        }
+        """Keywords of the host's STDiT3Config that describe this network (v1.2.0 and v1.3 know them all)."""
+        self.patch_size, self.input_sq_size = tuple(patch_size), input_sq_size
 
         self.rope = _RotaryFrequencies(hidden_size // num_heads)
         self.x_embedder = _PatchEmbedder(self.patch_size, in_channels, hidden_size)
@@ -98,33 +104,14 @@ class TinySTDiT(nn.Module):
         self.fps_embedder = _ScalarEmbedder(hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.y_embedder = _CaptionEmbedder(caption_channels, hidden_size, class_dropout_prob, model_max_length)
-        self.spatial_blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal=False) for _ in range(depth)
+        self.spatial_blocks, self.temporal_blocks = (
+            nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal) for _ in range(depth))
+            for temporal in (False, True)
         )
-        self.temporal_blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal=True) for _ in range(depth)
-        )
-        self.final_layer = _FinalLayer(hidden_size, math.prod(self.patch_size), self.out_channels)
+        self.final_layer = _FinalLayer(hidden_size, math.prod(self.patch_size), 2 * in_channels)
         self._initialize()
         if from_pretrained is not None:
             self._load(Path(from_pretrained))
-
-    def host_config(self) -> dict[str, Any]:
-        """Keywords of the host's STDiT3Config that describe this network (v1.2.0 and v1.3 know them all)."""
-        return {
-            "in_channels": self.in_channels,
-            "hidden_size": self.hidden_size,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "caption_channels": self.y_embedder.y_embedding.shape[1],
-            "model_max_length": self.y_embedder.y_embedding.shape[0],
-            "class_dropout_prob": self.y_embedder.uncond_prob,
-            "patch_size": self.patch_size,
-            "input_sq_size": self.input_sq_size,
-            "qk_norm": self.qk_norm,
-            "pred_sigma": True,
-        }
 
     def forward(
         self,
@@ -179,7 +166,7 @@ class TinySTDiT(nn.Module):
         tokens = self.x_embedder(x.to(dtype))  # [B, T, h, w, hidden]
         token_rows, token_columns = tokens.shape[2:4]
         scale = math.sqrt(height.flatten()[0].item() * width.flatten()[0].item()) / self.input_sq_size
-        position = _position_embedding(self.hidden_size, token_rows, token_columns, scale, x.device).to(dtype)
+        position = _position_embedding(tokens.shape[-1], token_rows, token_columns, scale, x.device).to(dtype)
         tokens = tokens.flatten(2, 3) + position
         rotation = self.rope(num_frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks):
@@ -226,7 +213,7 @@ class TinySTDiT(nn.Module):
         try:
             self.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} does not fit TinySTDiT({self.host_config()}): {error}; pass its own sizes") from error
+            raise ValueError(f"{path} does not fit TinySTDiT({self.config}): {error}; pass its own sizes") from error
 
 
 def _position_embedding(hidden_size: int, rows: int, columns: int, scale: float, device: torch.device) -> Tensor:
