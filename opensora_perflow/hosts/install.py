@@ -1,9 +1,9 @@
 """Put the plugin into an Open-Sora checkout, say what of it is there, and take it out again.
 
 Two things go in: the patch of the tag, and this package's configs, as links or copies beside the host's own. The patch is one
-line that registers `perflow`, see patches/; Open-Sora 2.0 needs none. A record in the tree says what was put in: a later version
-of this package takes out what an earlier one put in. Nothing that the record does not name is ever removed, and nothing is
-overwritten.
+line that registers `perflow`, see patches/; Open-Sora 2.0 needs none. A record in the tree says what was put in: a later
+version of this package takes out what an earlier one put in. Nothing that the record does not name is ever removed, and
+nothing is overwritten.
 """
 
 import hashlib

@@ -40,7 +40,7 @@ class TrainingPlayers:
     recipe: Recipe
     keys: Keys
     teacher_now: Callable[[], Teacher]
-    separable = True
+    process, prediction, moving, separable = PROCESS, "velocity", None, True
 
     @cached_property
     def evaluation(self) -> Evaluation:
