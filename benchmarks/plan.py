@@ -40,8 +40,10 @@ from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
 from opensora_perflow.planning.windows import CRITERIA, plan_windows
 from opensora_perflow.tools import probes
+from opensora_perflow.worlds.clips import contents
 from opensora_perflow.worlds.mixture import NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.worlds.model import load_teacher
+from opensora_perflow.worlds.text import TinyTextEncoder
 
 PILOT_SEED = 100
 
@@ -76,7 +78,9 @@ class VideoWorld:
         return probes.video_probe(num_samples, seed, self.scale if network is None else 1.0, network)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.zeros(self.batch_size, *probes.LATENT_SHAPE), probes.video_conditions(self.batch_size, generator)
+        captions = probes.shuffled((content.caption for content in contents()), self.batch_size, generator)
+        model_args = {**TinyTextEncoder().encode(captions), **probes.sizes(self.batch_size)}
+        return torch.zeros(self.batch_size, *probes.LATENT_SHAPE), model_args
 
 
 def train(world: Any, edges: Sequence[float], iterations: int, seed: int) -> nn.Module:

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -161,7 +162,7 @@ def step_difference(public: Public, num_windows: int, num_steps: int, prediction
     """
     windows = TimeWindows.uniform(num_windows)
     output, x = torch.randn(2, 8, 4, 4, 4, dtype=torch.float64, generator=generator)
-    velocity = PATH.student(lambda state, time: output, prediction, lambda time: bounds(windows, time))
+    velocity = partial(PATH.velocity, lambda state, time: output, prediction, lambda time: bounds(windows, time))
     grid = sampling_grid(windows, num_steps)
     theirs = public.steps(output, x, num_windows, num_steps, prediction)
     listed = [timestep for timestep, _ in theirs] + [0]

@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def edge_jumps(student: nn.Module, evaluation: Evaluation, windows: int = 4) -> 
     noise = evaluation.noise
     edges = torch.linspace(1, 0, windows + 1, dtype=torch.float64)[:, None].expand(-1, len(noise))
 
-    velocity = Linear(NUM_TIMESTEPS).student(lambda x, timestep: student(x, timestep, y), "velocity", None)
+    velocity = partial(Linear(NUM_TIMESTEPS).velocity, lambda x, timestep: student(x, timestep, y), "velocity", None)
     jumps = []
     for k in range(1, windows):
         x = carry_to_windows(lambda window, rows: velocity, noise, edges, torch.full((len(noise),), k))

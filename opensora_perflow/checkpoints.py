@@ -4,8 +4,6 @@ A file is taken whole and as it was written, or refused with its name: damaged, 
 weights. Which of a network's keys a host's files may lack is the host's knowledge (hosts/v1/weights.py).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

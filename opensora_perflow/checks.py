@@ -13,8 +13,6 @@ A kind is a function (name, value) -> value that raises ValueError, or gives the
 and torch become numbers, so that deepcopy and JSON take the value. What JSON files hold is read and checked here too.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math
@@ -41,9 +39,9 @@ MOST_BYTES = 2**20
 """Of a JSON file that this package reads; its own are far below."""
 
 
-def key(default: Any, kind: Kind) -> Any:
-    """A dataclass field with the kind of value that it takes."""
-    return field(default=default, metadata={"kind": kind})
+def key(default: Any, kind: Kind, **known: Any) -> Any:
+    """A dataclass field with the kind of value that it takes, and what else is known of it."""
+    return field(default=default, metadata={"kind": kind, **known})
 
 
 def check_keys(settings: Any, prefix: str = "") -> None:
@@ -214,11 +212,6 @@ def refuse_unknown(keys: Iterable[Any], known: Sequence[str], where: str) -> Non
         close = [match for one in unknown for match in difflib.get_close_matches(shown(one).strip("'"), known, n=1)]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise ValueError(f"unknown key(s) {', '.join(map(shown, unknown))} in {where}{hint} Known keys: {', '.join(known)}")
-
-
-def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> None:
-    """Raises ValueError unless value is a finite number (and at least `low`, and at most `high`)."""
-    number(low=low, high=high)(name, value)
 
 
 def check_num_steps(num_steps: int, name: str = "the number of steps") -> None:

@@ -1,8 +1,8 @@
 r"""Time, sign and shape: stated once; everything else refers to this page.
 
 * Flow time `t` lies in [0, 1]: **t = 1 is noise, t = 0 is data**. Sampling runs downwards.
-* The straight path is x_t = (1 - t) data + t noise; the velocity is dx/dt, so it points **from data to noise**
-  (`noise - data` on the straight path). One Euler step is x + (t_next - t) v.
+* The straight path is x_t = (1 - t) data + t noise. The velocity is dx/dt, so it points **from data to noise** (`noise - data`
+  on the straight path). One Euler step is x + (t_next - t) v.
 * A field is any callable `velocity(x, t)`: x is [B, ...], t is [B], the result is shaped like x.
 * Latents are [B, C, T, H, W]; `num_frames` says how many pixel frames; times are [B], float64 until a network is called.
 * Untransformed time `u` is what windows and sampling grids are cut in. Where the host warps time for large or long
@@ -11,11 +11,9 @@ r"""Time, sign and shape: stated once; everything else refers to this page.
 Open-Sora 1.2 and 1.3 count time as a float `timestep` in 0..num_timesteps. Their networks answer data - noise, which is
 **minus** dx/dt (v1.2.0 opensora/schedulers/rf/rectified_flow.py, the training target x_start - noise).
 
-Open-Sora 1.0 and 1.1 train another process, a diffusion, with integer timesteps and networks that answer the noise:
+Open-Sora 1.0 and 1.1 train another process, a diffusion, with integer timesteps and networks that answer the noise.
 method/ddpm.py has that process, its times and its way to a velocity.
 """
-
-from __future__ import annotations
 
 from torch import Tensor
 

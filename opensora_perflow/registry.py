@@ -1,7 +1,5 @@
 """Where `perflow` and its objectives are registered (mmengine registries)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec

@@ -77,7 +77,7 @@ def test_what_configs_write_out_are_the_defaults(name, load):
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "data_free"])
 def test_tiny_runs_begin_with_the_teacher_that_ships_and_can_be_resumed(name, load):
-    config, sizes = load(FOLDER / f"perflow_tiny_{name}.py"), TinySTDiT().host_config()
+    config, sizes = load(FOLDER / f"perflow_tiny_{name}.py"), TinySTDiT().config
     assert config.model.from_pretrained == config.scheduler.teacher.from_pretrained == "perflow_tiny_teacher"
     assert all(sizes[key] == config.model[key] for key in ("hidden_size", "depth", "num_heads", "qk_norm"))
     assert config.model.input_sq_size == sizes["input_sq_size"] * config.vae.shrink

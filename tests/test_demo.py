@@ -55,7 +55,7 @@ def test_numbers_are_those_of_the_samplers(finished):
     # The last window points at its own end, where the reference's motion is known.
     assert result["windows"][3]["motion"]["teacher"] == pytest.approx(result["samplers"][0]["motion_energy"], rel=1e-4)
     assert all(row["motion"]["error"] > 0 for row in result["windows"])
-    lines = demo.table(result).splitlines()
+    lines = demo.report.table(result).splitlines()
     share = result["windows"][0]["motion"]["student"] / result["windows"][0]["motion"]["teacher"]
     assert lines[-1].startswith("the student's motion") and f"1-0.75 {share:.0%}" in lines[-1]
 

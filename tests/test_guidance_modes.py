@@ -16,8 +16,9 @@ from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.embed import embed
 from opensora_perflow.hosts.v1.negative_text import read_negative, write_negative
 from opensora_perflow.hosts.v1.scale_input import UNIT, direction, told_scale
-from opensora_perflow.method.guidance import draw_scales, scale_of_window
+from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.tools import cli
+from opensora_perflow.training.recipe import Guidance
 
 C, TOKENS = 3, 4
 PROMPTS, LENGTHS = ["a cat", "a dog that runs"], [2, 4]
@@ -336,8 +337,8 @@ def test_scales_are_uniform_on_their_range_and_follow_their_generator():
 
 
 def test_the_scale_of_a_window():
-    assert scale_of_window(3.0, torch.tensor([0, 1])) == 3.0
-    assert scale_of_window((9, 7, 5), torch.tensor([2, 0])).tolist() == [5.0, 9.0]
+    assert Guidance("fixed", 3.0).scale_in(torch.tensor([0, 1])) == 3.0
+    assert Guidance("fixed", (9, 7, 5)).scale_in(torch.tensor([2, 0])).tolist() == [5.0, 9.0]
 
 
 def test_no_timestep_uses_the_direction_of_the_scale():

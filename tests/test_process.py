@@ -1,6 +1,7 @@
 """Both paths on solved cases. The diffusion path's exact flow: Gaussian data stays Gaussian, x(t) keeps its quantile."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_a_perfect_student_crosses_each_window_in_any_number_of_steps(prediction
     t, t_end = UNEQUAL.bounds(torch.arange(4))
     x_start, x_end = torch.randn(2, 4, 6, dtype=F64)
     output = target(x_start, x_end, PATH.edges(t, t_end), prediction)
-    velocity = PATH.student(lambda x, time: output, prediction, lambda time: (t, t_end))
+    velocity = partial(PATH.velocity, lambda x, time: output, prediction, lambda time: (t, t_end))
     for steps in (1, 3):
         got = sample(lambda step, mask: velocity, x_start, linear_grid(t, t_end, steps))
         torch.testing.assert_close(got, x_end, rtol=0, atol=1e-10)  # eta up to 157 amplifies rounding
@@ -197,7 +198,7 @@ def test_output_units_turn_velocity_errors_into_output_errors(prediction):
     error = torch.tensor([0.1, -2.0, 0.5, 1.0], dtype=F64)
 
     def velocity(value):
-        return PATH.student(lambda state, time: value, prediction, lambda time: (t_start, t_end))(x, t)
+        return PATH.velocity(lambda state, time: value, prediction, lambda time: (t_start, t_end), x, t)
 
     size = (velocity(output + error[:, None]) - velocity(output)).abs().mean(dim=1)
     units = PATH.output_units(prediction, lambda time: (t_start, t_end))
@@ -222,5 +223,5 @@ def test_timesteps_of_a_rectified_flow_round_trip_in_float64():
 def test_a_networks_sign_is_that_of_its_host(sign):
     x, t = torch.randn(2, 3), torch.tensor([0.2, 0.9], dtype=F64)
     told = []
-    velocity = Linear(1000, sign).student(lambda state, timestep: told.append(timestep) or state, "velocity", None)
-    assert torch.equal(velocity(x, t), sign * x) and told[0].tolist() == [200.0, 900.0]
+    velocity = Linear(1000, sign).velocity(lambda state, timestep: told.append(timestep) or state, "velocity", None, x, t)
+    assert torch.equal(velocity, sign * x) and told[0].tolist() == [200.0, 900.0]

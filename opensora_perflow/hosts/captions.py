@@ -9,8 +9,6 @@ Importing this module registers "perflow_captions" in the host's DATASETS (Open-
 The table (--data-path) needs a column `text`; `num_frames`, `height` and `width` are used where it has them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -157,6 +155,3 @@ def _refuse_rows(table: Any, column: str, values: list[Any], accepted: Callable[
     if wrong:
         shown = ", ".join(f"row {row}: {value!r}" for row, value in wrong[:5])
         raise ValueError(f"{table}, column {column}: {shown}: {what} ({len(wrong)} such rows); mend them, or take them out")
-
-
-__all__ = ["Captions"]

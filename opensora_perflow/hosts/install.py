@@ -1,12 +1,10 @@
 """Put the plugin into an Open-Sora checkout, say what of it is there, and take it out again.
 
-Two things go in: the patch of the tag (one line that registers `perflow`, see patches/; Open-Sora 2.0 needs none), and this
-package's configs, as links or copies, beside the host's own. What was put in is written to a record in the tree. So a later
-version of this package takes out what an earlier one put in. Nothing that the record does not name is ever removed, and nothing
-is overwritten.
+Two things go in: the patch of the tag, and this package's configs, as links or copies beside the host's own. The patch is one
+line that registers `perflow`, see patches/; Open-Sora 2.0 needs none. A record in the tree says what was put in: a later
+version of this package takes out what an earlier one put in. Nothing that the record does not name is ever removed, and
+nothing is overwritten.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -121,8 +119,8 @@ def install(root: str | os.PathLike, *, copy: bool = False) -> bool:
         Whether anything had to be done.
 
     Raises:
-        ValueError: see `check`; edits where the patch goes; files in the way of configs; edited configs that would have to be
-            replaced (the message names the files).
+        ValueError: see `check`; edits where the patch goes; files in the way of configs; edited configs that would be replaced.
+            The message names the files.
     """
     tree, status = _tree(root), check(root)
     if status.complete and status.record.copied == copy:
@@ -269,8 +267,8 @@ def _patch_state(root: Path, patch: str) -> tuple[bool | None, str]:
 def _git_apply(root: Path, patch: str, *options: str) -> None:
     """Run `git apply` on a tree, which does the whole patch or nothing.
 
-    Git is kept away from every repository: the tree need not be one, and may lie inside another one, relative to whose top git
-    would then take the patch's paths. Neither may the user's settings (apply.whitespace and such) change what is applied.
+    Git is kept away from every repository. The tree need not be one, and may lie inside another. Git would then take the
+    patch's paths from the other one's top. Neither may the user's settings (apply.whitespace and such) change what is applied.
 
     Raises:
         ValueError: there is no git; or the patch does not fit, because of edits (the message names the files).

@@ -1,7 +1,5 @@
 """The record of what `install` put into a checkout, and how its files are written: whole, and never out of the checkout."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -13,16 +13,15 @@ The networks are the host's own classes in other sizes; the host's factories fix
 parameters). VAE and text encoder are the demo's, which the host calls in ways explained there.
 
 "perflow_tiny_teacher" names the demo's teacher, which was trained on clips of 64 x 64 pixels. The smallest bucket of the host
-has 192 x 192: with the settings above they reach the network as latents of 8 x 8 at the positions that it was trained with.
+has 192 x 192. With the settings above such clips reach the network as latents of 8 x 8, at the positions of its training.
 """
-
-from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,22 +43,15 @@ logger = logging.getLogger(__name__)
 
 
 @MODELS.register_module("perflow_tiny_stdit3")
-def tiny_stdit3(
-    from_pretrained: str | os.PathLike | None = None,
-    hidden_size: int = 96,
-    depth: int = 2,
-    num_heads: int = 4,
-    **kwargs: Any,
-) -> nn.Module:
+def tiny_stdit3(from_pretrained: str | os.PathLike | None = None, **settings: Any) -> nn.Module:
     """The host's STDiT3 in any size; the defaults give 0.7 M parameters.
 
     Args:
         from_pretrained: None for random weights, "perflow_tiny_teacher", or what `checkpoints.read_state_dict` takes: a
-            checkpoint folder of train.py (epochE-global_stepG), a .safetensors file or a .pt file of plain tensors.
-        hidden_size: Divisible by 4 and by num_heads; hidden_size / num_heads even (rotary embedding).
-        depth: Pairs of one spatial and one temporal block.
-        kwargs: Everything else STDiT3Config knows; the host's scripts pass input_size, in_channels, caption_channels,
-            model_max_length and enable_sequence_parallelism.
+            checkpoint folder of train.py, a .safetensors file or a .pt file.
+        settings: hidden_size (96), divisible by 4 and by num_heads. num_heads (4); hidden_size / num_heads is even, for the
+            rotary embedding. depth (2), pairs of one spatial and one temporal block. Everything else STDiT3Config knows; the
+            host's scripts pass input_size, in_channels, caption_channels, model_max_length and enable_sequence_parallelism.
 
     Raises:
         ValueError: sizes that do not divide, or weights that do not fit this network (the message lists the first few).
@@ -67,46 +59,32 @@ def tiny_stdit3(
     """
     from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 
-    sizes = _sizes(hidden_size, depth, num_heads)
-    return _load(STDiT3(STDiT3Config(**sizes, **kwargs)), from_pretrained)
+    return _load(STDiT3(STDiT3Config(**_sized(**settings))), from_pretrained)
 
 
 @MODELS.register_module("perflow_tiny_stdit2")
-def tiny_stdit2(
-    from_pretrained: str | os.PathLike | None = None,
-    hidden_size: int = 96,
-    depth: int = 2,
-    num_heads: int = 4,
-    **kwargs: Any,
-) -> nn.Module:
+def tiny_stdit2(from_pretrained: str | os.PathLike | None = None, **settings: Any) -> nn.Module:
     """Open-Sora 1.1's STDiT2 in any size; arguments and errors as `tiny_stdit3`."""
     from opensora.models.stdit.stdit2 import STDiT2, STDiT2Config
 
-    sizes = _sizes(hidden_size, depth, num_heads)
-    return _load(STDiT2(STDiT2Config(**sizes, **kwargs)), from_pretrained)
+    return _load(STDiT2(STDiT2Config(**_sized(**settings))), from_pretrained)
 
 
 @MODELS.register_module("perflow_tiny_stdit")
-def tiny_stdit(
-    from_pretrained: str | os.PathLike | None = None,
-    hidden_size: int = 96,
-    depth: int = 2,
-    num_heads: int = 4,
-    **kwargs: Any,
-) -> nn.Module:
+def tiny_stdit(from_pretrained: str | os.PathLike | None = None, **settings: Any) -> nn.Module:
     """Open-Sora 1.0's STDiT in any size; arguments and errors as `tiny_stdit3`. It is made for one video size."""
     from opensora.models.stdit.stdit import STDiT
 
-    return _load(STDiT(**_sizes(hidden_size, depth, num_heads), **kwargs), from_pretrained)
+    return _load(STDiT(**_sized(**settings)), from_pretrained)
 
 
-def _sizes(hidden_size: int, depth: int, num_heads: int) -> dict[str, Any]:
+def _sized(hidden_size: int = 96, depth: int = 2, num_heads: int = 4, **others: Any) -> dict[str, Any]:
     if hidden_size % 4 or hidden_size % (2 * num_heads) or depth < 1:
         raise ValueError(
             "a tiny network takes hidden_size divisible by 4 and by 2 * num_heads, and depth >= 1, got "
             f"hidden_size={hidden_size}, num_heads={num_heads}, depth={depth}; the defaults are 96, 4 and 2"
         )
-    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": (1, 2, 2)}
+    return {"hidden_size": hidden_size, "depth": depth, "num_heads": num_heads, "patch_size": (1, 2, 2), **others}
 
 
 def _load(network: nn.Module, source: str | os.PathLike | None) -> nn.Module:
@@ -133,8 +111,8 @@ class HostVAE(TinyVAE):
         pretrained: Whether to load the weights shipped with the demo.
         shrink: Pixels of the video in one of the codec's, along each side, >= 1: encoding averages them, decoding spreads
             them. Sides are cut to a multiple of 8 * shrink.
-        from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone: the host's VAEs take
-            settings that mean nothing here (micro batches, tiles).
+        from_pretrained, kwargs: Taken and ignored, so that a config needs to change `type` alone. They mean nothing here (micro
+            batches, tiles).
     """
 
     # v1.3's collect_references_batch (utils/inference_utils.py:184-189) cuts a reference to a length its VAE takes. By
@@ -192,8 +170,4 @@ class HostTextEncoder(TinyTextEncoder):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        dtype_option = {} if dtype is None else {"dtype": dtype}
-        super().__init__(model_max_length, output_dim, device=device, seed=seed, **dtype_option)
-
-
-__all__ = ["HostTextEncoder", "HostVAE", "tiny_stdit", "tiny_stdit2", "tiny_stdit3"]
+        super().__init__(model_max_length, output_dim, device, torch.float32 if dtype is None else dtype, seed)

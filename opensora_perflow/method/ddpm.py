@@ -1,9 +1,9 @@
 r"""Diffusions (DDPM): the process of Open-Sora's `iddpm`, and what a student of an epsilon network outputs for a window.
 
 alpha^2 = alpha_bar, sigma^2 = 1 - alpha_bar. The network outputs the noise epsilon, and is told a timestep index 0..N-1
-instead of t. Index i of a diffusion of N steps is t = (i + 1) / N. So t = 1 is its noisiest step and t = 0 lies below
-its cleanest, which is the convention of the public PeRFlow code and of DPM-Solver. Between indices log alpha_bar is
-interpolated linearly, which lets windows and steps lie anywhere.
+instead of t. Index i of a diffusion of N steps is t = (i + 1) / N. So t = 1 is its noisiest step and t = 0 lies below its
+cleanest. The public PeRFlow code and DPM-Solver have this convention. Between indices log alpha_bar is interpolated linearly,
+which lets windows and steps lie anywhere.
 
 A window carries x_s (noisy edge t_s) to x_e (clean edge t_e) on a straight line. With lambda = alpha_e / alpha_s the three
 parametrisations are
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.process import Bounds, Output
-from opensora_perflow.method.solvers import Velocity, states
+from opensora_perflow.method.solvers import states
 
 NOISE_SCHEDULES = ("linear", "squaredcos_cap_v2")
 PREDICTIONS = ("velocity", "ddim_eps", "diff_eps")
@@ -76,7 +76,7 @@ def target(x_win_start: Tensor, x_win_end: Tensor, edges: WindowEdges, predictio
 def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, edges: WindowEdges, prediction: str) -> Tensor:
     """The window velocity that a student's output at (x_t, t) stands for.
 
-    For the epsilon forms x_e follows from x_t on the window's straight line, then v = (x_e - x_s) / (t_e - t_s); unlike
+    For the epsilon forms x_e follows from x_t on the window's straight line, then v = (x_e - x_s) / (t_e - t_s). Unlike
     (x_e - x_t) / (t_e - t) this stays finite at t = t_e.
 
     Args:
@@ -206,11 +206,8 @@ class DDPM:
         for y, t in zip(carried, times):
             yield still(y * expand_like(self.alpha(t), x))
 
-    def student(self, output: Output, prediction: str, bounds: Bounds) -> Velocity:
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
-
-        return velocity
+    def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:
+        return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
 
     def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
         if prediction == "velocity":

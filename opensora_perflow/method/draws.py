@@ -1,7 +1,5 @@
 """What a training step works on: a window for each sample, the teacher's steps across it, and the times to train there."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,8 +108,8 @@ def mix_in_edge(
 ) -> tuple[Tensor, Tensor]:
     """Put a share of the drawn times exactly at the window's noisy edge.
 
-    There the target is a function of the input, while inside a window the lines of several pairs cross and the student can
-    only learn their mean; a few-step sampler evaluates at the edge first.
+    There the target is a function of the input. Inside a window the lines of several pairs cross, and the student can only
+    learn their mean. A few-step sampler evaluates at the edge first.
 
     Args:
         times: Drawn times inside each sample's window, [n, B], float64.

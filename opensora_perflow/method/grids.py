@@ -1,7 +1,5 @@
 """Grids of times that the teacher and the sampler step on, untransformed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -10,12 +8,7 @@ from opensora_perflow.method.windows import TimeWindows
 
 
 def linear_grid(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
-    """Uniform grid from `start` [B] to `end` [B] with both ends exact: [num_steps + 1, B], float64.
-
-    Raises:
-        ValueError: num_steps < 1.
-    """
-    check_num_steps(num_steps)
+    """Uniform grid of num_steps >= 1 steps from `start` [B] to `end` [B] with both ends exact: [num_steps + 1, B], float64."""
     fraction = torch.arange(num_steps + 1, dtype=torch.float64, device=start.device)[:, None] / num_steps
     grid = start + (end - start) * fraction
     grid[-1] = end
@@ -25,10 +18,10 @@ def linear_grid(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
 def sampling_grid(windows: TimeWindows, num_steps: int) -> tuple[float, ...]:
     """Grid of `num_steps` sampling steps over the whole of [1, 0].
 
-    With num_steps >= K every window edge is a grid point: each window gets num_steps // K equal steps and the remainder goes
-    to the noisiest windows, one each (as PeRFlow's own sampler distributes them). If K divides num_steps and the windows are
-    uniform, or if K is 1, this is the host's own uniform grid. With fewer steps than windows, each step spans whole windows,
-    as evenly as their number allows: possible, but the student was not trained for steps across an edge.
+    With num_steps >= K every window edge is a grid point. Each window gets num_steps // K equal steps. The remainder goes to
+    the noisiest windows, one each, as in PeRFlow's own sampler. If K divides num_steps and the windows are uniform, or if K is
+    1, this is the host's own uniform grid. With fewer steps than windows, each step spans whole windows, as evenly as their
+    number allows: possible, but the student was not trained for steps across an edge.
 
     Where the windows come from a plan that holds a grid of so many steps, it is that one.
 

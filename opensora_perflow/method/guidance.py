@@ -1,9 +1,5 @@
 """Guidance: how predictions under several conditions are combined into one. All are linear, so signs do not matter."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,13 +32,6 @@ def draw_scales(
     Source: Meng et al. (arXiv:2210.03142), section 3.1: a student of a guided teacher for a range of scales.
     """
     return low + (high - low) * torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
-
-
-def scale_of_window(scale: float | Sequence[float], window_idx: Tensor) -> float | Tensor:
-    """The scale of each sample's window [B], float64, where there is one a window (noisiest first); else the one of all."""
-    if not isinstance(scale, Sequence):
-        return scale
-    return torch.tensor(scale, dtype=torch.float64, device=window_idx.device)[window_idx]
 
 
 def oscillating_scale(scale: float, step: int, force_num: int) -> float:

@@ -1,8 +1,7 @@
 """Joining clips that share frames: how a change of the shared frames is faded into the frames beside them."""
 
-from __future__ import annotations
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -11,7 +10,7 @@ def fade_change(x: Tensor, reference: Tensor, kept: Tensor, num_frames: int) -> 
 
     Two clips of a long video share frames: those that end the one and, as reference frames, begin the other. Where the second
     clip made them anew, its further frames continue its own version of them, and the joint shows the difference. Fading it out
-    over the following frames is a cross-fade of the two versions, and all that is left to do once the first clip is done.
+    over the following frames is a cross-fade of the two versions. More cannot be done once the first clip is done.
 
     Args:
         x: A clip, [B, C, T, H, W].
@@ -29,12 +28,8 @@ def fade_change(x: Tensor, reference: Tensor, kept: Tensor, num_frames: int) -> 
     for step in (1, -1):
         carried, reached = difference, frames
         for d in range(1, num_frames + 1):
-            carried, reached = _shift(carried, step), _shift(reached, step) & ~frames
+            # By one frame, later for step 1 and earlier for -1; what comes in is zero.
+            carried, reached = (F.pad(moved, (0, 0, 0, 0, step, -step)) for moved in (carried, reached))
+            reached = reached & ~frames
             out = torch.where(reached, out + (1.0 - d / (num_frames + 1)) * carried, out)
     return out
-
-
-def _shift(x: Tensor, step: int) -> Tensor:
-    """Frames [B, C, T, H, W] moved by one place, later for step 1 and earlier for -1; what comes in is zero."""
-    empty = torch.zeros_like(x[:, :, :1])
-    return torch.cat([empty, x[:, :, :-1]] if step == 1 else [x[:, :, 1:], empty], dim=2)

@@ -1,7 +1,5 @@
 """How samples are compared: with a reference from the same noise, and as distributions."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -15,8 +13,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'|, with distances divided by the square root of the dimension.
 
     Args:
-        x, y: Samples [N, ...] of the same number and shape, N >= 2. They may be paired (the same noise): only pairs of
-            different index count, in all three terms, so that pairing lowers the variance and adds no bias.
+        x, y: Samples [N, ...] of the same number and shape, N >= 2. They may be paired (the same noise). Only pairs of
+            different index count, in all three terms: pairing lowers the variance and adds no bias.
 
     Returns:
         An unbiased estimate: 0 for equal distributions up to sampling noise, which can make it slightly negative.

@@ -1,7 +1,5 @@
 """How much a student moves, window by window, beside its teacher: motion is what few-step students lose first."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +26,7 @@ def motion_report(student: Velocity, states: Sequence[Tensor], edges: Tensor) ->
     """Motion of one student step from the teacher's state at each window's noisy edge, on a rectified flow's path.
 
     A state between noise and data moves mostly because its noise does. So what is compared is the clean video that a window's
-    velocity points at, x - t v: for the teacher v = (x_end - x_start) / (t_end - t_start), for the student its velocity at the
+    velocity points at, x - t v. The teacher's v is (x_end - x_start) / (t_end - t_start), the student's its velocity at the
     noisy edge. In the last window these are the window's ends themselves.
 
     With fields `teacher` and `student` on the same noise and prompts:

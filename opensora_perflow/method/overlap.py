@@ -1,13 +1,13 @@
 r"""Windows that overlap: which of them trains a time. All in untransformed time.
 
-A student of disjoint windows turns at their edges, so a step that begins above an edge and ends below it follows the window
-that it is leaving. Here a time may belong to several windows, and window k is drawn for it with probability w_k(u), where
+A student of disjoint windows turns at their edges. A step that begins above an edge and ends below follows the window that the
+step is leaving. Here a time may belong to several windows, and window k is drawn for it with probability w_k(u), where
 sum_k w_k(u) = 1. A squared error is least at the mean of its random target, so the student learns the windows' velocities v_k,
 blended:
 
     v*(x, u) = sum_k pi_k v_k(x, u),     pi_k = w_k(u) p_k(x) / sum_j w_j(u) p_j(x),
 
-with p_k the density at time u of the states on window k's lines; all windows follow one teacher, so the p_k are nearly equal
+with p_k the density at time u of the states on window k's lines. All windows follow one teacher, so the p_k are nearly equal
 and pi_k is nearly w_k. Two families of weights, which combine:
 
 overlap  The lines of a window are continued over its noisy edge, by the length d. At s above the edge its weight is 1 - s / d,
@@ -16,8 +16,6 @@ overlap  The lines of a window are continued over its noisy edge, by the length 
 grids    Several partitions of [1, 0], equally often: the student's windows, and the steps of uniform grids that it is to be
          sampled with. At a time where only one of the grids has an edge, that grid's own step can be learned.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,8 +44,8 @@ class PlacedWindows:
     def times(self, positions: Tensor) -> Tensor:
         """Places [n, B] in (0, 1], 1 the noisiest and 0 the cleanest -> times of the window.
 
-        Uniform places become times with the density of the window's weight: it rises linearly over `over_end` from the clean
-        edge, and falls linearly over `over_start` above the noisy one. Without overlap this is linear.
+        Uniform places become times with the density of the window's weight. The weight rises linearly over `over_end` from the
+        clean edge, and falls linearly over `over_start` above the noisy one. Without overlap this is linear.
         """
         width, rise, fall = self.u_start - self.u_end, self.over_end, self.over_start
         total = width - rise / 2 + fall / 2

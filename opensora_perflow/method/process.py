@@ -1,19 +1,18 @@
 r"""The process that noises data, on which a teacher was trained: what its points are, and what a network's output means there.
 
-A point is x_t = alpha(t) data + sigma(t) noise, with t as in conventions.py: 1 is noise, 0 is data. Here is the straight
-one, alpha = 1 - t and sigma = t: rectified flow, the `rflow` of Open-Sora 1.2 and 1.3 and all of 2.0. ddpm.py has the other.
+A point is x_t = alpha(t) data + sigma(t) noise, with t as in conventions.py: 1 is noise, 0 is data. Here is the straight one,
+alpha = 1 - t and sigma = t. It is rectified flow: the `rflow` of Open-Sora 1.2 and 1.3, and all of 2.0. ddpm.py has the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import interpolate
-from opensora_perflow.method.solvers import Velocity, hold_frames, states
+from opensora_perflow.method.solvers import hold_frames, states
 
 Output = Callable[[Tensor, Tensor], Tensor]
 """output(x, timestep): what a network says, guided, for states x [B, ...] and told timesteps [B]; shaped like x."""
@@ -48,11 +47,11 @@ class Process(Protocol):
         """The host's timestep -> flow time in [0, 1], float64."""
 
     def states(self, output: Output, x: Tensor, times: Tensor, *, method: str, frame_mask: Tensor | None) -> Iterator[Tensor]:
-        """Carry x along times [S + 1, B] with a teacher's output, yielding the state at each; frames [B, T] that are False in
+        """Carry x along times [S + 1, B] with a teacher's output, yielding the state at each. Frames [B, T] that are False in
         the mask stand still."""
 
-    def student(self, output: Output, prediction: str, bounds: Bounds) -> Velocity:
-        """A student's output as the velocity dx/dt of its window's straight line."""
+    def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:
+        """What a student's output says at a state, as the velocity dx/dt of its window's straight line."""
 
     def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
         """t [B] -> factor [B] that turns an error of the velocity into one of the network's own output; None: always 1."""
@@ -88,10 +87,10 @@ class Linear:
     def states(
         self, output: Output, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
     ) -> Iterator[Tensor]:
-        return states(hold_frames(self.student(output, "velocity", None), frame_mask), x, times, method=method)
+        return states(hold_frames(partial(self.velocity, output, "velocity", None), frame_mask), x, times, method=method)
 
-    def student(self, output: Output, prediction: str, bounds: Bounds | None) -> Velocity:
-        return lambda x, t: self.sign * output(x, self.to_timestep(t))
+    def velocity(self, output: Output, prediction: str, bounds: Bounds | None, x: Tensor, t: Tensor) -> Tensor:
+        return self.sign * output(x, self.to_timestep(t))
 
     def output_units(self, prediction: str, bounds: Bounds) -> None:
         return None

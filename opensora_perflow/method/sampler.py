@@ -1,7 +1,5 @@
 """The few-step sampler: Euler steps over a grid of times, with frames that are kept or edited on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -26,9 +24,9 @@ class FrameEdit:
             same seed gives the same result.
         add_noise: (data, noise, t) -> the point of the path that frames join at; the straight path's if not given.
 
-    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step: there a frame joins at the
-    first grid point that is at most r, noised to that point's time, up to 1/4 away at 4 steps. The iddpm of every tag rounds
-    the ratio down to a step of its own and adds noise to reference frames (ratio 0) in its last step; here they stay as they
+    Source: Open-Sora 1.2/1.3 opensora/schedulers/rf/__init__.py, RFLOW.sample, which splits no step. There a frame joins at the
+    first grid point that is at most r, noised to that point's time. At 4 steps that is up to 1/4 away. The iddpm of every tag
+    rounds the ratio down to a step of its own. Its last step adds noise to reference frames (ratio 0); here they stay as they
     are.
     """
 
@@ -117,6 +115,7 @@ def carry_to_windows(
     window_idx: Tensor,
     *,
     whole: bool = False,
+    way: list[Tensor] | None = None,
 ) -> Tensor:
     """Carry noise down to the noisy edge of each sample's window, one Euler step a window: states that a sampler meets.
 
@@ -126,6 +125,7 @@ def carry_to_windows(
         edges: Window edges of each sample, [K + 1, B], float64, descending from 1 to 0.
         window_idx: [B], 0 is the noisiest window, whose start is the noise itself.
         whole: Samples that have arrived go along, and their results are dropped: for fields of the whole batch only.
+        way: A list that is given the states after each step, of the samples that took it.
 
     Returns:
         States at edges[window_idx], shape and dtype of `noise`. Callers wrap in no_grad. Evaluations of single samples:
@@ -138,5 +138,8 @@ def carry_to_windows(
             stepped = euler_step(field_of(k, None), x, edges[k], edges[k + 1])
             x[rows] = stepped[rows]
         else:
-            x[rows] = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
+            stepped = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
+            x[rows] = stepped
+        if way is not None:
+            way.append(stepped)
     return x

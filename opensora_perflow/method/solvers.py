@@ -1,7 +1,5 @@
 """ODE steps for dx/dt = velocity(x, t), and the one loop that takes them."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

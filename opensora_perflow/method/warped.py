@@ -44,8 +44,8 @@ class WarpedWindows:
     def lookup(self, t: Tensor) -> Tensor:
         """Index [B] of the window (t_end, t_start] that each flow time t [B] lies in; t = 0 belongs to the last one.
 
-        Times are compared with the warped edges themselves: an edge of a sample is found in its window to the last bit, which
-        an edge that was warped back to untransformed time is not.
+        Times are compared with the warped edges themselves, so an edge of a sample is found in its window to the last bit. An
+        edge that was warped back to untransformed time is not.
 
         Raises:
             ValueError: a time outside [0, 1], or NaN.

@@ -28,7 +28,7 @@ class TimeWindows:
 
     Raises:
         ValueError: edges or grids that are not finite numbers, do not descend strictly (by LEAST_WIDTH), or do not run from 1
-            to 0; two grids of as many steps; more than MOST_WINDOWS windows or MOST_STEPS steps.
+            to 0. Two grids of as many steps. More than MOST_WINDOWS windows or MOST_STEPS steps.
 
     Source: PeRFlow (arXiv:2405.07510), section 3: the time windows of the piecewise flow.
     """
@@ -79,8 +79,8 @@ class TimeWindows:
         """Index of the window that each time lies in.
 
         Args:
-            u: Untransformed times in [0, 1], any shape. Compared in float64: a time that was rounded to a lower precision
-                before (bfloat16 makes 0.749 to 0.75) is looked up as what it was rounded to.
+            u: Untransformed times in [0, 1], any shape. Compared in float64. A time that was rounded before (bfloat16 makes
+                0.749 to 0.75) is looked up as what it was rounded to.
 
         Returns:
             int64 indices, shaped like `u`; 0 is the noisiest window.

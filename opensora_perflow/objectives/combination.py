@@ -1,7 +1,5 @@
 """A weighted sum of objectives, as configs write it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial

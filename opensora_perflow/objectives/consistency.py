@@ -1,14 +1,11 @@
 """Consistency inside windows: from any two neighbouring states of a trajectory, the student reaches the same window end."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from opensora_perflow.conventions import expand_like
-from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.segment import Segment, mean_over_frames
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 TARGETS = ("student", "solution")
@@ -20,12 +17,12 @@ def perflow_consistency(
 ) -> Tensor:
     r"""|| f(x_i, t_i) - f'(x_{i+1}, t_{i+1}) ||^2 / (t_s - t_e)^2, with f(x, t) = x + (t_e - t) student(x, t).
 
-    x_i, x_{i+1} are the states of the teacher's own, curved, solution around the drawn time: t_i is the nearest grid time
-    at or above t. f' is the student without gradient, and exactly x_e at the window's end.
+    x_i, x_{i+1} are the states of the teacher's own, curved, solution around the drawn time. t_i is the nearest grid time at or
+    above t. f' is the student without gradient, and exactly x_e at the window's end.
 
     Args: as `objectives.perflow`; the segment needs the teacher's states;
-        target: "student": f' as above, as in the papers, which take one step of the teacher where this has the whole
-            solution; "solution": x_e for every state, without bootstrapping and with one evaluation less.
+        target: "student": f' as above. The papers do so too, with one step of the teacher in place of the whole solution.
+            "solution": x_e for every state, without bootstrapping and with one evaluation less.
 
     Returns:
         Loss per sample, [B], float32, with the student's graph. Student evaluations: 2 (one without gradient), or 1.

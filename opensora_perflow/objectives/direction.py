@@ -1,12 +1,9 @@
 """Direction matching: the angle between the student's velocity and the window's. Meant to be added to another objective."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.segment import Segment, mean_over_frames
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 

@@ -1,12 +1,9 @@
 """The PeRFlow objective (arXiv:2405.07510, eq. 4): match the constant velocity of each window's straight line."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
-from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.segment import Segment, mean_over_frames
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.objectives.frames import mean_over_frames
 from opensora_perflow.registry import OBJECTIVES
 
 
@@ -23,4 +20,4 @@ def perflow(student: Velocity, segment: Segment, t: Tensor, frame_weights: Tenso
     Returns:
         Loss per sample, [B], float32, with the student's graph.
     """
-    return mean_over_frames(segment.in_units(student(segment.point(t), t) - segment.velocity, t).square(), frame_weights)
+    return mean_over_frames(segment.error(student(segment.point(t), t), t).square(), frame_weights)

@@ -1,7 +1,5 @@
 """Any number of steps from one student: where steps beyond one a window, or steps left out, change the error most."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -37,11 +35,10 @@ def grids_by_steps(
 ) -> dict[int, MeasuredGrid]:
     """Grids for 1..max_steps steps, grown from the window edges by what each change does to the measured error.
 
-    Upwards, the next grid is the last one with one more time: of all intervals and all `places` in them, the one with the
-    lowest endpoint error. Downwards, one edge less: the one whose absence costs least. Where the default grid
-    (schedule.sampling_grid) of as many steps is better, that one, and growth goes on from it. Greedy, because a student inside
-    its windows is not the solution of any ODE whose local errors could be added up; measured, because it is the sampler itself
-    that runs.
+    Upwards, the next grid is the last one with one more time: of all intervals and all `places` in them, that of the lowest
+    endpoint error. Downwards, one edge less: the one whose absence costs least. Where the default grid (schedule.sampling_grid)
+    of as many steps is better, that one, and growth goes on from it. Greedy: a student inside its windows is not the solution
+    of any ODE whose local errors could be added up. Measured: it is the sampler itself that runs.
 
     Args:
         probe: The student as it is sampled, and noise.

@@ -1,7 +1,5 @@
 """A field's own path from noise to data in fine steps, and the error that one large step along it makes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

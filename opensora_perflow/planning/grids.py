@@ -1,7 +1,5 @@
 """A better grid for the steps of a network as it is, without training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +17,17 @@ from opensora_perflow.planning.shortest_path import shortest_path
 def carried_grid(probe: Probe, path: FinePath, num_steps: int, *, progress: bool = False) -> tuple[tuple[int, ...], float]:
     """The grid whose Euler steps stay nearest to the fine path, by dynamic programming over real states.
 
-    For each number of steps n and candidate j the best way there is kept as the state that its steps reach, chosen by its
-    distance from x(t_j). So errors are carried on, amplified, damped and cancelled as the field does it, which sums of local
-    errors cannot know; the price is that a way that is worse at j and would be better at the end is not found.
+    For each number of steps n and candidate j the best way there is kept, as the state that its steps reach. Best is nearest to
+    x(t_j). So errors are carried on, amplified, damped and cancelled as the field does it, which sums of local errors cannot
+    know. The price: a way that is worse at j and would be better at the end is not found.
 
     Args:
         path: Fine path of the same probe, with M intervals.
         num_steps: N in 1..M. Field calls: (N - 1) (M - N + 1) + 1.
 
     Returns:
-        (N + 1 ascending candidate indices from 0 to M, the distance of the last state from the path's endpoints: the true
-        error of this grid on these samples).
+        (N + 1 ascending candidate indices from 0 to M, the true error of this grid on these samples: the last state's distance
+        from the path's endpoints).
 
     Raises:
         ValueError: num_steps out of range.

@@ -1,7 +1,5 @@
 """What a plan is measured on: a velocity field, noise to start from, and the warp of each sample's time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

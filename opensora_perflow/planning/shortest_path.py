@@ -1,7 +1,5 @@
 """Dynamic programming over candidate times: the cheapest way from noise to data in a given number of steps."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

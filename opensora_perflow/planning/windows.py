@@ -5,8 +5,6 @@ where its path bends. But a bend that is the same for all samples is learnt in n
 for different modes is not. So a student is asked: a short run with any windows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -19,8 +17,8 @@ from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.shortest_path import shortest_path
 
 POWER = 1.5
-"""How a student's error grows with the width of its window: 1 for a velocity that is wrong by as much everywhere, 2 for a bend
-that nobody learnt. Measured on the mixture: 1.1 to 1.8."""
+"""How a student's error grows with the width of its window. 1: a velocity that is wrong by as much everywhere. 2: a bend that
+nobody learnt. Measured on the mixture: 1.1 to 1.8."""
 
 
 @torch.no_grad()
@@ -40,8 +38,8 @@ def added_errors(student: Probe, path: FinePath) -> list[float]:
     r"""What each window adds to the error at the end, when the student takes one step a window.
 
     With E_k the endpoint error of a student that starts at window k from the teacher's own state there, window k adds
-    sqrt(E_k^2 - E_{k+1}^2): its own error, as the windows below amplify or damp it. The squares add up to E_0^2, that of
-    sampling from noise.
+    sqrt(E_k^2 - E_{k+1}^2). That is its own error, as the windows below amplify or damp it. The squares add up to E_0^2, that
+    of sampling from noise.
 
     Args:
         student, path: As for `local_errors`.

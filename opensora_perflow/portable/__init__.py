@@ -72,8 +72,8 @@ _active: dict[str, bool] = {}
 def activate() -> list[str]:
     """Ask every adaptation to install itself; safe to call more than once.
 
-    Call it after the host's folder is on sys.path and before the script is started: some adaptations read the host's
-    source to see whether it needs them.
+    Call it after the host's folder is on sys.path and before the script is started. Some adaptations read the host's source to
+    see whether it needs them.
 
     Returns:
         Names of the adaptations switched on in this process, in order; [] on a machine that lacks nothing.

@@ -1,7 +1,7 @@
 """The default device of the host's GaussianDiffusion, "cuda".
 
 schedulers/iddpm/gaussian_diffusion.py (v1.1.0:167, v1.2.0:173, v1.3:173): the iddpm scheduler is built without a device
-argument, so that on a CPU only the default can be changed; the code below it is right for any device.
+argument. On a CPU only the default can be changed; the code below it is right for any device.
 """
 
 from __future__ import annotations

@@ -160,8 +160,8 @@ class _ChangingLoader(Loader):
 class ModuleView(ModuleType):
     """A module as one importer sees it: some names replaced, every other looked up in the real module at each use.
 
-    Put in place of a global of one module (`low_level_optim.dist = ModuleView(torch.distributed, ...)`), it changes a
-    function for that module alone; the rest of the process keeps the real one.
+    Put in place of a global of one module (`low_level_optim.dist = ModuleView(torch.distributed, ...)`), it changes a function
+    for that module alone. The rest of the process keeps the real one.
     """
 
     def __init__(self, real: ModuleType, **replaced: Any) -> None:

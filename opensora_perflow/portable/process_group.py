@@ -1,8 +1,8 @@
 """gloo where the host asks for nccl, and a world of one where a script wants a process group without torchrun.
 
 scripts/train.py passes backend="nccl" (v1.2.0:50, v1.3:61) and reads rank and world size from torchrun's environment
-variables. The variables are supplied at the moment a script asks for a group and not before: inference.py decides by
-WORLD_SIZE whether it is distributed at all (utils/misc.py v1.2.0:20), and must stay a plain process.
+variables. The variables are supplied at the moment a script asks for a group and not before. inference.py decides by WORLD_SIZE
+whether it is distributed at all (utils/misc.py v1.2.0:20), and must stay a plain process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """av.AVError, which PyAV 14 dropped in favour of av.FFmpegError.
 
-The host names it in `except` clauses of datasets/read_video.py (v1.2.0:103, v1.3:106), and so does torchvision 0.17:
-evaluated only when something fails, so that the missing name would hide the real error of a damaged video.
+The host names it in `except` clauses of datasets/read_video.py (v1.2.0:103, v1.3:106), and so does torchvision 0.17. They are
+evaluated only when something fails: the missing name would hide the real error of a damaged video.
 """
 
 from __future__ import annotations

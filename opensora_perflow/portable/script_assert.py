@@ -40,8 +40,8 @@ def install() -> bool:
         # rank % device_count(): any number but 0 will do, since set_device chooses nothing here (see cuda_queue).
         return device_count() or int("set_device(" in _script_line(sys._getframe(1)))
 
-    # Global, because the script looks both names up in torch.cuda and its own globals do not exist yet; narrow all the
-    # same, because the answer differs for an `assert` or `set_device` line of the script alone.
+    # Global, because the script looks both names up in torch.cuda and its own globals do not exist yet. Narrow all the same:
+    # the answer differs for an `assert` or `set_device` line of the script alone.
     torch.cuda.is_available = is_available_for_asserts
     torch.cuda.device_count = device_count_for_set_device
     announce(NAME, "the script's own assert on CUDA passes, because this machine has none; all other code is told so")

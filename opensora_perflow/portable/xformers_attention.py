@@ -99,8 +99,8 @@ def memory_efficient_attention(
 
     Args:
         query: [B, Mq, H, K]. `key` [B, Mk, H, K], `value` [B, Mk, H, Kv]; any floating dtype, any device.
-        attn_bias: None, an additive bias [B, H, Mq, Mk] (or broadcastable to it), or a BlockDiagonalMask, which wants
-            B = 1 and lengths that add up to Mq and Mk. A sequence without keys gives zeros.
+        attn_bias: None, an additive bias [B, H, Mq, Mk] (or broadcastable to it), or a BlockDiagonalMask. The mask wants B = 1
+            and lengths that add up to Mq and Mk. A sequence without keys gives zeros.
         scale: Factor on the scores; None means K ** -0.5.
 
     Returns:

@@ -46,7 +46,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return _COMMANDS[args.pop("command")](args)
+    known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
+    return known[args.pop("command")](args)
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
@@ -89,11 +90,12 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _demo(args: dict) -> int:
-    from opensora_perflow.tools.demo import DemoSettings, run, table
+    from opensora_perflow.tools import report
+    from opensora_perflow.tools.demo import DemoSettings, run
 
     settings = DemoSettings(**args)
     result = run(settings)
-    print(f"\n{table(result)}\n")
+    print(f"\n{report.table(result)}\n")
     print(f"{result['seconds']:.0f} s in all. Written to {settings.out}/:")
     for name, what in {
         "side_by_side.mp4": "the same noise and prompts through each sampler",
@@ -200,19 +202,7 @@ def _embed(args: dict) -> int:
     return 0
 
 
-def _plan(args: dict) -> int:
-    from opensora_perflow.tools import plan as plan_command
-
-    return plan_command.plan(args)
-
-
-def _curve(args: dict) -> int:
-    from opensora_perflow.tools import plan as plan_command
-
-    return plan_command.curve(args)
-
-
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "plan": _plan, "curve": _curve}
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,8 @@
 """The demo: distil a tiny video teacher into a 4-step student, sample both from the same noise, and show the difference.
 
-Clips, network, VAE and text encoder are small; the scheduler is the PeRFlow object that Open-Sora builds, called the way its
+Clips, network, VAE and text encoder are small. The scheduler is the PeRFlow object that Open-Sora builds, called the way its
 train.py and inference.py call it.
 """
-
-from __future__ import annotations
 
 import logging
 import math
@@ -19,17 +17,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opensora_perflow.checks import check_num_steps, check_number
-from opensora_perflow.hosts.v1.conditions import sampling_condition
-from opensora_perflow.hosts.v1.stdit import velocity_field
+from opensora_perflow.checks import check_keys, key, number, whole
 from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 from opensora_perflow.method.motion import motion_report
 from opensora_perflow.method.solvers import solve
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.tools import outputs, report
-from opensora_perflow.tools.report import table
-from opensora_perflow.worlds.clips import FPS, ClipSet, frames_to_tensor, name_folder, read_clips, write_clips
+from opensora_perflow.tools.probes import guided_field, shuffled, sizes
+from opensora_perflow.worlds.clips import ClipSet, frames_to_tensor, name_folder, read_clips, write_clips
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT, load_teacher
 from opensora_perflow.worlds.text import TinyTextEncoder
@@ -50,27 +46,24 @@ class DemoSettings:
     """Folder for everything that is written."""
     open_sora: Path | None = None
     """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it."""
-    iterations: int = 240
+    iterations: int = key(240, whole())
     """Training steps, >= 1."""
-    batch_size: int = 16
+    batch_size: int = key(16, whole())
     """Clips per training step, >= 1."""
-    lr: float = 2e-4
+    lr: float = key(2e-4, number(low=0))
     """Peak learning rate, > 0."""
-    num_clips: int = 64
+    num_clips: int = key(64, whole())
     """Clips to write where no videos are given, >= 1."""
-    num_samples: int = 32
+    num_samples: int = key(32, whole())
     """Samples that are compared, >= 2."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = key(3.0, number(low=0))
     """Scale of the teacher, folded into the student."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "num_clips", "num_samples"):
-            check_num_steps(getattr(self, name), name)
+        check_keys(self)
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be >= 2, to compare distributions, got {self.num_samples}")
-        check_number("lr", self.lr, low=0)
-        check_number("guidance_scale", self.guidance_scale, low=0)
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,8 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     The output folder is not touched before everything is there: then all of it takes its place at once.
 
     Raises:
-        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder with files
-            of other origin under the names of the demo's.
+        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder where the
+            demo's names are other files.
     """
     began = time.perf_counter()
     torch.manual_seed(settings.seed)
@@ -193,7 +186,7 @@ def build_network(open_sora: Path | None) -> nn.Module:
 
     from opensora_perflow.checkpoints import read_state_dict
 
-    network = STDiT3(STDiT3Config(**TinySTDiT().host_config())).eval()
+    network = STDiT3(STDiT3Config(**TinySTDiT().config)).eval()
     missing, unexpected = network.load_state_dict(read_state_dict(WEIGHTS), strict=False)
     # v1.3 adds embedders of reference frames, zero until they are trained.
     if unexpected or any(not key.startswith("x_embedder_cond") for key in missing):
@@ -216,21 +209,13 @@ def _own_clips(settings: DemoSettings, folder: Path) -> ClipSet:
     return clips
 
 
-def _sizes(batch_size: int, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    num_frames, height, width = shape
-    values = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": FPS}
-    return {key: torch.full((batch_size,), float(value)) for key, value in values.items()}
-
-
 def _sampling_batch(
     settings: DemoSettings, captions: list[str], latent_shape: torch.Size, shape: tuple[int, int, int]
 ) -> Batch:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     noise = torch.randn(settings.num_samples, *latent_shape, generator=generator)
-    distinct = sorted(set(captions))
-    order = torch.randperm(len(distinct), generator=generator).tolist()
-    prompts = [distinct[order[i % len(distinct)]] for i in range(settings.num_samples)]
-    return Batch(noise, prompts, _sizes(settings.num_samples, shape))
+    prompts = shuffled(captions, settings.num_samples, generator)
+    return Batch(noise, prompts, sizes(settings.num_samples, *shape))
 
 
 def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
@@ -238,20 +223,12 @@ def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
     return build_module(dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=guidance_scale), SCHEDULERS)
 
 
-def _guided(network: nn.Module, text_encoder: Any, batch: Batch, scale: float) -> Any:
-    condition = sampling_condition(
-        network, text_encoder, batch.prompts, negative_prompts=None, additional_args=batch.sizes, reference=None,
-        needs_null=scale != 1.0,
-    )  # fmt: skip
-    return velocity_field(network, network, condition, num_timesteps=1000, text_scale=scale)
-
-
 @torch.no_grad()
 def _teacher_path(
     teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings, edges: tuple[float, ...]
 ) -> TeacherPath:
     start = time.perf_counter()
-    velocity = _guided(teacher, text_encoder, batch, settings.guidance_scale)
+    velocity = guided_field(teacher, text_encoder, batch.prompts, batch.sizes, settings.guidance_scale)
     states = [batch.noise]
     each = REFERENCE_STEPS // (len(edges) - 1)
     with tqdm(total=REFERENCE_STEPS, desc="teacher's fine path", unit="step") as bar:
@@ -290,7 +267,7 @@ def _train(
     with tqdm(total=settings.iterations, desc="training the student", unit="step") as bar:
         for _ in range(settings.iterations):
             index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
-            model_args = {**{key: value[index] for key, value in encoded.items()}, **_sizes(len(index), shape)}
+            model_args = {**{key: value[index] for key, value in encoded.items()}, **sizes(len(index), *shape)}
             loss = scheduler.training_losses(student, latents[index], model_args)["loss"].mean()
             optimizer.zero_grad()
             loss.backward()
@@ -311,8 +288,8 @@ def _window_errors(
     """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at."""
     edges = scheduler.windows.edges
     fields = {
-        "teacher": _guided(teacher, text_encoder, batch, scheduler.recipe.guidance.scale),
-        "student": _guided(student, text_encoder, batch, 1.0),
+        "teacher": guided_field(teacher, text_encoder, batch.prompts, batch.sizes, scheduler.recipe.guidance.scale),
+        "student": guided_field(student, text_encoder, batch.prompts, batch.sizes, 1.0),
     }
     rows = []
     for k, (t_start, t_end) in enumerate(zip(edges, edges[1:])):
@@ -323,6 +300,3 @@ def _window_errors(
         rows.append(row)
     motion = motion_report(fields["student"], path.states, torch.tensor(edges, dtype=torch.float64))
     return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]
-
-
-__all__ = ["DemoSettings", "REFERENCE_STEPS", "build_network", "run", "table"]

@@ -1,7 +1,5 @@
 """Labels that can be drawn: a font that has the script, or a number where no font has it."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import re
@@ -97,6 +95,3 @@ def _system_fonts() -> list[tuple[str, str]]:
     entries = [font for font in entries if not re.search("last ?resort|blank", font.name, re.IGNORECASE)]
     entries.sort(key=lambda font: (str(font.weight) not in ("400", "normal", "regular"), font.fname))
     return [(font.fname, font.name) for font in entries]
-
-
-__all__ = ["Label", "as_label", "characters_of", "families_for", "labels", "shortened", "usual_families"]

@@ -3,10 +3,8 @@
 A rename of a folder is the only step that changes several files at once. A new folder is renamed to its place. A folder
 that is there changes places with the new one. By then the new one holds the user's own files, as hard links, so nothing
 is copied and nothing is ever missing. Linux and macOS have this exchange. Elsewhere, and for the current folder and mount
-points, files are replaced one by one: the last one goes first and comes last, so that it stands for a whole run.
+points, files are replaced one by one. The last one goes first and comes last, so that it stands for a whole run.
 """
-
-from __future__ import annotations
 
 import ctypes
 import logging
@@ -254,6 +252,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-__all__ = ["Kind", "together"]

@@ -1,7 +1,5 @@
 """`opensora-perflow plan` and `opensora-perflow curve`: measure, decide, write what `windows=` reads, draw a picture."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.checks import check_num_steps, check_number
+from opensora_perflow.checks import check_num_steps, number
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.method.windows import TimeWindows
@@ -140,7 +138,7 @@ def plan(args: dict[str, Any]) -> int:
 
 def _subject(args: dict[str, Any]) -> Subject:
     if args["guidance_scale"] is not None:
-        check_number("--guidance-scale", args["guidance_scale"], low=0)
+        number(low=0)("--guidance-scale", args["guidance_scale"])
     if args["script"] is not None:
         if args["student"] is not None:
             raise ValueError("with --script the student is the script's own --ckpt-path; name its teacher with --teacher")

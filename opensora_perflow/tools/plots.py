@@ -1,7 +1,5 @@
 """Pictures of the demo: clips beside each other, a grid of frames, and how training went."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

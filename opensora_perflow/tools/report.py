@@ -1,7 +1,5 @@
 """What the demo leaves in its folder: videos, pictures, weights and numbers."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -1,7 +1,5 @@
 """What `opensora-perflow plan` and `curve` measure: a teacher, perhaps its student, and noise for both."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,12 +76,12 @@ def _demo_network(model: str, weights: str | os.PathLike) -> nn.Module:
 def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLike | None) -> Subject:
     """What an Open-Sora inference script would sample.
 
-    With scheduler type rflow its network is the teacher. With type perflow it is a student if `teacher` names the weights
-    that it was distilled from, and else a teacher too, sampled as the config says.
+    With scheduler type rflow its network is the teacher. With type perflow it is a student if `teacher` names the weights that
+    it was distilled from. Else it is a teacher too, sampled as the config says.
 
     Raises:
         ValueError: a scheduler other than rflow and perflow, a perflow of the ddpm path, a teacher for an rflow, or scales that
-            differ from window to window; see run.prepare, first_call and teacher.load_teacher.
+            differ from window to window. See run.prepare, first_call and teacher.load_teacher.
     """
     prepare(script)
     call = first_call(script, arguments)

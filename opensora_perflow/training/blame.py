@@ -1,7 +1,7 @@
 """Who is to blame where a step's numbers are not finite: what came in, then the student, then the teacher.
 
 NaN spreads to whatever is computed from it, so that the first in the order of a step is the cause. A good step pays one look at
-the teacher's ends and one at the losses; all else is looked at only where one of those is not finite. No network is called
+the teacher's ends and one at the losses. All else is looked at only where one of those is not finite. No network is called
 again: a call on one process alone would wait for the others.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.training.players import Batch
+if TYPE_CHECKING:
+    from opensora_perflow.training.players import Batch
 
 TEXT, TEXT_MASK = "the text embeddings", "the text's mask"
-"""Name in `Batch.inputs` of what samples are told in words, [B, ...]."""
+"""Names in what `Batch.inputs` gives of what samples are told in words, [B, ...]."""
 
 
 class NotFinite(ValueError):
@@ -51,17 +52,17 @@ def check_solution(states: Sequence[Tensor] | Tensor, times: Tensor, source: str
 
 
 def check_way(way: Sequence[Tensor], route: Tensor, window_idx: Tensor) -> None:
-    """Raises NotFinite where the student's velocities on its way to the windows are not; called where the end is not.
+    """Raises NotFinite where the student's states on its way to the windows are not; called where the end is not.
 
     Args:
-        way: The velocities of each step, one a window: of the whole batch [B, ...], or of the samples still on their way.
+        way: The states after each step, one a window: of the whole batch [B, ...], or of the samples still on their way.
         route: Times of those steps, [R + 1, B].
         window_idx: Window of each sample, [B]: steps from there on were dropped.
     """
-    for k, velocity in enumerate(way):
+    for k, state in enumerate(way):
         on_its_way = (window_idx > k).cpu()
         bad = torch.zeros_like(on_its_way)
-        bad[on_its_way] = _bad(velocity)[on_its_way] if len(velocity) == len(bad) else _bad(velocity)
+        bad[on_its_way] = _bad(state)[on_its_way] if len(state) == len(bad) else _bad(state)
         if bad.any():
             raise NotFinite("the student", "on its way to a window's start", bad, route[k], route[k + 1], STUDENT_ADVICE)
 
@@ -99,7 +100,7 @@ def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:
     """Name and value of everything that a step starts from, in order."""
     yield "the latents", batch.data
     yield "the noise", batch.noise
-    yield from batch.inputs.items()
+    yield from batch.inputs().items()
     yield "the guidance scale", batch.scale
     yield "the loss weight of a time", batch.drawn.weights.T
     if batch.frame_weights is not None:

@@ -1,7 +1,7 @@
 """Fewer windows stage by stage: 8 -> 4 -> 2 -> 1, each stage as long as its held-out error falls.
 
 Neighbouring windows are merged, so the edges of a stage are among those of the stage before. The teacher of a merged window is
-the original one, across all of it, or the student of the stage before, with one step for each of its windows: progressive
+the original one, across all of it. Or it is the student of the stage before, with one step for each of its windows: progressive
 distillation over windows. One window is InstaFlow.
 
 Source: ProReflow (arXiv:2503.04824), progressive reflow; progressive distillation (arXiv:2202.00512); InstaFlow
@@ -139,7 +139,7 @@ class Curriculum:
         """The teacher's steps in each window of this stage, [K, S + 1], float64, untransformed.
 
         The original teacher keeps the step size that it has in the first stage, `steps_per_window` there, so that S grows as
-        windows merge; a student of the stage before takes its own windows.
+        windows merge. A student of the stage before takes its own windows.
         """
         finer = self.stages[self.progress.stage - 1] if self.teacher_is_student else self.windows
         each = 1 if self.teacher_is_student else steps_per_window

@@ -166,7 +166,8 @@ class _Probe:
                 f"two calls with the same input differ by {moved:.0%}: dropout, or another layer that draws, is on; put the "
                 "network into eval mode or set its dropout to 0"
             )
-        text, mask = (self.batch.inputs.get(name) for name in (TEXT, TEXT_MASK))
+        inputs = self.batch.inputs()
+        text, mask = (inputs.get(name) for name in (TEXT, TEXT_MASK))
         if isinstance(text, Tensor) and len(text) == len(x) and size > 1e-6:
             other = (text != text[:1]).flatten(1).any(dim=1).to(again.device)
             # Tokenizers end every text with a token of its own, so that no text but the empty one is one token.

@@ -1,9 +1,9 @@
 """How far the student is from its teacher, on batches that the run keeps from its beginning: is training still helping?
 
 A training loss cannot tell: its times, states and batches are drawn anew, and its states move with the student. Here the
-teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since that is what samples
-show: errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all
-are what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
+teacher's path from fixed noise is solved once. A run watches where the student's own few steps end, since samples show that.
+Errors of single windows can fall while what they add up to rises. The same steps of a network that was not trained at all are
+what it has to beat. A curriculum's stage looks at single windows, which are what it changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from opensora_perflow.objectives import mean_over_frames, perflow
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance, WatchSettings
-from opensora_perflow.training.step import Solved, held, solve
+from opensora_perflow.training.step import Solved, held
 from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
 
 FieldWithin = Callable[[Bounds], Velocity]
@@ -67,13 +67,8 @@ class HeldOutBatch:
         return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
 
     @torch.no_grad()
-    def end_errors(self, grids: Tensor) -> tuple[float, float]:
-        """Root mean squares over samples of `squared_ends`."""
-        return tuple(values.mean().sqrt().item() for values in self.squared_ends(grids))
-
-    @torch.no_grad()
     def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
-        """How far from the teacher's end one step a window leads, the student's and an untrained network's: mean squares over
+        """How far from the teacher's end one step a window leads, the student's and an untrained network's. Mean squares over
         elements, one a sample [B], float64. `grids` as above."""
         edges = self._solve(grids)
         if self.untrained_end is None:
@@ -172,7 +167,7 @@ class Monitor:
             window_idx = torch.full((len(x),), k, device=x.device)
             scale = batch.scale if guidance.mode == "range" else guidance.scale_in(window_idx)
             how = segments()
-            return solve(players.teacher(scale), x, times, how.solver, how.source)
+            return players.teacher(scale).trajectory(x, times, how.solver, how.source)
 
         self.batches.append(
             HeldOutBatch(
@@ -190,10 +185,6 @@ class Monitor:
         if self.watch is not None:
             losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
             losses.append(loss.detach().mean())
-
-    def wants_measurement(self, steps: int) -> bool:
-        """Is it time to watch, after so many training steps of the run?"""
-        return self.watch is not None and self.watch.wants_measurement(steps)
 
     def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
         """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from opensora_perflow.method.draws import Drawn
 from opensora_perflow.method.process import Bounds, Output, Process
 from opensora_perflow.method.solvers import Velocity, hold_frames
 from opensora_perflow.method.warped import WarpedWindows
+from opensora_perflow.training.blame import check_solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +32,33 @@ class Player:
     prediction: str
     moving: Tensor | None = None
 
-    def velocity(self, bounds: Bounds) -> Velocity:
+    def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
-        return hold_frames(self.process.student(self.output, self.prediction, bounds), self.moving)
+        return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
-    def trajectory(self, x: Tensor, times: Tensor, solver: str) -> Tensor:
-        """States at times [S + 1, B] of the ODE that a teacher follows from x [B, ...]: [S + 1, B, ...]."""
-        return torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
+    def trajectory(self, x: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
+        """States at times [S + 1, B] of the ODE that a teacher follows from x [B, ...]: [S + 1, B, ...].
+
+        Args:
+            solver: A key of SOLVERS.
+            source: What the teacher is, in words, for errors.
+
+        Raises:
+            NotFinite: the last states are not finite.
+        """
+        states = torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
+        check_solution(states, times, source)
+        return states
 
 
 class Players(Protocol):
     """The players of one batch; whoever builds them knows their host. Networks are those of the time of asking."""
+
+    process: Process
+    prediction: str
+    moving: Tensor | None
+    """Those of the student, see `Player`."""
 
     student: Player
     """As it is trained."""
@@ -49,7 +66,7 @@ class Players(Protocol):
     separable: bool
     """Can players be had for some of the samples alone?"""
 
-    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+    def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         """The student as a sampler runs it in a window, guided where sampling is; of the samples `rows` [n] alone, if given."""
 
     def teacher(self, scale: float | Tensor) -> Player:
@@ -69,7 +86,7 @@ class Batch:
     players: See `Players`.
     scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
     frame_weights: Loss weight of each frame, [B, T]; None: equal.
-    inputs: Name in words -> what else the networks are told, tensors [B, ...] or numbers, for errors (see blame.py).
+    inputs: Gives what else the networks are told, name in words -> tensor [B, ...] or number, for errors (see blame.py).
     """
 
     data: Tensor
@@ -79,4 +96,4 @@ class Batch:
     players: Players
     scale: float | Tensor
     frame_weights: Tensor | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Callable[[], Mapping[str, Any]] = dict

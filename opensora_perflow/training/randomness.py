@@ -34,8 +34,8 @@ def step_generator(
 class TrainingRandomness:
     """Counts a run's training steps and gives each its generator.
 
-    seed, rank: see `step_generator`. steps: training steps so far; evaluations: loss evaluations so far, which are a stream of
-    their own and move no training step.
+    seed, rank: see `step_generator`. steps: training steps so far. evaluations: loss evaluations so far, a stream of their own
+    that moves no training step.
     """
 
     seed: int

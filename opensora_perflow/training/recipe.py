@@ -30,7 +30,7 @@ from opensora_perflow.checks import (
     whole,
 )
 from opensora_perflow.method.ddpm import DDPM, PREDICTIONS
-from opensora_perflow.method.guidance import draw_scales, scale_of_window
+from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
@@ -87,11 +87,11 @@ class Guidance:
     mode: str = key("sync", choice(*GUIDANCE_MODES))
     """sync: the student learns the unguided flow, with text dropout, and is guided when sampled (2 evaluations a step).
     fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step).
-    range: the teacher is guided with a scale that is drawn for each sample, and the student gets it as an input, see
-    hosts/scale_input.py; it is sampled with any cfg_scale of the range (1 a step)."""
+    range: the teacher is guided with a scale that is drawn for each sample. The student gets the scale as an input, see
+    hosts/v1/scale_input.py, and is sampled with any cfg_scale of the range (1 a step)."""
     scale: Any = key(None, optional(as_scales))
-    """Text guidance of the teacher. Mode fixed: a number >= 0 (1 = a teacher that needs none, itself a student of mode fixed),
-    or a list of one number a window, noisiest first. Mode range: (low, high), 0 <= low < high; drawn uniformly."""
+    """Text guidance of the teacher. Mode fixed: a number >= 0, or a list of one number a window, noisiest first. 1 = a teacher
+    that needs none, itself a student of mode fixed. Mode range: (low, high), 0 <= low < high; drawn uniformly."""
     image_scale: float | None = key(None, optional(number(low=0, most=MOST_SCALE)))
     """Guidance by reference frames in modes fixed and range (Open-Sora 1.3's image/video conditioning); None: as by text."""
     negative: str | None = key(None, optional(file_name("the path of a .safetensors file or None")))
@@ -142,8 +142,10 @@ class Guidance:
         return self.mode != "sync"
 
     def scale_in(self, window_idx: Tensor) -> float | Tensor:
-        """What guides the teacher in windows [B] where nothing is drawn: one scale, or one a sample [B]."""
-        return 1.0 if self.mode == "sync" else scale_of_window(self.scale, window_idx)
+        """What guides the teacher in windows [B] where nothing is drawn: one scale, or one a sample [B], float64."""
+        if isinstance(self.scale, tuple):
+            return torch.tensor(self.scale, dtype=torch.float64, device=window_idx.device)[window_idx]
+        return 1.0 if self.mode == "sync" else self.scale
 
     def draw_scale(self, window_idx: Tensor, generator: torch.Generator) -> float | Tensor:
         """What guides the teacher in a training step: as `scale_in`, or drawn for each sample in mode range."""
@@ -169,8 +171,8 @@ class Draws:
     """What the student is trained on: where windows start, and at which times inside them."""
 
     starts: str = key("student", _kept(*STARTS))
-    """student: states that the student itself reaches from noise, one step a window, guided as it is sampled; no data is
-    used, only its shape. diffused: data with noise."""
+    """student: states that the student itself reaches from noise, one step a window, guided as it is sampled. Of the data only
+    the shape is used. diffused: data with noise."""
     edge_mass: float = key(0.75, number(low=0, high=1))
     """Share of the times exactly at the window's noisy edge, 0..1."""
     per_solve: int | None = key(None, optional(whole(high=100)))
@@ -181,11 +183,11 @@ class Draws:
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
     overlap: float = key(0.0, number(low=0, high=1))
-    """How far the lines of a window are continued over its noisy edge, as a share 0..1 of the window above, which trains those
-    times too; weights fall and rise linearly (see overlap.py). prediction="velocity" only, as `grids`."""
+    """How far the lines of a window are continued over its noisy edge, as a share 0..1 of the window above. Both windows train
+    those times; weights fall and rise linearly (see overlap.py). prediction="velocity" only, as `grids`."""
     grids: Any = key((), listed(whole(high=MOST_WINDOWS), "a list of numbers of steps", "[5, 6, 7]", most=100))
-    """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`: it is
-    then trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
+    """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`. The student
+    is trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
     sampling_grid="uniform"."""
 
     def __post_init__(self) -> None:
@@ -204,8 +206,8 @@ class Stages:
     """Number of windows of each stage, descending; each divides the one before, and the first is that of `windows`."""
     teacher: str = key("original", choice(*TEACHERS))
     """original: the run's teacher in every stage, with teacher.steps_per_window steps for each window of the first stage.
-    previous: from the second stage on the student as it was when the stage before ended, with one Euler step for each of
-    that stage's windows and without guidance, which is folded in. A run that is resumed inside such a stage goes on with the
+    previous: from the second stage on the student as it was when the stage before ended. It takes one Euler step for each of
+    that stage's windows, without guidance, which is folded in. A run that is resumed inside such a stage goes on with the
     student that it loads as the teacher: the one before is not kept."""
     advance: AdvanceRule = key(AdvanceRule(), _section(AdvanceRule))
     """When a stage ends: dict(min_steps=200, max_steps=2000), and between them where its held-out error stops falling."""
@@ -219,9 +221,9 @@ class WatchSettings:
     """When a run measures itself, and what it warns of."""
 
     every: int = key(200, whole())
-    """Training steps between two measurements, >= 1; the first ones come after a quarter and a half of that, as a learning rate
-    that is too high shows early (not earlier: a good one may lose a little at first). One costs an evaluation of the student
-    for each window; the first also the teacher's path through all windows."""
+    """Training steps between two measurements, >= 1. The first ones come after a quarter and a half of that: a learning rate
+    that is too high shows early. Not earlier: a good one may lose a little at first. One costs an evaluation of the student for
+    each window; the first also the teacher's path through all windows."""
     tolerance: float = key(0.25, number(low=0))
     """Share by which the error may rise above its least before a warning, >= 0."""
 
@@ -234,8 +236,8 @@ class Recipe:
     """How a student is trained, and what of that its sampler has to know."""
 
     windows: Any = key(4, lambda name, value: windows_of(value))
-    """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or the file that
-    `opensora-perflow plan` wrote (a name that ends in .json), whose sampling grids then serve the step counts they are for."""
+    """Number K >= 1 of uniform windows; a descending list of edges from 1 to 0 in untransformed time; or a plan's file (a name
+    that ends in .json). `opensora-perflow plan` writes plans, whose sampling grids serve the step counts they are for."""
     prediction: str = key("auto", choice("auto", *PREDICTIONS))
     """What the student's network outputs: velocity; or, for epsilon networks, ddim_eps or diff_eps too, see method/ddpm.py.
     auto: velocity for rectified flows, ddim_eps for epsilon networks. Sample with what was trained."""
@@ -247,8 +249,8 @@ class Recipe:
     objective: Any = key("perflow", _objective)
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     watch: WatchSettings | None = key(WatchSettings(), _section(WatchSettings, none=True))
-    """Training only: dict(every=200, tolerance=0.25): log every so many steps how far the student's few steps end from the
-    teacher on the run's first batch, and warn where that gets worse (see monitor.py). None: off."""
+    """Training only: dict(every=200, tolerance=0.25). Every so many steps the log says how far the student's few steps end from
+    the teacher on the run's first batch. It warns where that gets worse (see monitor.py). None: off."""
     allow_change: bool = key(False, switch)
     """Go on with --load although windows, process, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""

@@ -147,7 +147,8 @@ class TrainingRun:
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
                 self.monitor.note_loss(loss)
-                if self._measures and self.monitor.needs_samples:
+                measures = self.monitor.watch is not None or self.curriculum is not None
+                if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
                 self._measure(model)
         return loss
@@ -216,14 +217,11 @@ class TrainingRun:
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
         self.host.before_each_save(lambda folder: write_state(folder, describe(self)))
 
-    @property
-    def _measures(self) -> bool:
-        return self.monitor.watch is not None or self.curriculum is not None
-
     def _measure(self, model: nn.Module) -> None:
         """Measure where it is time to, say so, and begin the next stage where one has ended."""
-        curriculum, steps = self.curriculum, self.randomness.steps - 1  # the optimizer's step is to come
-        watched = self.monitor.wants_measurement(steps)
+        curriculum, watch = self.curriculum, self.monitor.watch
+        steps = self.randomness.steps - 1  # the optimizer's step is to come
+        watched = watch is not None and watch.wants_measurement(steps)
         staged = curriculum is not None and curriculum.wants_measurement()
         grids = self.solver_grids if watched or staged else None
         if watched:

@@ -1,6 +1,6 @@
 """What a student's weights do not say: the windows that they belong to, who taught them, and how far the training has come.
 
-Kept as perflow.json in the checkpoint folder of Open-Sora (epochE-global_stepG), beside running_states.json: what that folder
+Kept as perflow.json in the checkpoint folder of Open-Sora (epochE-global_stepG), beside running_states.json. What that folder
 holds (model/, ema.pt) shares it, and no loader of any tag looks there. A .safetensors file has the same text in its metadata.
 """
 
@@ -145,8 +145,8 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
     """The state that belongs to weights, and the file that holds it; None if there is none.
 
     Args:
-        weights: A checkpoint folder, the model/ folder in it, a file in it (ema.pt), a .safetensors file of its own, or
-            anything else that a host takes for weights (a repository id has no state).
+        weights: A checkpoint folder, the model/ folder in it, a file in it (ema.pt), a .safetensors file of its own, or what
+            else a host takes for weights. A repository id has no state.
 
     Raises:
         ValueError: there is one, and it is unreadable.

@@ -12,8 +12,8 @@ from torch import Tensor
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
-from opensora_perflow.training.blame import NotFinite, check_solution, check_way
-from opensora_perflow.training.players import Batch, Player
+from opensora_perflow.training.blame import NotFinite, check_way
+from opensora_perflow.training.players import Batch
 
 Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
 """objective(student, segment, t, frame_weights) -> loss [B]."""
@@ -57,62 +57,35 @@ class Solved:
     source: str
 
     def of(self, batch: Batch) -> Segment:
-        student, times = batch.players.student, batch.drawn.solver_times
+        players, times = batch.players, batch.drawn.solver_times
         way: list[Tensor] = []
         x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
         try:
-            states = solve(batch.players.teacher(batch.scale), x_start, times, self.solver, self.source)
+            states = players.teacher(batch.scale).trajectory(x_start, times, self.solver, self.source)
         except NotFinite:
             check_way(way, batch.drawn.route, batch.drawn.window_idx)
             raise
-        units = student.process.output_units(student.prediction, lambda t: (times[0], times[-1]))
+        units = players.process.output_units(players.prediction, lambda t: (times[0], times[-1]))
         return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
-
-
-def solve(teacher: Player, x_start: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
-    """The teacher's states at `times` [S + 1, B], [S + 1, B, ...].
-
-    Raises:
-        NotFinite: they are not finite.
-    """
-    states = teacher.trajectory(x_start, times, solver)
-    check_solution(states, times, source)
-    return states
 
 
 def diffused(batch: Batch, t: Tensor) -> Tensor:
     """Data with the noise of time t [B]; frames that stand still have as little as the process gives them."""
-    return held(batch, batch.players.student.process.add_noise(batch.data, batch.noise, t))
+    return held(batch, batch.players.process.add_noise(batch.data, batch.noise, t))
 
 
 @torch.no_grad()
 def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
-    """Where the student, sampled with one Euler step a window, reaches each sample's window; `way` is given its velocities."""
-    way = [] if way is None else way
-
-    def field_of(window: int, rows: Tensor | None) -> Velocity:
-        windows = batch.windows if rows is None else batch.windows.take(rows)
-        return _noting(batch.players.sampled(window, rows).velocity(windows.bounds), way)
-
-    drawn, whole = batch.drawn, not batch.players.separable
-    return carry_to_windows(field_of, held(batch, batch.noise), drawn.route, drawn.window_idx, whole=whole)
-
-
-def _noting(velocity: Velocity, way: list[Tensor]) -> Velocity:
-    """The field, which leaves in `way` what it said."""
-
-    def noted(x: Tensor, t: Tensor) -> Tensor:
-        way.append(velocity(x, t))
-        return way[-1]
-
-    return noted
+    """Where the student, sampled with one Euler step a window, reaches each sample's window. `way`: see `carry_to_windows`."""
+    drawn, players = batch.drawn, batch.players
+    start, whole = held(batch, batch.noise), not players.separable
+    return carry_to_windows(players.sampled, start, drawn.route, drawn.window_idx, whole=whole, way=way)
 
 
 def held(batch: Batch, x: Tensor) -> Tensor:
     """The state with its still frames put where training holds them."""
-    student = batch.players.student
-    if student.moving is None:
+    process, moving = batch.players.process, batch.players.moving
+    if moving is None:
         return x
-    process = student.process
     still = process.add_noise(batch.data, batch.noise, torch.full_like(batch.drawn.t_start, process.still_time))
-    return torch.where(student.moving[:, None, :, None, None], x, still)
+    return torch.where(moving[:, None, :, None, None], x, still)

@@ -71,8 +71,8 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
         kept: The host has a teacher apart from the student, see `Host.own_teacher`.
 
     Raises:
-        ValueError: a resumed student would become its own teacher; or the teacher is itself a PeRFlow student and the config
-            does not say that this is meant.
+        ValueError: a resumed student would become its own teacher; or the teacher is a PeRFlow student, and the config does not
+            allow one.
     """
     pretrained, resumed, source = host.first_weights(), host.resumed(), settings.from_pretrained
     if source is None and resumed is not None and not kept:
@@ -108,8 +108,8 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     Parameters become plain `nn.Parameter`s: boosters put subclasses on them whose in-place arithmetic does nothing
     (colossalai's ColoTensor), and buffers may be non-leaf tensors, which deepcopy refuses. The copy is in eval mode, needs no
     gradients and has gradient checkpointing off. Copying the structure, not calling a factory, works for every network.
-    What torch.compile wrapped, the whole or a part, is copied uncompiled: keys are those of the network, and nothing that was
-    compiled for training is used by the copy.
+    What torch.compile wrapped, the whole or a part, is copied uncompiled. Keys are those of the network, and the copy uses
+    nothing that was compiled for training.
     """
     memo: dict[int, object] = {}
     originals = []  # deepcopy finds copies by id(), so the originals have to stay alive until it is done
@@ -156,9 +156,9 @@ def load_teacher(
 def fingerprint(network: nn.Module) -> str:
     """Identity of a network's weights: 16 hex digits of a SHA-256.
 
-    It takes in names, shapes, dtypes and up to 8192 evenly spaced values of each tensor. That is enough to tell teachers apart,
-    because training moves nearly every value of a tensor, and a network of a billion parameters takes a fraction of a second.
-    Rounded to another dtype the same weights are another teacher. Adapters do not count.
+    It takes in names, shapes, dtypes and up to 8192 evenly spaced values of each tensor. That is enough to tell teachers apart:
+    training moves nearly every value of a tensor. A network of a billion parameters takes a fraction of a second. Rounded to
+    another dtype the same weights are another teacher. Adapters do not count.
     """
     digest = hashlib.sha256()
     for name, value in sorted(base_state(network).items()):

@@ -44,8 +44,8 @@ def captions_of_table(table: str | Path) -> list[Caption]:
 def captions_of_folder(paths: list[Path], tables: Iterable[Path]) -> list[Caption]:
     """Each video of a folder with the captions that tables have for it: one entry for every different caption.
 
-    A row means the video that its path leads to. Where no file is there, the folder was moved: the row then means the
-    only video whose path ends like the row's own, counted from the folder that all rows of the table share.
+    A row means the video that its path leads to. Where no file is there, the folder was moved. The row then means the only
+    video whose path ends like the row's own, from the folder on that all rows share.
 
     Args:
         paths: The videos.
@@ -240,6 +240,3 @@ def _compose(name: str) -> str:
 
 def _fold(name: str) -> str:
     return _compose(_compose(name).casefold())
-
-
-__all__ = ["Caption", "captions_of_folder", "captions_of_table"]

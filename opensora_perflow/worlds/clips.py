@@ -1,14 +1,12 @@
 """Small real video clips: a coloured shape moving over a plain dark background, with a caption in words.
 
-`make_clip` draws one clip in memory and is the single source of truth for what a caption looks like: `write_clips`
-saves its clips as mp4 files with the CSV that Open-Sora's VariableVideoTextDataset reads, and the demo's teacher was
-trained on it. `read_clips` reads those files, or any other folder of videos. `recognise` measures what a clip shows.
+`make_clip` draws one clip in memory and alone decides what a caption looks like; the demo's teacher was trained on its clips.
+`write_clips` saves them as mp4 files, with the CSV that Open-Sora's VariableVideoTextDataset reads. `read_clips` reads those
+files, or any other folder of videos. `recognise` measures what a clip shows.
 
-Frames are uint8 [T, H, W, 3], RGB, everywhere in this module; `frames_to_tensor` and `tensor_to_frames` go to and from
-the [-1, 1], channels-first tensors that a VAE takes.
+Frames are uint8 [T, H, W, 3], RGB, everywhere in this module. `frames_to_tensor` and `tensor_to_frames` go to and from the
+[-1, 1], channels-first tensors that a VAE takes.
 """
-
-from __future__ import annotations
 
 import csv
 import itertools
@@ -156,9 +154,9 @@ def write_clips(
     """Write `num_clips` mp4 files and `clips.csv`; contents are spread evenly over all combinations.
 
     The CSV has the columns that the host's VariableVideoTextDataset reads (path, text, num_frames, height, width, fps,
-    aspect_ratio = height / width, resolution); its paths are absolute, because the host opens them from its own working
-    directory. Videos that were in the folder before stay there: pass the returned CSV, not the folder, to `read_clips`
-    to read these clips alone.
+    aspect_ratio = height / width, resolution). Its paths are absolute, because the host opens them from its own working
+    directory. Videos that were in the folder before stay there: pass the returned CSV, not the folder, to `read_clips` to read
+    these clips alone.
 
     Returns:
         Path of the CSV.
@@ -228,9 +226,9 @@ def read_clips(
     captions is a clip for each.
 
     Args:
-        source: A folder (its videos, subfolders included, in order of name), or a CSV with the column path and, if
-            there are captions, text; relative paths are relative to the CSV. In a folder, captions come from its CSVs
-            with the columns path and text, and from the file's name otherwise.
+        source: A folder (its videos, subfolders included, in order of name), or a CSV. The CSV has the column path and, if
+            there are captions, text; its relative paths are relative to the CSV. In a folder, captions come from its CSVs with
+            the columns path and text, and from the file's name otherwise.
         num_frames, height, width: Wanted size.
         skip: Files and subfolders of a folder for which this is true are left out.
 

@@ -2,11 +2,9 @@
 
 Frames are grouped in fours and each group becomes one latent frame, 8 times smaller in height and width. As in the host
 (opensora/models/vae, v1.2.0) the video is cut into pieces of `micro_frame_size` = 17 frames. A piece is padded *in
-front*, by repeating its first frame, to a multiple of four. 17 frames give 5 latent frames, 1 frame (an image) gives 1,
-34 give 10; in general T frames give 5 * (T // 17) + ceil((T % 17) / 4).
+front*, by repeating its first frame, to a multiple of four. 17 frames give 5 latent frames, 1 frame (an image) gives 1, 34 give
+10. In general T frames give 5 * (T // 17) + ceil((T % 17) / 4).
 """
-
-from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
@@ -142,8 +140,8 @@ class TinyVAE(nn.Module):
 
         Args:
             z: [B, 4, T', H', W'], or one sample [4, T', H', W'] (v1.3's inference.py decodes without a batch axis).
-            num_frames: Frames wanted. It must be one that encodes to T' latent frames; None means the longest length
-                that is 17 frames a five, else 1, 5, 9 or 13 for a rest of 1..4 latent frames.
+            num_frames: Frames wanted. It must be one that encodes to T' latent frames. None: 17 frames for every five latent
+                frames, and 1, 5, 9 or 13 for a rest of 1..4.
 
         Returns:
             [B, 3, T, 8 H', 8 W'] (or [3, T, 8 H', 8 W']) about in [-1, 1], not clamped, in z's dtype.

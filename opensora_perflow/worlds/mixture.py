@@ -43,10 +43,6 @@ class Mixture:
         x = self.means[place * NUM_CLASSES + class_idx]
         return (x + self.std * torch.randn(x.shape, generator=generator))[:, :, None, None, None]
 
-    def nearest_mode(self, x: Tensor) -> Tensor:
-        """Index of the mode nearest to each latent [B, 16, 1, 1, 1]."""
-        return torch.cdist(x.flatten(1), self.means).argmin(dim=1)
-
 
 class ClassText:
     """Text encoder for the prompts "class 0" to "class 3": one-hot embeddings [B, 1, 1, 5] on `device`; the last place is the

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,22 @@ class TinySTDiT(nn.Module):
                 f"hidden_size={hidden_size}, num_heads={num_heads}, patch_size={tuple(patch_size)}; the shipped "
                 "teacher has 96, 4 and (1, 2, 2)"
             )
-        self.in_channels = in_channels
-        self.out_channels = 2 * in_channels
-        self.pred_sigma = True
-        self.hidden_size = hidden_size
-        self.depth = depth
-        self.num_heads = num_heads
-        self.mlp_ratio = mlp_ratio
-        self.patch_size = tuple(patch_size)
-        self.input_sq_size = input_sq_size
-        self.qk_norm = qk_norm
+        self.config = {
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "caption_channels": caption_channels,
+            "model_max_length": model_max_length,
+            "class_dropout_prob": class_dropout_prob,
+            "patch_size": tuple(patch_size),
+            "input_sq_size": input_sq_size,
+            "qk_norm": qk_norm,
+            "pred_sigma": True,
+        }
+        """Keywords of the host's STDiT3Config that describe this network (v1.2.0 and v1.3 know them all)."""
+        self.patch_size, self.input_sq_size = tuple(patch_size), input_sq_size
 
         self.rope = _RotaryFrequencies(hidden_size // num_heads)
         self.x_embedder = _PatchEmbedder(self.patch_size, in_channels, hidden_size)
@@ -97,33 +104,14 @@ class TinySTDiT(nn.Module):
         self.fps_embedder = _ScalarEmbedder(hidden_size)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.y_embedder = _CaptionEmbedder(caption_channels, hidden_size, class_dropout_prob, model_max_length)
-        self.spatial_blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal=False) for _ in range(depth)
+        self.spatial_blocks, self.temporal_blocks = (
+            nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal) for _ in range(depth))
+            for temporal in (False, True)
         )
-        self.temporal_blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, qk_norm, temporal=True) for _ in range(depth)
-        )
-        self.final_layer = _FinalLayer(hidden_size, math.prod(self.patch_size), self.out_channels)
+        self.final_layer = _FinalLayer(hidden_size, math.prod(self.patch_size), 2 * in_channels)
         self._initialize()
         if from_pretrained is not None:
             self._load(Path(from_pretrained))
-
-    def host_config(self) -> dict[str, Any]:
-        """Keywords of the host's STDiT3Config that describe this network (v1.2.0 and v1.3 know them all)."""
-        return {
-            "in_channels": self.in_channels,
-            "hidden_size": self.hidden_size,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "caption_channels": self.y_embedder.y_embedding.shape[1],
-            "model_max_length": self.y_embedder.y_embedding.shape[0],
-            "class_dropout_prob": self.y_embedder.uncond_prob,
-            "patch_size": self.patch_size,
-            "input_sq_size": self.input_sq_size,
-            "qk_norm": self.qk_norm,
-            "pred_sigma": True,
-        }
 
     def forward(
         self,
@@ -143,8 +131,8 @@ class TinySTDiT(nn.Module):
             x: Latents [B, C, T, H, W], any T, H, W; odd sides are padded inside.
             timestep: [B], 0 (data) .. 1000 (noise); not rounded to the weights' dtype (as v1.3; v1.2 rounds).
             y: Word vectors [B, 1, L, D].
-            mask: 0/1 [B or a divisor of B, L]; fewer rows are tiled, so a guided batch is [cond..., uncond...] and the
-                null text is cut to its prompt's length. None: every token counts.
+            mask: 0/1 [B or a divisor of B, L]. Fewer rows are tiled: a guided batch is [cond..., uncond...], and the null text
+                is cut to its prompt's length. None: every token counts.
             x_mask: bool [B, T]; False marks a frame that is given, which is modulated as at timestep 0.
             fps: Frames per second, [B or a divisor of B].
             height, width: Of the video in pixels; the first entry sets the spatial scale for the whole batch.
@@ -154,8 +142,8 @@ class TinySTDiT(nn.Module):
             float32 [B, 2 C, T, H, W].
 
         Raises:
-            ValueError: fps, height or width missing, a mask that cannot be tiled or has a row without a token, or in
-                train mode a y whose L, D are not those of the null text.
+            ValueError: fps, height or width missing; a mask that cannot be tiled or has a row without a token; in train mode, a
+                y whose L, D are not the null text's.
         """
         if fps is None or height is None or width is None:
             sizes = {"fps": fps, "height": height, "width": width}
@@ -178,7 +166,7 @@ class TinySTDiT(nn.Module):
         tokens = self.x_embedder(x.to(dtype))  # [B, T, h, w, hidden]
         token_rows, token_columns = tokens.shape[2:4]
         scale = math.sqrt(height.flatten()[0].item() * width.flatten()[0].item()) / self.input_sq_size
-        position = _position_embedding(self.hidden_size, token_rows, token_columns, scale, x.device).to(dtype)
+        position = _position_embedding(tokens.shape[-1], token_rows, token_columns, scale, x.device).to(dtype)
         tokens = tokens.flatten(2, 3) + position
         rotation = self.rope(num_frames)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks):
@@ -225,7 +213,7 @@ class TinySTDiT(nn.Module):
         try:
             self.load_state_dict(load_file(path))
         except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} does not fit TinySTDiT({self.host_config()}): {error}; pass its own sizes") from error
+            raise ValueError(f"{path} does not fit TinySTDiT({self.config}): {error}; pass its own sizes") from error
 
 
 def _position_embedding(hidden_size: int, rows: int, columns: int, scale: float, device: torch.device) -> Tensor:
@@ -310,20 +298,15 @@ class _ScalarEmbedder(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
 
 
-class _Mlp(nn.Module):
-    def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_features, hidden_features)
-        self.fc2 = nn.Linear(hidden_features, out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def _mlp(in_features: int, hidden_features: int, out_features: int) -> nn.Sequential:
+    layers = {"fc1": nn.Linear(in_features, hidden_features), "act": nn.GELU("tanh")}
+    return nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(hidden_features, out_features)))
 
 
 class _CaptionEmbedder(nn.Module):
     def __init__(self, caption_channels: int, hidden_size: int, uncond_prob: float, num_tokens: int) -> None:
         super().__init__()
-        self.y_proj = _Mlp(caption_channels, hidden_size, hidden_size)
+        self.y_proj = _mlp(caption_channels, hidden_size, hidden_size)
         # a buffer, as in the host: the null text is loaded, never trained
         self.register_buffer("y_embedding", torch.randn(num_tokens, caption_channels) / caption_channels**0.5)
         self.uncond_prob = uncond_prob
@@ -396,7 +379,7 @@ class _Block(nn.Module):
         self.temporal = temporal
         self.attn = _SelfAttention(hidden_size, num_heads, qk_norm)
         self.cross_attn = _CrossAttention(hidden_size, num_heads)
-        self.mlp = _Mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
+        self.mlp = _mlp(hidden_size, int(hidden_size * mlp_ratio), hidden_size)
         self.scale_shift_table = nn.Parameter(torch.randn(6, hidden_size) / hidden_size**0.5)
 
     def forward(
@@ -442,7 +425,7 @@ class _FinalLayer(nn.Module):
 
         versions = [modulated(x, t_vectors[0])]
         if given is not None:
-            # host quirk, kept for equal outputs: given frames are modulated twice (v1.2.0 blocks.py, T2IFinalLayer
-            # overwrites x before the timestep-0 branch reads it); samplers put those frames back, so it never shows
+            # host quirk, kept for equal outputs: given frames are modulated twice. T2IFinalLayer (v1.2.0 blocks.py) overwrites
+            # x before the timestep-0 branch reads it. Samplers put those frames back, so it never shows.
             versions.append(modulated(versions[0], t_vectors[1]))
         return self.linear(_select(given, versions))

@@ -1,7 +1,5 @@
 """CSV tables: read strictly, so that no row, accent or half of a caption is lost in silence."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import io
@@ -85,6 +83,3 @@ def _decode(table: Path, raw: bytes) -> str:
             f", which cp1252 (Windows, 'ANSI') reads as {found.decode('cp1252', 'replace')!r}" if encoding == "utf-8" else ""
         )
         raise ValueError(f"{table}, line {line}: not {encoding}: byte 0x{found.hex()}{guess}; save it as CSV UTF-8") from error
-
-
-__all__ = ["Row", "read_table"]

@@ -1,11 +1,9 @@
 """Word-level text encoder with the interface of Open-Sora's T5 (opensora/models/text_encoder/t5.py), without weights.
 
-Every word owns a fixed pseudo-random vector. The words of the demo's captions are listed in `VOCABULARY`; any other
-word is hashed into one of `NUM_BUCKETS` vectors, so that captions of a user's own clips work too. Like T5 the encoder
-closes a text with an end token and pads to `model_max_length`; unlike T5 a vector does not depend on its neighbours.
+Every word owns a fixed pseudo-random vector. The words of the demo's captions are listed in `VOCABULARY`. Any other word is
+hashed into one of `NUM_BUCKETS` vectors, so that captions of a user's own clips work too. Like T5 the encoder closes a text
+with an end token and pads to `model_max_length`; unlike T5 a vector does not depend on its neighbours.
 """
-
-from __future__ import annotations
 
 import re
 import zlib

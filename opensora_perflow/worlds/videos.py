@@ -1,7 +1,5 @@
 """One video file: read it as a player shows it, or write it. Frames are uint8 [T, H, W, 3], RGB."""
 
-from __future__ import annotations
-
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -191,6 +189,3 @@ def _thinned(timed: Iterator[tuple[float, np.ndarray]]) -> list[tuple[float, np.
     if last is not None and held[-1] is not last:
         held.append(last)
     return held
-
-
-__all__ = ["FPS", "VIDEO_SUFFIXES", "find_files", "read_video", "unreadable", "write_video"]

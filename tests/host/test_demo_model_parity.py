@@ -92,7 +92,7 @@ def host_outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     save_file(noisy.state_dict(), folder / "random.safetensors")
     weights = {"shipped": str(WEIGHTS), "random": str(folder / "random.safetensors")}
     cases = input_cases()
-    torch.save({"config": noisy.host_config(), "weights": weights, "cases": cases}, folder / "job.pt")
+    torch.save({"config": noisy.config, "weights": weights, "cases": cases}, folder / "job.pt")
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", HOST_PROCESS, str(root), str(folder)],

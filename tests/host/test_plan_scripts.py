@@ -12,7 +12,7 @@ from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT
 
 pytestmark = pytest.mark.host
-SIZES = {key: TinySTDiT().host_config()[key] for key in ("hidden_size", "depth", "num_heads")}
+SIZES = {key: TinySTDiT().config[key] for key in ("hidden_size", "depth", "num_heads")}
 RFLOW = dict(_delete_=True, type="rflow", use_timestep_transform=True, num_sampling_steps=30, cfg_scale=3.0)
 
 

@@ -63,16 +63,17 @@ class Condition:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
 
-    def take(self, rows: Tensor, batch_size: int) -> Condition | None:
-        """What some of the B samples are told; None where samples cannot be told apart, as in packed text."""
+    def separable(self, batch_size: int) -> bool:
+        """Can samples be told apart? Not in packed text."""
         batched = self.text.dim() == 4 and len(self.text) == batch_size
-        if not batched or (self.text_mask is not None and len(self.text_mask) != batch_size):
-            return None
-        if any(isinstance(value, (list, tuple)) for value in self.extras.values()):
-            return None
+        masked = self.text_mask is None or len(self.text_mask) == batch_size
+        return batched and masked and not any(isinstance(value, (list, tuple)) for value in self.extras.values())
+
+    def take(self, rows: Tensor) -> Condition:
+        """What some of the B samples are told, of a condition that is separable."""
 
         def part(value: Any) -> Any:
-            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
+            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.text)
             return value[rows.to(value.device)] if of_samples else value
 
         named = {f.name: part(getattr(self, f.name)) for f in fields(self)}
@@ -93,12 +94,12 @@ def training_condition(
         network: The unwrapped network that will see it; its own null embedding is used.
         model_args: The host's dict: y, mask, sizes. Left as it is.
         drop: bool [B], True where the prompt is dropped; None drops nothing.
-        negative: y [1, L, D] and mask [1, L] of a negative prompt, which guidance then leads away from in place of the null
-            text; see hosts/negative_text.py.
+        negative: y [1, L, D] and mask [1, L] of a negative prompt, which takes the place of the null text in guidance; see
+            hosts/v1/negative_text.py.
 
     Raises:
-        ValueError: no text in model_args, prompts are to be dropped and the network has no null text, or a negative prompt of
-            other sizes than the prompts.
+        ValueError: no text in model_args; prompts to be dropped and no null text; or a negative prompt of other sizes than the
+            prompts.
     """
     if "y" not in model_args:
         raise ValueError(f"model_args needs the text embeddings 'y', got the keys {sorted(model_args)}")

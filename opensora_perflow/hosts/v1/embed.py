@@ -1,7 +1,5 @@
 """`opensora-perflow embed`: a prompt through the text encoder of an Open-Sora config, to a file for guidance.negative."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,8 @@ def embed(config: Path, prompt: str, out: Path, open_sora: Path | None = None) -
     """Write what the text encoder of `config` makes of `prompt` to `out` (.safetensors).
 
     Args:
-        config: A training config of Open-Sora's; its text_encoder is built as Open-Sora's inference does, on a GPU if there is
-            one, in float32 (T5-XXL has 4.7 B parameters).
+        config: A training config of Open-Sora's; its text_encoder is built as Open-Sora's inference does: in float32, on a GPU
+            if there is one. T5-XXL has 4.7 B parameters.
         prompt: The negative prompt, as it is: Open-Sora's scripts clean prompts before they encode them.
         out: File to write.
         open_sora: Checkout that `opensora` is imported from; None: the installed one.

@@ -1,7 +1,5 @@
 """What only epsilon networks need: which process a network was trained on, what iddpm guides, and the learned variance."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -33,9 +31,9 @@ def offered_processes() -> tuple[str, ...]:
 def find_process(named: str, network: nn.Module | None = None) -> str | None:
     """The process, "linear" or "ddpm"; None while only the network could tell.
 
-    In this order: what the config says (`path`, or its keys: see keys.path_of_keys); the only process that the host offers (1.0
-    and 1.1 have no rflow); linear where no host is installed; and where the host offers both (1.2, 1.3), the network: STDiT3
-    was only ever trained as a rectified flow, while the others (STDiT, PixArt) come with configs for both.
+    First the config decides, by `path` or its keys (see keys.path_of_keys). Then the host, where it offers one process: 1.0 and
+    1.1 have no rflow. Without a host the process is linear. Where the host offers both (1.2, 1.3) the network decides: STDiT3
+    was only ever trained as a rectified flow. The others (STDiT, PixArt) come with configs for both.
 
     Raises:
         ValueError: the network is one of the others.
@@ -58,8 +56,8 @@ def find_process(named: str, network: nn.Module | None = None) -> str | None:
 def guided_channels(cfg_channel: int | str | None) -> int | None:
     """How many channels text guidance acts on; None: all.
 
-    "auto" is the host's own choice: v1.0 guides the first 3 of 4 (written into its opensora/schedulers/iddpm/__init__.py,
-    forward_with_cfg), later ones all, unless their config says cfg_channel.
+    "auto" is the host's own choice. v1.0 guides the first 3 of 4 (opensora/schedulers/iddpm/__init__.py, forward_with_cfg).
+    Later ones guide all, unless their config says cfg_channel.
     """
     if cfg_channel != "auto":
         return cfg_channel
@@ -74,8 +72,8 @@ def guided_channels(cfg_channel: int | str | None) -> int | None:
 class VarianceMatch:
     """A student's call that also compares its variance half with the teacher's, for the same input.
 
-    Both halves share the network's trunk: without a loss of its own the variance would drift, and a student trained on
-    epsilon could no longer be sampled by iddpm. Costs one evaluation of the teacher for each of the student that is trained.
+    Both halves share the network's trunk. Without a loss of its own the variance would drift, and iddpm could no longer sample
+    the student. Costs one evaluation of the teacher for each of the student that is trained.
     """
 
     def __init__(self, call: Callable[..., Tensor], teacher: nn.Module) -> None:

@@ -4,8 +4,6 @@ The script runs as it is, with its own command line, up to its first call of `sc
 checkpoint, the text encoder, the text cleaning and the video's sizes are the host's, whatever the tag.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The kinds of value that only the host's keys have, see checks.py."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

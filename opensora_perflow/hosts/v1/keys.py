@@ -1,10 +1,9 @@
 """The host's keys: those that Open-Sora's rflow and iddpm have, and what sampling inside Open-Sora adds to them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from opensora_perflow.checks import (
@@ -35,46 +34,14 @@ SAMPLING_GRIDS = ("edges", "uniform")
 TRANSFORM_FORMULAS = ("auto", "v1.2", "v1.3")
 PATHS = ("auto", "linear", "ddpm")
 TIME_DISTRIBUTIONS = ("uniform", "logit-normal")
-PATH_KEYS = {
-    "linear": (
-        "transform",
-        "num_timesteps",
-        "use_discrete_timesteps",
-        "use_timestep_transform",
-        "sample_method",
-        "loc",
-        "scale",
-        "transform_scale",
-        "scale_temporal",
-        "uniform_over_threshold",
-        "drop_condition",
-        "x_cond_weight",
-        "use_oscillation_guidance",
-        "force_num",
-        "use_flaw_fix",
-        "scale_image_weight",
-        "initial_image_scale",
-    ),
-    "ddpm": (
-        "cfg_channel",
-        "timestep_respacing",
-        "noise_schedule",
-        "diffusion_steps",
-        "learn_sigma",
-        "sigma_small",
-        "predict_xstart",
-        "use_kl",
-        "rescale_learned_sigmas",
-    ),
-}
-"""Keys that only one path has: those of Open-Sora's rflow and of its iddpm. All others belong to both."""
-
-
 WITHOUT_EFFECT = ("sample_method", "loc", "scale", "uniform_over_threshold")
 """Keys by which Open-Sora chooses training times."""
 
 MOST_TIMESTEPS = 100_000
 """Size of a network's timestep range."""
+
+_rflow, _iddpm = partial(key, path="linear"), partial(key, path="ddpm")
+"""Keys of Open-Sora's rflow, or of its iddpm, that only one path has. All others belong to both."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +66,10 @@ class Keys:
     """What the host's scripts and networks add to a recipe."""
 
     path: str = key("auto", choice(*PATHS))
-    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion, epsilon and usually a learned
-    variance (iddpm; dpm-solver samples the same networks). auto: the one whose keys are in this config (see PATH_KEYS), else
-    what the host and its network allow (see iddpm.find_process)."""
-    transform: str = key("auto", choice(*TRANSFORM_FORMULAS))
+    """What the network was trained on. linear: rectified flow (rflow); ddpm: a diffusion with epsilon and usually a learned
+    variance (iddpm; dpm-solver samples the same networks). auto: the path whose keys are in this config (see PATH_KEYS).
+    Without such keys, what the host and its network allow (see iddpm.find_process)."""
+    transform: str = _rflow("auto", choice(*TRANSFORM_FORMULAS))
     """Which host's timestep transform: v1.2 and v1.3 count latent frames differently. auto: the installed host's."""
 
     long_video: LongVideoConfig | None = key(None, section(LongVideoConfig, none=True, example="dict(edit=0.05, frames=2)"))
@@ -112,67 +79,67 @@ class Keys:
     """Sampling steps, >= 1; None: one a window, or those of the only grid in the plan that `windows` names. A multiple of the
     number of windows serves every window alike."""
     sampling_grid: str = key("edges", choice(*SAMPLING_GRIDS))
-    """edges: every window edge is a sampling time, and the steps left over go to the noisiest windows, or to where the plan
-    that `windows` names wants them; uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same
-    where the number of windows divides that of steps."""
-    num_timesteps: int = key(1000, whole(high=MOST_TIMESTEPS))
+    """edges: every window edge is a sampling time. The steps left over go to the noisiest windows, or where the plan of
+    `windows` has them. uniform: the host's own grid 1, 1 - 1/N, ..., whose steps may cross an edge. The same where the number
+    of windows divides that of steps."""
+    num_timesteps: int = _rflow(1000, whole(high=MOST_TIMESTEPS))
     """Size of the network's timestep range."""
     cfg_scale: Any = key(4.0, as_scales)
-    """Guidance when sampling in mode sync, and the scale that the student is told in mode range (which must hold it): a number,
-    or a list of one a window, noisiest first. No effect in mode fixed."""
-    use_discrete_timesteps: bool = key(False, switch)
+    """Guidance when sampling in mode sync. In mode range, the scale that the student is told, which lies in the range. A
+    number, or a list of one a window, noisiest first. No effect in mode fixed."""
+    use_discrete_timesteps: bool = _rflow(False, switch)
     """Round drawn times, window edges and the sampling grid to whole timesteps."""
-    use_timestep_transform: bool = key(False, switch)
+    use_timestep_transform: bool = _rflow(False, switch)
     """Warp time by resolution and length."""
-    sample_method: str = key("uniform", choice(*TIME_DISTRIBUTIONS))
+    sample_method: str = _rflow("uniform", choice(*TIME_DISTRIBUTIONS))
     """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often, and
     times evenly inside them."""
-    loc: float = key(0.0, number())
+    loc: float = _rflow(0.0, number())
     """As sample_method: no effect."""
-    scale: float = key(1.0, number(above=0))
+    scale: float = _rflow(1.0, number(above=0))
     """As sample_method: no effect."""
-    transform_scale: float = key(1.0, number(above=0, least=1e-3, most=1e3))
+    transform_scale: float = _rflow(1.0, number(above=0, least=1e-3, most=1e3))
     """Factor on the warp's ratio, > 0, in sampling and windows under v1.3. Under v1.2, which warps drawn times by the
     factor, no effect."""
-    scale_temporal: bool = key(True, switch)
+    scale_temporal: bool = _rflow(True, switch)
     """False: the warp ignores the number of frames (v1.3)."""
-    uniform_over_threshold: float | None = key(None, optional(number(low=0)))
+    uniform_over_threshold: float | None = _rflow(None, optional(number(low=0)))
     """As sample_method: no effect (v1.3)."""
-    drop_condition: Mapping[str, float] | None = key(None, optional(weights))
+    drop_condition: Mapping[str, float] | None = _rflow(None, optional(weights))
     """Weights of null / cond / text / keep for image and video conditioning in mode sync (v1.3); None: always keep."""
-    x_cond_weight: float = key(1.0, number(low=0))
+    x_cond_weight: float = _rflow(1.0, number(low=0))
     """Loss weight of the conditioned frames (v1.3)."""
-    use_oscillation_guidance: bool = key(False, switch)
+    use_oscillation_guidance: bool = _rflow(False, switch)
     """Guidance on even steps only, after the first force_num (v1.3)."""
-    force_num: int = key(10, whole(0))
+    force_num: int = _rflow(10, whole(0))
     """Guided steps before the oscillation begins."""
-    use_flaw_fix: bool = key(False, switch)
+    use_flaw_fix: bool = _rflow(False, switch)
     """Rescale the guided prediction's standard deviation (v1.3)."""
-    scale_image_weight: bool = key(False, switch)
+    scale_image_weight: bool = _rflow(False, switch)
     """Image guidance decays over the steps and grows over the frames (v1.3)."""
-    initial_image_scale: float = key(1.0, number(low=0, most=MOST_SCALE))
+    initial_image_scale: float = _rflow(1.0, number(low=0, most=MOST_SCALE))
     """Where scale_image_weight decays to."""
 
-    cfg_channel: int | str | None = key("auto", channels)
+    cfg_channel: int | str | None = _iddpm("auto", channels)
     """iddpm: guidance acts on the first so many channels; None: on all. auto: 3 under Open-Sora 1.0, which knows no other;
     all under later ones."""
-    timestep_respacing: str | int | None = key(None, respacing)
+    timestep_respacing: str | int | None = _iddpm(None, respacing)
     """iddpm's other name of num_sampling_steps; "" and None leave that to num_sampling_steps."""
-    noise_schedule: str = key("linear", choice(*NOISE_SCHEDULES))
+    noise_schedule: str = _iddpm("linear", choice(*NOISE_SCHEDULES))
     """iddpm: linear or squaredcos_cap_v2, see ddpm.alpha_bars."""
-    diffusion_steps: int = key(1000, whole(high=MOST_TIMESTEPS))
+    diffusion_steps: int = _iddpm(1000, whole(high=MOST_TIMESTEPS))
     """iddpm: size of the network's timestep range."""
-    learn_sigma: bool = key(True, switch)
-    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too, at an
+    learn_sigma: bool = _iddpm(True, switch)
+    """iddpm: True keeps the network's variance half as the teacher's, so that iddpm can sample the student too. The cost is an
     evaluation of the teacher for each time that is trained. False: there is none worth keeping. With prediction="velocity": no
     effect."""
-    sigma_small: bool = key(False, only_false)
+    sigma_small: bool = _iddpm(False, only_false)
     """iddpm; only False."""
-    predict_xstart: bool = key(False, only_false)
+    predict_xstart: bool = _iddpm(False, only_false)
     """iddpm; only False."""
-    use_kl: bool = key(False, only_false)
+    use_kl: bool = _iddpm(False, only_false)
     """iddpm; only False."""
-    rescale_learned_sigmas: bool = key(False, only_false)
+    rescale_learned_sigmas: bool = _iddpm(False, only_false)
     """iddpm; only False."""
 
     def __post_init__(self) -> None:
@@ -238,6 +205,10 @@ class Keys:
         """The guidance scale of each window when sampling; `asked` wins over cfg_scale."""
         scales = self.cfg_scale if asked is None else as_scales("guidance_scale", asked, num_windows)
         return scales if isinstance(scales, tuple) else (scales,) * num_windows
+
+
+PATH_KEYS = {path: tuple(f.name for f in fields(Keys) if f.metadata.get("path") == path) for path in ("linear", "ddpm")}
+"""Keys that only one path has."""
 
 
 def path_of_keys(config: Mapping[str, Any]) -> str:

@@ -4,8 +4,6 @@ Open-Sora's train.py gives its scheduler no text encoder, and mode fixed and mod
 file holds `y` [1, L, D] and `mask` [1, L], as the host's text encoder makes them (safetensors).
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

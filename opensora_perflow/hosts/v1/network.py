@@ -1,7 +1,5 @@
 """Open-Sora's networks: what is inside their wrappers, what their forward accepts, their null text and text dropout."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

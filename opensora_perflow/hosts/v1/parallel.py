@@ -32,9 +32,9 @@ def data_parallel_rank() -> int:
 def shared(*values: Any) -> Sequence[Any]:
     """The values of the first process of this sequence-parallel group, in all its processes; else the values as they are.
 
-    The host splits one network over the group, so that all its processes have to call it with the same. It makes each of them
-    draw and encode the batch anew, and relies on equal seeds and equal results for that; reference frames of v1.3 it draws
-    from random.Random(rank), which differ (scripts/train.py:252).
+    The host splits one network over the group, so that all its processes have to call it with the same. Each of them draws and
+    encodes the batch anew, and the host relies on equal seeds and equal results. Reference frames of v1.3 come from
+    random.Random(rank), which differ (scripts/train.py:252).
 
     Args:
         values: Tensors, all on one device in a process, and what else can be pickled.

@@ -1,73 +1,64 @@
 """The players of one batch of Open-Sora 1.x: its STDiT networks under text, reference frames and guidance."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.v1.conditions import Condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.sampling import StepGuidance
 from opensora_perflow.hosts.v1.stdit import network_output
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Process
+from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.training.players import Player
-from opensora_perflow.training.recipe import Recipe
-from opensora_perflow.training.teacher import Teacher
+from opensora_perflow.training.run import TrainingRun
 
 
 @dataclass(frozen=True)
 class TrainingPlayers:
     """Student and teacher of one training batch.
 
-    model, network: The student in the booster's wrapper, and bare.
-    call: What is called where the student is trained: the model, or what watches its calls.
-    teacher_now: Asked at every use, since a curriculum changes its teacher.
+    run: Whose recipe counts, and whose teacher, which a curriculum changes.
+    network: The student, bare.
+    trained, sampled_by: What is called where the student is trained, and where it is sampled.
+    windows: The student's.
     student_condition, teacher_condition: What each network is told, made with its own null text.
-    sampler: How the sampler that takes one step a window guides the student.
+    guided: How the sampler that takes one step a window guides the student in each, as `network_output` takes it.
     told: Guidance scales [B] that the student gets as an input (mode range).
     """
 
-    recipe: Recipe
+    run: TrainingRun
     keys: Keys
     process: Process
     prediction: str
-    model: nn.Module
     network: nn.Module
-    call: Callable[..., Tensor]
-    teacher_now: Callable[[], Teacher]
-    batch_size: int
+    trained: Callable[..., Tensor]
+    sampled_by: Callable[..., Tensor]
+    windows: WarpedWindows
     student_condition: Condition
     teacher_condition: Condition
-    sampler: StepGuidance
+    guided: Sequence[Mapping[str, Any]]
+    separable: bool
     moving: Tensor | None = None
     told: Tensor | None = None
 
     @cached_property
     def student(self) -> Player:
-        return self._player(self.call, self.network, self.student_condition, self.moving, told=self.told)
+        return self._player(self.trained, self.network, self.student_condition, told=self.told)
 
-    @property
-    def separable(self) -> bool:
-        return self.student_condition.take(torch.arange(self.batch_size), self.batch_size) is not None
-
-    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
-        condition, moving, told, steps = self.student_condition, self.moving, self.told, self.sampler
-        if rows is not None:
-            condition, steps = condition.take(rows, self.batch_size), steps.take(rows)
-            moving, told = (None if value is None else value[rows.to(value.device)] for value in (moving, told))
-        # A network without a null text cannot be guided.
-        guided = {} if condition.null is None else steps.at(window)
-        return self._player(self.model, self.network, condition, moving, told=told, **guided)
+    def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
+        # Windows are cut to the rows when asked, which only epsilon networks are.
+        bounds = self.windows.bounds if rows is None else lambda t: self.windows.take(rows).bounds(t)
+        how = {"told": self.told, **self.guided[window]}
+        return self._player(self.sampled_by, self.network, self.student_condition, rows, **how).velocity(bounds)
 
     def teacher(self, scale: float | Tensor) -> Player:
-        guidance, teacher, told = self.recipe.guidance, self.teacher_now(), None
+        guidance, teacher, told = self.run.recipe.guidance, self.run.teacher, None
         image_scale = scale if guidance.image_scale is None else guidance.image_scale
         if teacher.is_student:  # its guidance is folded in
             told = scale if guidance.mode == "range" else None
@@ -76,7 +67,6 @@ class TrainingPlayers:
             teacher.network,
             teacher.network,
             self.teacher_condition,
-            self.moving,
             text_scale=scale,
             image_scale=image_scale,
             flaw_fix=self.keys.use_flaw_fix and guidance.folded and not teacher.is_student,
@@ -84,19 +74,18 @@ class TrainingPlayers:
         )
 
     def untrained(self) -> Player:
-        network = self.teacher_now().network
-        return self._player(network, network, self.teacher_condition, self.moving, told=self.told)
+        network = self.run.teacher.network
+        return self._player(network, network, self.teacher_condition, told=self.told)
 
     def _player(
-        self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, moving: Tensor | None, **guidance: Any
+        self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, rows: Tensor | None = None, **guidance: Any
     ) -> Player:
-        channels = guided_channels(self.keys.cfg_channel) if isinstance(self.process, DDPM) else None
-        output = network_output(
-            call,
-            network,
-            condition,
-            frame_mask=moving,
-            guided_channels=channels,
-            **guidance,
-        )
-        return Player(output, self.process, self.prediction, moving)
+        told = {"frame_mask": self.moving, **guidance}
+        if isinstance(self.process, DDPM):
+            told["guided_channels"] = guided_channels(self.keys.cfg_channel)
+        if rows is not None:
+            of_samples = {name: value for name, value in told.items() if isinstance(value, Tensor) and len(value) > 1}
+            told |= {name: value[rows.to(value.device)] for name, value in of_samples.items()}
+            condition = condition.take(rows)
+        output = network_output(call, network, condition, **told)
+        return Player(output, self.process, self.prediction, told["frame_mask"])

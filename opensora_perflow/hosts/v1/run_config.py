@@ -1,7 +1,5 @@
 """What the running host script was told: whether it resumes, and where its weights came from."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +19,8 @@ def loaded_weights() -> str | None:
 
 
 def host_seed() -> int | None:
-    """The seed in the running script's config; None where there is no script, or none in its config (Open-Sora seeds itself
-    with 1024 then, see torch.initial_seed)."""
+    """The seed in the running script's config; None where there is no script, or none in its config. Open-Sora seeds itself
+    with 1024 then, see torch.initial_seed."""
     return (running_config() or {}).get("seed")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.conditions import Condition, Reference, put_back_reference, sampling_condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.stdit import network_output
+from opensora_perflow.hosts.v1.stdit import network_output, without_text_dropout
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.guidance import image_scale_ramp, oscillating_scale
 from opensora_perflow.method.long_video import fade_change
@@ -56,10 +56,6 @@ class StepGuidance:
         image = text if image_scale is None or guidance.folded else [image_scale] * len(text)
         chosen = tuple(keys.use_oscillation_guidance if asked is None else asked for asked in oscillate)
         return cls(guidance, keys, num_frames, text, image, chosen, num_steps)
-
-    def take(self, rows: Tensor) -> StepGuidance:
-        """The guidance of some of the samples."""
-        return self if self.num_steps is None else replace(self, num_steps=self.num_steps[rows.to(self.num_steps.device)])
 
     def at(self, step: int) -> dict[str, Any]:
         """Guidance of one step, as `stdit.network_output` takes it; empty where it is in the weights."""
@@ -175,10 +171,11 @@ def sample_latents(
     """
     condition = call.condition(needs_null=not guidance.guidance.folded)
     channels = guided_channels(guidance.keys.cfg_channel) if isinstance(process, DDPM) else None
+    model = without_text_dropout(call.model, call.network)
 
     def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
         output = network_output(
-            call.model,
+            model,
             call.network,
             condition,
             frame_mask=frame_mask,

@@ -1,7 +1,5 @@
 """What a network is sampled with: what the state beside its weights says, wherever the config says nothing else."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Collection, Sequence

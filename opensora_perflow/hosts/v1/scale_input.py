@@ -5,17 +5,16 @@ modulates every block. The scale w enters there as
 
     features(timestep) + (w - 1) / UNIT direction
 
-and the first layer of the MLP, which is trained, learns what it means. No parameter is added: the optimizer, the EMA and the
-checkpoints of the host know nothing of it, and at w = 1 the network is what it was.
+and the first layer of the MLP, which is trained, learns what it means. No parameter is added, so the optimizer, the EMA and the
+checkpoints of the host know nothing of it. At w = 1 the network is what it was.
 
 The scale is added by a hook before the MLP. The hook is never compiled, so that a compiled network, too, is told each scale,
 and no scale compiles anything anew. It is put into a network when a first scale is told, and stays.
 
 The direction alternates in sign over the slowest quarter of the sines, under a window that is 0 at both ends. From one slow
-sine to the next the features of a timestep hardly change, so their product with it is below 3e-5 of their norm (256
-channels) for every timestep: a direction that no timestep uses, in which the layer can learn the scale without unlearning
-the time, and in which it starts with weights that mean nothing. Sines, because those are small there: bfloat16 rounds a sum
-with cosines near 1 to 1/128.
+sine to the next the features of a timestep hardly change. For every timestep their product with it is below 3e-5 of their norm
+(256 channels). No timestep uses this direction: the layer can learn the scale there without unlearning the time. Its first
+weights there mean nothing. Sines, because those are small there: bfloat16 rounds a sum with cosines near 1 to 1/128.
 
 Source: the scale as an input of a student is Meng et al. (arXiv:2210.03142), section 3.1, and LCM (arXiv:2310.04378), section
 4.2, which embed it with new layers; this direction is ours.

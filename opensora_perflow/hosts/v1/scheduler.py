@@ -1,7 +1,5 @@
 """`perflow`: the object that Open-Sora 1.x builds. It turns the host's calls into the method's words, and losses back."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -75,6 +73,7 @@ class PeRFlow:
         self.recipe, self.keys, self.objective, self.curriculum = recipe, keys, objective, curriculum
         self.given = frozenset(config)
         self._process: Process | None = process
+        self._prediction: str | None = None
         self._trained: SamplingSettings | None = None
         self.num_timesteps = int(keys.diffusion_steps if known == "ddpm" else keys.num_timesteps)
         self._negative: dict[str, Tensor] | None = None
@@ -110,7 +109,7 @@ class PeRFlow:
             mask: bool [B, T], True = generated frame; False frames stay clean and do not count.
             weights: Loss weight of each timestep, [num_timesteps] or None.
             t: Timesteps, [B]; drawn if None. With path="linear" in [0, num_timesteps] and taken as already transformed, as
-                upstream does; with path="ddpm" indices 0..num_timesteps - 1. By name t is the only time that is trained; as
+                upstream does; with path="ddpm" indices 0..num_timesteps - 1. By name t is the only time that is trained. As
                 1.0's and 1.1's third argument t is their train.py's draw, and `draws` adds to t as to one of ours.
             mask_index: Latent indices of reference frames (v1.3); None and [] both train text-to-video in the way it is
                 sampled, without the reference embedders' biases.
@@ -144,8 +143,8 @@ class PeRFlow:
             self.keys.say_what_has_no_effect()
             self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
-        generator = self.run.randomness.next_generator(x_start.device)
         windows = self.warped(call.model_args, x_start)
+        generator = self.run.randomness.next_generator(x_start.device)
         batch, host_losses = translation.batch(call, windows, generator)
         return {"loss": host_losses.added_to(self.run.step(batch, self.objective, model))}
 
@@ -190,9 +189,9 @@ class PeRFlow:
             z_size: (C, T, H, W) of noise to draw in float32 where there is no z (v1.0).
 
         Returns:
-            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps in modes fixed and range;
-            twice that in mode sync (three times with reference frames), once where the scales are 1. An edit ratio between
-            two grid points counts as a step, see `sampler.FrameEdit`.
+            Latents, [B, C, T, H, W], float32. Network evaluations per sample: the number of steps in modes fixed and range.
+            Mode sync takes twice as many, three times with reference frames; where the scales are 1, no more. An edit ratio
+            between two grid points counts as a step, see `sampler.FrameEdit`.
 
         Raises:
             ValueError: neither or both of z and z_size; a scale outside the range of mode range; see conditions.py and
@@ -232,7 +231,8 @@ class PeRFlow:
         found = None if weights is None else find_state(weights)
         if found is not None:
             stages = () if self.curriculum is None else self.curriculum.stages
-            self._trained, self._process = as_trained(self.settings, self.given, stages, *found), None
+            self._trained = as_trained(self.settings, self.given, stages, *found)
+            self._process = self._prediction = None
             self.process_of(network)
             self._log_once(self._trained.report(found[0], self.state(), found[1]))
 
@@ -304,11 +304,13 @@ class PeRFlow:
         if self._process is None:
             recipe, keys = self.settings.recipe, self.settings.keys
             self._process = build_process(find_process(keys.path, network), recipe, keys)
-        return self._process, self.settings.recipe.check_process(self._process)
+        if self._prediction is None:
+            self._prediction = self.settings.recipe.check_process(self._process)
+        return self._process, self._prediction
 
     def _forget_trained(self) -> None:
         if self._trained is not None:
-            self._trained = self._process = None
+            self._trained = self._process = self._prediction = None
 
     def _log_once(self, messages: Iterable[tuple[int, str]]) -> None:
         for level, message in messages:

@@ -1,11 +1,9 @@
 """Open-Sora's networks (STDiT, STDiT2, STDiT3, and what shares their call) as fields of state and time.
 
-One evaluation of the network may carry several branches of guidance: the batch is repeated, branch after branch, because the
-network tiles the text mask that way (v1.2.0 opensora/models/stdit/stdit3.py:344). What v1.2 and v1.3 take differently is told
-from the signature of forward.
+One evaluation of the network may carry several branches of guidance. The batch is repeated, branch after branch, as the network
+tiles the text mask (v1.2.0 opensora/models/stdit/stdit3.py:344). What v1.2 and v1.3 take differently is told from the signature
+of forward.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -60,12 +58,13 @@ def network_output(
     """The network under a condition, guided: what it outputs for states and timesteps, without its variance half.
 
     Args:
-        call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one).
-        network: The network itself, to read its signature and its text dropout.
+        call: What to call: the network, or the booster's wrapper around it (gradients and gathered weights need that one). See
+            `without_text_dropout`.
+        network: The network itself, to read its signature.
         condition: Text, reference frames and sizes for B samples.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
-        text_scale: Classifier-free guidance by text, a number or one a sample [B]; 1 = none, one evaluation of B samples
-            instead of two (a tensor always takes two).
+        text_scale: Classifier-free guidance by text, a number or one a sample [B]. 1 = none: one evaluation of B samples
+            instead of two. A tensor always takes two.
         image_scale: Guidance by reference frames (a third branch), likewise, or anything that multiplies [B, C, T, H, W]; only
             with a reference.
         guided_channels: Text guidance acts on the first so many channels; the others are the conditional prediction's, as in
@@ -88,13 +87,12 @@ def network_output(
     else:
         branches = (FULL,)
     inputs = _network_inputs(network, condition, branches, frame_mask)
-    quiet = without_text_dropout(call, network)
     telling = nullcontext if told is None else partial(told_scale, network, told.repeat(len(branches)))
 
     def output(x: Tensor, timestep: Tensor) -> Tensor:
         timestep = timestep.to(x.device).repeat(len(branches))
         with telling():
-            said = quiet(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
+            said = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
         parts = halves(said, x.shape[1])[0].chunk(len(branches))
         if len(parts) == 3:
             return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
@@ -115,14 +113,15 @@ def velocity_field(
 
     Arguments, errors and `settings` as `network_output`.
     """
-    return Linear(num_timesteps).student(network_output(call, network, condition, **settings), "velocity", None)
+    quiet = without_text_dropout(call, network)
+    return partial(Linear(num_timesteps).velocity, network_output(quiet, network, condition, **settings), "velocity", None)
 
 
 def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
     """A network's call that keeps the network from dropping prompts on its own, unseen.
 
-    Its own draw cannot be observed from outside, so the teacher could not be shown the same text; the draw also takes the
-    CPU's random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
+    Its own draw cannot be observed from outside, so the teacher could not be shown the same text. The draw also takes the CPU's
+    random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
     """
     if declares(network, "text_uncond_prob"):
         return partial(call, text_uncond_prob=0.0)
@@ -161,8 +160,8 @@ def idle_reference_embedders(network: nn.Module) -> Tensor | float:
     """0, with a gradient of 0 for the weights that embed reference frames (v1.3).
 
     A step without such frames leaves them out, as it is sampled; upstream adds what they make of zeros. But ZeRO reduces the
-    gradients that there are, and whether a batch has reference frames is each rank's own draw (v1.3 scripts/train.py,
-    mask_randgen): added to the loss, this has all ranks reduce the same.
+    gradients that there are, and each rank draws for itself whether a batch has reference frames (v1.3 scripts/train.py,
+    mask_randgen). Added to the loss, this has all ranks reduce the same.
     """
     embedders = (getattr(network, name, None) for name in ("x_embedder_cond", "x_embedder_cond_mask"))
     weights = [p for embedder in embedders if embedder is not None for p in embedder.parameters() if p.requires_grad]

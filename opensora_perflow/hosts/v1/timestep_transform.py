@@ -40,8 +40,8 @@ def shift_ratio(model_args: Mapping[str, Any], formula: str, *, scale: float = 1
             for videos only. One latent frame for an image, and if `scale_temporal` is False.
 
     Returns:
-        [B], float64. The product and the roots are taken in the precision of the arguments (bfloat16 in training), as the
-        host does, because the student is sampled with the same rounding; float16, which overflows, is lifted to float32.
+        [B], float64. The product and the roots are taken in the precision of the arguments (bfloat16 in training), as the host
+        does. The student is sampled with the same rounding. float16, which overflows, is lifted to float32.
 
     Raises:
         ValueError: an argument is missing, or a video is too short to have a latent frame under the formula.

@@ -1,9 +1,8 @@
 """`training_losses` as the scripts of each tag call it, turned into a batch of the method, and its loss into their answer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.network import one_graph_a_step, settle, text_dropout
 from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.sampling import StepGuidance
-from opensora_perflow.hosts.v1.stdit import idle_reference_embedders
+from opensora_perflow.hosts.v1.stdit import idle_reference_embedders, without_text_dropout
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.draws import Drawn
 from opensora_perflow.method.process import Process
@@ -125,37 +124,42 @@ class Translation:
         data = self._data(call, drawn)
         noise = call.noise
         noise = torch.randn(data.shape, device=data.device, generator=generator) if noise is None else noise.float()
+        model = without_text_dropout(call.model, call.network)
         student, teacher, frame_weights = self._conditions(call, generator)
         scale = guidance.draw_scale(drawn.window_idx, generator)
-        trained = one_graph_a_step(call.model, call.network) if call.drawn_by_host else call.model
+        trained = one_graph_a_step(model, call.network) if call.drawn_by_host else model
         keeps_variance = isinstance(self.process, DDPM) and self.prediction != "velocity" and self.keys.learn_sigma
         variance = VarianceMatch(trained, run.teacher.network) if keeps_variance else None
         players = TrainingPlayers(
-            run.recipe,
+            run,
             self.keys,
             self.process,
             self.prediction,
-            call.model,
             call.network,
             variance or trained,
-            lambda: run.teacher,
-            len(data),
+            model,
+            windows,
             student,
             teacher,
-            self._sampler(drawn, data.shape[2]),
+            self._guided(drawn, student, data.shape[2]),
+            student.separable(len(data)),
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
         )
-        told = self._told(call, student, teacher)
+        told = partial(self._told, student, teacher)
         batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, told)
         return batch, HostLosses(call, variance, frame_weights)
 
-    def _sampler(self, drawn: Drawn, num_frames: int) -> StepGuidance:
-        """The guidance of the sampler that takes one step a window, on each sample's own route."""
-        scales, num_steps = self.keys.scales(None, len(drawn.route) - 1), (drawn.route > 0).sum(dim=0)
-        return StepGuidance.of(self.run.recipe.guidance, self.keys, num_frames, scales, num_steps=num_steps)
+    def _guided(self, drawn: Drawn, student: Condition, num_frames: int) -> list[dict[str, Any]]:
+        """How the sampler that takes one step a window guides in each, on each sample's own route."""
+        guidance, count = self.run.recipe.guidance, len(drawn.route) - 1
+        if guidance.folded or student.null is None:  # a network without a null text cannot be guided
+            return [{}] * count
+        num_steps = (drawn.route > 0).sum(dim=0)
+        steps = StepGuidance.of(guidance, self.keys, num_frames, self.keys.scales(None, count), num_steps=num_steps)
+        return list(map(steps.at, range(count)))
 
-    def _told(self, call: TrainingCall, student: Condition, teacher: Condition) -> dict[str, Any]:
+    def _told(self, student: Condition, teacher: Condition) -> dict[str, Any]:
         """What the networks are told besides state and time, by name in words, in the order in which it is suspected."""
         told: dict[str, Any] = {
             "the network's null text": student.null,
@@ -189,11 +193,12 @@ class Translation:
     def _conditions(self, call: TrainingCall, generator: torch.Generator) -> tuple[Condition, Condition, Tensor | None]:
         """What student and teacher are told, after the same dropout for both; and the loss weights of the frames."""
         network, teacher, folded = call.network, self.run.teacher.network, self.run.recipe.guidance.folded
+        references, frame_weights = call.references, call.frame_weights
         drop = None if folded else self._text_drop(call, generator)
         student_condition = training_condition(network, call.model_args, drop)
         teacher_condition = training_condition(teacher, call.model_args, drop, self.negative)
-        if not call.references:
-            return student_condition, teacher_condition, call.frame_weights
+        if not references:
+            return student_condition, teacher_condition, frame_weights
         reference = Reference.of(call.x_start if call.x_noisy_ref is None else call.x_noisy_ref, call.mask_index)
         dropped = draw_reference_drop(None if folded else self.keys.drop_condition, generator)
         conditions = (with_reference(c, reference, dropped) for c in (student_condition, teacher_condition))

@@ -4,8 +4,6 @@ The host loads with strict=False (opensora/utils/ckpt_utils.py of every 1.x tag)
 every difference that is meant has a name, and any other is left for the caller to refuse.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Mapping

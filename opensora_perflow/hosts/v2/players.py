@@ -15,6 +15,7 @@ from opensora_perflow.hosts.v2.keys import Keys
 from opensora_perflow.hosts.v2.network import Told, network_output, rows_of, untrained_call
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.method.process import Linear
+from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.training.adapters import adapters_off
 from opensora_perflow.training.players import Player
 from opensora_perflow.training.recipe import Recipe
@@ -39,7 +40,7 @@ class TrainingPlayers:
     recipe: Recipe
     keys: Keys
     teacher_now: Callable[[], Teacher]
-    separable = True
+    process, prediction, moving, separable = PROCESS, "velocity", None, True
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -49,14 +50,14 @@ class TrainingPlayers:
     def student(self) -> Player:
         return _player(self.evaluation)
 
-    def sampled(self, window: int, rows: Tensor | None = None) -> Player:
+    def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         told = self.told if rows is None else rows_of(self.told, rows)
         guided: dict[str, Any] = {}
         if not self.recipe.guidance.folded:
             text = self.keys.cfg_scale
             text = text[window] if isinstance(text, tuple) else text
             guided = {"text_scale": text, "image_scale": self.keys.image_cfg_scale}
-        return _player(self._output(self.network, told, **guided))
+        return _player(self._output(self.network, told, **guided)).velocity(None)  # rectified flows do not ask for windows
 
     def teacher(self, scale: float | Tensor) -> Player:
         guidance, teacher = self.recipe.guidance, self.teacher_now()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class TrainingCall:
         if recipe.guidance.mode == "range":
             told["guidance"] = scale.to(self.img)
         players = TrainingPlayers(self.network, told, self.layout, self.img.dtype, recipe, keys, lambda: run.teacher)
-        return Batch(data, noise, windows, drawn, players, scale, inputs=self._named(recipe.guidance.image_scale))
+        return Batch(data, noise, windows, drawn, players, scale, inputs=partial(self._named, recipe.guidance.image_scale))
 
     def compared(self, batch: Batch, target: Tensor) -> Batch:
         """The batch with the data and the noise that train.py made x_t from; target is their difference, noise - data.
