@@ -188,6 +188,13 @@ def test_an_answer_without_its_loss_is_not_trained_on(use):
     assert weight.grad is None
 
 
+def test_a_frozen_student_is_told_before_any_step():
+    network, hooks = hooked(EULER)
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="the student has 0 trainable parameters"):
+        one_step(network, hooks)
+
+
 def test_renoised_points_have_the_law_of_their_time():
     """Given the data, mean and variance are those of (1 - t_s) data + t_s noise: in closed form. x_t = (1 - t) data + t e with
     independent e, so that both coefficients can be read off."""
