@@ -219,6 +219,21 @@ def test_time_one_has_noise_only():
     assert noise.tolist() == [[5.0, 5.0]] and torch.isfinite(data).all()
 
 
+@pytest.mark.parametrize("windows", [4, [1.0, 0.5, 0.1, 0.0], [1.0, 0.97, 0.9, 0.0]])
+def test_diffused_starts_never_have_less_noise_than_the_data_came_with(windows):
+    """Noise can be added to x_t and not taken away, whatever windows there are: their start is at least its level."""
+    network, hooks = hooked(dict(windows=windows, draws=dict(starts="diffused")))
+    for first in torch.linspace(0.02, 1.0, 15):
+        given, target = arguments()
+        given["timesteps"] = torch.stack([first, first * 0.9])
+        seen = []
+        handle = network.register_forward_pre_hook(lambda *_, seen=seen: seen.append(hooks._step))
+        compare(network(**given), target)
+        handle.remove()
+        _, batch, segment = seen[0]
+        assert (segment.t_start >= given["timesteps"].double() - 1e-6).all()
+
+
 def test_the_level_of_noise_is_what_bfloat16_left():
     """T38: train.py rounds 1 - t, so that x_t has the noise 1 - bf16(1 - t)."""
     network, hooks = hooked(dict(draws=dict(starts="diffused")), dtype=torch.bfloat16)

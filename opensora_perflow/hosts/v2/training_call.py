@@ -68,7 +68,9 @@ class TrainingCall:
         recipe, windows = run.recipe, self.warped(run.windows, keys)
         grids = [TimeWindows.uniform(steps) for steps in recipe.draws.grids]
         diffused = recipe.draws.starts == "diffused"
-        drawn = run.draw(windows, generator, grids=grids, given=self.level.clamp(0, 1) if diffused else None)
+        # A start has at least the noise of x_t: its window is the one that x_t lies in.
+        level = self.level.clamp(0, 1) if diffused else None
+        drawn = run.draw(windows, generator, grids=grids, given=level, as_given=diffused)
         x = self.layout.unpack(self.img).float()
         noise = torch.randn(x.shape, device=x.device, generator=generator)
         data = x
