@@ -165,6 +165,21 @@ def test_other_networks_are_sampled_as_ever():
     assert denoise(network, 50)["timesteps"] == pytest.approx(schedule(50), abs=1e-5)
 
 
+def test_an_image_of_a_one_step_student_has_all_its_steps():
+    """T62: one step tells no warp; flow_shift, or the formula of the image's sizes, does."""
+    times = denoise(TinyMMDiT().eval(), 20, steps=1)["timesteps"]
+    assert times == pytest.approx(schedule(20, LAYOUT.alpha), abs=1e-5)
+    times = denoise(TinyMMDiT().eval(), 20, steps=1, flow_shift=3.0)["timesteps"]
+    assert times == pytest.approx(schedule(20, 3.0), abs=1e-5)
+
+
+def test_a_scale_out_of_the_trained_range_is_refused():
+    network, _ = hooked(dict(guidance=dict(mode="range", scale=(2.0, 6.0))), guidance_embed=True)
+    assert denoise(network.eval(), guidance=6.0)["guidance"] == 6.0
+    with pytest.raises(ValueError, match=r"takes guidance scales from 2 to 6.* got 7.5; .*sampling_option.guidance"):
+        denoise(network)
+
+
 @pytest.mark.parametrize("count, text_scale, image_scale", [(1, 1.0, 1.0), (2, 3.0, 1.0), (3, 7.5, 3.0), (3, 1.0, 3.0)])
 def test_guidance_is_upstream_s_formula(count, text_scale, image_scale, monkeypatch):
     """samp:202-226: u2 + g_img (u - u2) + g_txt (c - u) with rows [text, negative, negative without reference], to the last
