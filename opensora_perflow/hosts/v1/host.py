@@ -27,7 +27,7 @@ class OpenSora:
     def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
         return read_weights(source, network)
 
-    def own_teacher(self, model: nn.Module) -> None:
+    def own_teacher(self, model: nn.Module, source: str | None) -> None:
         return None
 
     def resumed(self) -> tuple[str, bool] | None:

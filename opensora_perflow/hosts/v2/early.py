@@ -13,11 +13,12 @@ from opensora_perflow.hosts.script import before_builds
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import register
+from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.teacher import check_source
 
 logger = logging.getLogger("opensora_perflow")
 
-_checked: list[int] = []
+_checked: list[Mapping[str, Any]] = []
 
 
 def register_with_host() -> None:
@@ -39,9 +40,9 @@ def check_run(config: Mapping[str, Any]) -> None:
         ValueError: what would fail, or train something else than is meant.
     """
     model = config.get("model") or {}
-    if id(config) in _checked or not isinstance(model, Mapping):
+    if any(config is other for other in _checked) or not isinstance(model, Mapping):
         return
-    _checked[:] = [id(config)]
+    _checked[:] = [config]
     if model.get("type") != "perflow_flux":
         _refuse_stray_keys(config, model)
         return
@@ -50,8 +51,9 @@ def check_run(config: Mapping[str, Any]) -> None:
         raise ValueError("the config says perflow=... beside model=...; the keys belong inside: model=dict(perflow=dict(...))")
     if config.get("optim") is None:  # inference.py
         return
-    _check_plugin(config)
+    _check_plugin(config, recipe)
     _check_host()
+    _check_adapters(config, recipe)
     if recipe.guidance.folded or recipe.draws.starts == "student":
         _check_encoders(config)
     if recipe.guidance.folded and config.get("dropout_ratio"):
@@ -75,12 +77,17 @@ def _refuse_stray_keys(config: Mapping[str, Any], model: Mapping[str, Any]) -> N
         )
 
 
-def _check_plugin(config: Mapping[str, Any]) -> None:
-    stages = (config.get("plugin_config") or {}).get("pp_size", 1)
-    if stages > 1:
+def _check_plugin(config: Mapping[str, Any], recipe: Recipe) -> None:
+    sizes = {name: (config.get("plugin_config") or {}).get(name, 1) for name in ("pp_size", "tp_size", "sp_size")}
+    if sizes["pp_size"] > 1:
         raise ValueError(
-            f"plugin_config.pp_size={stages}: with pipeline parallelism the network's answer is another process's, and "
-            "PeRFlow's loss does not reach it; use pp_size=1 with tp_size, sp_size or zero2"
+            f"plugin_config.pp_size={sizes['pp_size']}: with pipeline parallelism the network's answer is another process's, "
+            "and PeRFlow's loss does not reach it; use pp_size=1 with tp_size, sp_size or zero2"
+        )
+    if max(sizes.values()) > 1 and recipe.curriculum is not None and recipe.curriculum.teacher == "previous":
+        raise ValueError(
+            f'curriculum.teacher="previous" copies the student in mid-run, which is split over processes with {sizes}; use '
+            'curriculum=dict(teacher="original", ...), or zero2'
         )
 
 
@@ -93,6 +100,22 @@ def _check_host() -> None:
         raise ValueError(
             f"Open-Sora 2.0's train.py calls CheckpointIO.synchronize, which ColossalAI {colossalai.__version__} does not "
             "have; install colossalai>=0.5.0"
+        )
+
+
+def _check_adapters(config: Mapping[str, Any], recipe: Recipe) -> None:
+    lora = config.get("lora_config")
+    if not lora:
+        return
+    if config.get("load") is not None:
+        raise ValueError(
+            f"load={shown(config['load'])} with lora_config: Open-Sora 2.0 looks for a whole network there; go on from "
+            'adapters with lora_checkpoint="epochE-global_stepG/lora"'
+        )
+    if recipe.guidance.mode == "range" and "guidance_in" not in (lora.get("modules_to_save") or ()):
+        raise ValueError(
+            'guidance mode "range" tells the network its scale by new weights, guidance_in, which adapters neither train nor '
+            'save; write lora_config=dict(modules_to_save=["guidance_in"], ...)'
         )
 
 
