@@ -230,6 +230,7 @@ def test_no_keys_are_the_defaults(host, missing):
             dict(plugin="hybrid", plugin_config=dict(sp_size=2)),
             'curriculum.teacher="previous" copies the student',
         ),
+        (FIXED, dict(accumulation_steps=4, ckpt_every=50), "4 with ckpt_every=50: .* fails; write start_step=3$"),
         (FIXED, dict(cached_text=True), "cached_text=True: without text encoders"),
         (FIXED, dict(t5=dict(type="text_embedder")), r't5=dict\(type="perflow_t5", \.\.\.\)$'),
         ({}, dict(clip=dict(type="text_embedder")), r'clip=dict\(type="perflow_clip", \.\.\.\)$'),
@@ -268,6 +269,17 @@ def test_configs_of_flux_are_none_of_our_business(host):
         return host.MODELS.build(cfg.model)
 
     assert hooks_of(main()) is None
+
+
+def test_an_ema_that_cannot_be_loaded_is_told(host, tmp_path):
+    """T52: ema.pt is rank 0's flat shard; with async_io there is a file that loads."""
+    (tmp_path / "ema.pt").touch()
+    with pytest.raises(ValueError, match="with ema_decay=0.99: .* cannot load that itself; write ema_decay=None"):
+        script(host, FIXED, load=str(tmp_path), ema_decay=0.99, **TRAINS)
+    assert host.flux.built == []
+    assert script(host, FIXED, load=str(tmp_path), **TRAINS) is not None
+    (tmp_path / "ema.pt").rename(tmp_path / "ema.safetensors")
+    assert script(host, FIXED, load=str(tmp_path), ema_decay=0.99, **TRAINS) is not None
 
 
 def test_an_old_colossalai_is_told(host, monkeypatch):
@@ -313,6 +325,11 @@ def test_what_does_less_than_it_says_is_warned_of_once(host, values, words, capl
         script(host, FIXED, **TRAINS, **values)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == bool(words) and all(words in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("more", [dict(start_step=3), dict(load="ckpt"), dict(ckpt_every=0), dict(accumulation_steps=1)])
+def test_accumulation_is_left_alone_where_it_works(host, more):
+    assert script(host, FIXED, **{**TRAINS, "accumulation_steps": 4, "ckpt_every": 50, **more}) is not None
 
 
 def test_sampling_wants_no_optimizer_s_settings(host):

@@ -16,6 +16,7 @@ from opensora_perflow.hosts.v2.evaluation import Evaluation
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux, hooks_of
 from opensora_perflow.hosts.v2.prediction import Prediction
 from opensora_perflow.hosts.v2.training_call import renoised
+from opensora_perflow.training.curriculum import AdvanceRule
 from opensora_perflow.training.randomness import step_generator
 
 FIXED = dict(guidance=dict(mode="fixed", scale=3.0))
@@ -374,3 +375,42 @@ def test_copies_share_the_hooks():
 
 def test_a_network_without_hooks_has_none():
     assert hooks_of(TinyMMDiT()) is None and PeRFlowFlux().recipe.windows.num_windows == 4
+
+
+def test_a_run_measures_itself(caplog):
+    """Its own steps against the teacher's, on the batches that it keeps: evaluations without a gradient, past the one call."""
+    network, hooks = hooked({**FIXED, "windows": 2, "watch": dict(every=1)})
+    with caplog.at_level(logging.INFO, "opensora_perflow"):
+        for _ in range(20):
+            one_step(network, hooks)[0].backward()
+    assert [record for record in caplog.records if "training step" in record.message and "error" in record.message]
+    assert all(parameter.grad is None for parameter in hooks.run.teacher.network.parameters())
+
+
+@pytest.mark.parametrize("teacher", ["original", "previous"])
+def test_a_curriculum_merges_windows(teacher, monkeypatch):
+    stages = dict(windows=[4, 2, 1], teacher=teacher, advance=dict(min_steps=1, max_steps=2))
+    monkeypatch.setattr(AdvanceRule, "every", 1)
+    network, hooks = hooked({**FIXED, "windows": 4, "curriculum": stages})
+    seen = []
+    for _ in range(8):
+        loss, batch, segment = one_step(network, hooks)
+        assert torch.isfinite(loss)
+        loss.backward()
+        seen.append(batch.windows.windows.num_windows)
+    assert seen[0] == 4 and seen[-1] == 1 and seen == sorted(seen, reverse=True)
+    assert hooks.run.teacher.is_student == (teacher == "previous")
+    assert hooks._describe(hooks.run).windows == (1.0, 0.0)
+
+
+def test_two_objectives_share_an_evaluation():
+    """perflow and perflow_phased ask at the same point: one batch of rows, not two."""
+    network, hooks = hooked({**FIXED, "objective": ["perflow", "perflow_phased"], "draws": dict(per_solve=1)})
+    one_step(network, hooks)
+    assert network.rows.count(2) >= 1 and network.rows[-1] == 2
+
+
+def test_overlap_and_grids_train_a_student():
+    for draws in (dict(overlap=0.3), dict(grids=[3, 5])):
+        network, hooks = hooked({**FIXED, "draws": draws})
+        assert torch.isfinite(one_step(network, hooks)[0])

@@ -177,7 +177,7 @@ def check_resumed(found: StudentState, now: StudentState, where: str | os.PathLi
     if not allow_change:
         raise ValueError(
             f"the run that is resumed ({where}) was trained with other settings: {listed}. Set them as they were, or accept "
-            'the change with scheduler = dict(type="perflow", allow_change=True, ...)'
+            "the change with the key allow_change=True"
         )
     logger.warning("PeRFlow goes on with changed settings (allow_change): %s", listed)
 

@@ -2,11 +2,13 @@
 
     python _recording_run.py OUT SCRIPT [args ...]
 
-OUT/draws.pt holds each step's windows, times and noise; OUT/teacher.safetensors the teacher's weights.
+OUT/draws.pt holds each step's windows, times and noise (draws1.pt those of the second process, and so on);
+OUT/teacher.safetensors the teacher's weights.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,24 +16,27 @@ import torch
 
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.run import main
+from opensora_perflow.training.adapters import base_state
 from opensora_perflow.training.run import TrainingRun
 
 out, arguments = Path(sys.argv[1]), sys.argv[2:]
 steps: list[dict[str, torch.Tensor]] = []
 runs: list[TrainingRun] = []
-step = TrainingRun.step
+solve = TrainingRun.solve
 
 
-def recorded_step(self, batch, *args):
+def recorded(self, batch, *args):
     runs[:] = [self]
     drawn = batch.drawn
     edges = drawn.solver_times[[0, -1]]
     steps.append({"windows": drawn.window_idx, "times": drawn.times, "edges": edges, "noise": batch.noise})
-    return step(self, batch, *args)
+    return solve(self, batch, *args)
 
 
-TrainingRun.step = recorded_step
+TrainingRun.solve = recorded
 main(arguments)
 out.mkdir(parents=True, exist_ok=True)
-torch.save(steps, out / "draws.pt")
-write_state_dict(out / "teacher.safetensors", runs[0].teacher.network.state_dict())
+rank = os.environ.get("RANK", "0")
+torch.save(steps, out / f"draws{'' if rank == '0' else rank}.pt")
+if rank == "0":
+    write_state_dict(out / "teacher.safetensors", base_state(runs[0].teacher.network))

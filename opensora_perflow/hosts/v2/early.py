@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,7 @@ def check_run(config: Mapping[str, Any]) -> None:
         return
     _check_plugin(config, recipe)
     _check_host()
+    _check_accumulation(config)
     _check_adapters(config, recipe)
     if recipe.guidance.folded or recipe.draws.starts == "student":
         _check_encoders(config)
@@ -60,11 +62,8 @@ def check_run(config: Mapping[str, Any]) -> None:
         logger.warning(
             "guidance is folded in, so texts that dropout_ratio drops teach the student nothing of it; write dropout_ratio=None"
         )
-    if config.get("ema_decay") is not None and not config.get("lora_config") and config.get("dtype", "bf16") == "bf16":
-        logger.warning(
-            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
-            "ema_decay=None, which also saves its memory"
-        )
+    if config.get("ema_decay") is not None and not config.get("lora_config"):
+        _check_ema(config)
     if not recipe.teacher.allow_distilled:
         check_source(recipe.teacher, OpenSora2(), kept=recipe.teacher.from_pretrained is None)
 
@@ -100,6 +99,30 @@ def _check_host() -> None:
         raise ValueError(
             f"Open-Sora 2.0's train.py calls CheckpointIO.synchronize, which ColossalAI {colossalai.__version__} does not "
             "have; install colossalai>=0.5.0"
+        )
+
+
+def _check_accumulation(config: Mapping[str, Any]) -> None:
+    steps, every = config.get("accumulation_steps", 1), config.get("ckpt_every", 0)
+    resumes = config.get("load") is not None or config.get("start_step") is not None
+    if steps > 1 and every > 0 and not resumes:
+        raise ValueError(
+            f"accumulation_steps={steps} with ckpt_every={every}: Open-Sora 2.0 also saves before the optimizer's first step, "
+            f"when there is no state to save, and fails; write start_step={steps - 1}"
+        )
+
+
+def _check_ema(config: Mapping[str, Any]) -> None:
+    folder = config.get("load")
+    if folder is not None and os.path.isfile(os.path.join(folder, "ema.pt")):
+        raise ValueError(
+            f"load={shown(folder)} with ema_decay={config['ema_decay']}: what Open-Sora 2.0 writes as ema.pt is one process's "
+            "part of the EMA, flattened, and it cannot load that itself; write ema_decay=None"
+        )
+    if config.get("dtype", "bf16") == "bf16":
+        logger.warning(
+            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
+            "ema_decay=None, which also saves its memory"
         )
 
 

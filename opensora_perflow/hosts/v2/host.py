@@ -55,7 +55,7 @@ class OpenSora2:
 
     def resumed(self) -> tuple[str, bool] | None:
         config = _config() or {}
-        folder = config.get("load") or config.get("lora_checkpoint")
+        folder = config.get("load") or (config.get("lora_checkpoint") if config.get("lora_config") else None)
         return None if folder is None else (str(folder), True)
 
     def trained_students(self, weights: str) -> bool:
