@@ -231,6 +231,8 @@ def test_no_keys_are_the_defaults(host, missing):
             'curriculum.teacher="previous" copies the student',
         ),
         (FIXED, dict(accumulation_steps=4, ckpt_every=50), "4 with ckpt_every=50: .* fails; write start_step=3$"),
+        (FIXED, dict(lora_checkpoint="out/lora"), "lora_checkpoint='out/lora' without lora_config"),
+        (dict(draws=dict(starts="diffused")), dict(sigma_min=0.01), "sigma_min=0.01: .* use sigma_min <= 0.001, or"),
         (FIXED, dict(cached_text=True), "cached_text=True: without text encoders"),
         (FIXED, dict(t5=dict(type="text_embedder")), r't5=dict\(type="perflow_t5", \.\.\.\)$'),
         ({}, dict(clip=dict(type="text_embedder")), r'clip=dict\(type="perflow_clip", \.\.\.\)$'),

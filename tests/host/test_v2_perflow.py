@@ -88,7 +88,7 @@ def is_sound(run: Trained, steps: int) -> None:
     found = losses(run.printed)
     assert found and np.isfinite(found).all()
     assert [len(draws) for draws in run.draws] == [steps] * len(run.draws)
-    assert run.printed.count("PeRFlow teacher: ") == len(run.draws)
+    assert run.printed.count("PeRFlow teacher: ") == 1  # the first process speaks
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,9 @@ from opensora_perflow.training.teacher import check_source
 
 logger = logging.getLogger("opensora_perflow")
 
+MOST_SIGMA_MIN = 1e-3
+"""The share of noise in data that is lost in bfloat16, which has steps of 2^-8."""
+
 _checked: list[Mapping[str, Any]] = []
 
 
@@ -55,6 +58,11 @@ def check_run(config: Mapping[str, Any]) -> None:
     _check_plugin(config, recipe)
     _check_host()
     _check_accumulation(config)
+    if recipe.draws.starts == "diffused" and config.get("sigma_min", 1e-5) > MOST_SIGMA_MIN:
+        raise ValueError(
+            f"sigma_min={config['sigma_min']}: data then has more noise than its time says, which diffused starts go by; use "
+            f'sigma_min <= {MOST_SIGMA_MIN:g}, or draws=dict(starts="student")'
+        )
     _check_adapters(config, recipe)
     if recipe.guidance.folded or recipe.draws.starts == "student":
         _check_encoders(config)
@@ -127,8 +135,13 @@ def _check_ema(config: Mapping[str, Any]) -> None:
 
 
 def _check_adapters(config: Mapping[str, Any], recipe: Recipe) -> None:
-    lora = config.get("lora_config")
+    lora, adapters = config.get("lora_config"), config.get("lora_checkpoint")
     if not lora:
+        if adapters is not None:
+            raise ValueError(
+                f"lora_checkpoint={shown(adapters)} without lora_config: Open-Sora 2.0 would train the whole network and leave "
+                "the adapters out; write lora_config as it was for them"
+            )
         return
     if config.get("load") is not None:
         raise ValueError(
