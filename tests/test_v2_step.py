@@ -220,10 +220,11 @@ def test_time_one_has_noise_only():
     assert noise.tolist() == [[5.0, 5.0]] and torch.isfinite(data).all()
 
 
+@pytest.mark.parametrize("draws", [{}, dict(grids=[3, 7])], ids=["windows", "grids"])
 @pytest.mark.parametrize("windows", [4, [1.0, 0.5, 0.1, 0.0], [1.0, 0.97, 0.9, 0.0]])
-def test_diffused_starts_never_have_less_noise_than_the_data_came_with(windows):
+def test_diffused_starts_never_have_less_noise_than_the_data_came_with(windows, draws):
     """Noise can be added to x_t and not taken away, whatever windows there are: their start is at least its level."""
-    network, hooks = hooked(dict(windows=windows, draws=dict(starts="diffused")))
+    network, hooks = hooked(dict(windows=windows, draws=dict(starts="diffused", **draws)))
     for first in torch.linspace(0.02, 1.0, 15):
         given, target = arguments()
         given["timesteps"] = torch.stack([first, first * 0.9])
@@ -282,9 +283,19 @@ def test_nan_text_is_blamed_on_the_text():
         network(**given)
 
 
-@pytest.mark.parametrize("starts", ["diffused"])
-def test_nan_latents_are_blamed_on_the_latents(starts):
-    network, hooks = hooked(dict(draws=dict(starts=starts)))
+def test_student_starts_need_no_latents():
+    """Only their shape: whatever they hold, the loss is the same to the last bit."""
+    losses = []
+    for value in (0.0, 5.0, float("nan")):
+        network, hooks = hooked(FIXED)
+        given, target = arguments()
+        given["img"] = torch.full_like(given["img"], value)
+        losses.append(compare(network(**given), target))
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_nan_latents_are_blamed_on_the_latents():
+    network, hooks = hooked(dict(draws=dict(starts="diffused")))
     given, _ = arguments()
     given["img"] = given["img"].clone()
     given["img"][0, 0, 0] = float("nan")

@@ -305,6 +305,58 @@ def check_a_policy_leaves_the_hooks_on() -> None:
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-4)
 
 
+def check_reference_frames_go_with_hunyuan_vae() -> None:
+    """T50: upstream's prepare_visual_condition reads vae.cfg, which its own class has not."""
+    from opensora.registry import MODELS, build_module
+    from opensora.utils.train import prepare_visual_condition_causal
+
+    sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    config = {"in_channels": 3, "out_channels": 3, "latent_channels": 16, **sizes}
+    found = []
+    for name in ("hunyuan_vae", "perflow_hunyuan_vae"):
+        torch.manual_seed(0)
+        vae = build_module({"type": name, "device_map": "cpu", **config}, MODELS, torch_dtype=torch.float32).eval()
+        video = torch.randn(1, 3, 9, 64, 64)
+        torch.manual_seed(1)
+        found.append(vae.encode(video))
+        try:
+            latents, cond = prepare_visual_condition_causal(video, {"i2v_head": 1}, vae)
+        except AttributeError as error:
+            assert name == "hunyuan_vae" and "cfg" in str(error), error
+    assert torch.equal(*found) and latents.shape == (1, 16, 3, 8, 8)
+    assert cond.shape == (1, 17, 3, 8, 8) and cond[:, 0, 0].all() and not cond[:, 0, 1:].any()
+
+
+def check_encoders_note_the_empty_prompt() -> None:
+    """perflow_t5 and perflow_clip are Open-Sora's own embedder; train.py asks for "" with a str (contract 1.5)."""
+    from opensora.models.text import conditioner
+    from opensora.registry import MODELS
+
+    from opensora_perflow.hosts.v2 import text
+
+    class Embedder(nn.Module):
+        def __init__(self, from_pretrained: str, **settings: Any) -> None:
+            super().__init__()
+            self.name = from_pretrained
+
+        def forward(self, prompt: Any, added_tokens: int = 0, seq_align: int = 1) -> Tensor:
+            return torch.full((1, 2), float(len(self.name)))
+
+    original, noted = conditioner.HFEmbedder, dict(text._NULLS)
+    conditioner.HFEmbedder = Embedder
+    try:
+        text._NULLS.clear()
+        for kind, name in (("t5", "long"), ("clip", "me")):
+            encoder = MODELS.build({"type": f"perflow_{kind}", "from_pretrained": name, "device_map": "cpu"})
+            encoder(["a"], added_tokens=3, seq_align=1)
+            encoder("")
+        assert {argument: value[0, 0].item() for argument, value in text._NULLS.items()} == {"txt": 4.0, "y_vec": 2.0}
+    finally:
+        conditioner.HFEmbedder = original
+        text._NULLS.clear()
+        text._NULLS.update(noted)
+
+
 def check_lora_off_is_the_teacher() -> None:
     """Bit-equal, without a second copy; the fingerprint is that of the network before it got adapters (T57)."""
     from peft import LoraConfig, get_peft_model

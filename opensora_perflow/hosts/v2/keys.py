@@ -71,6 +71,11 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
             f"guidance.negative={recipe.guidance.negative!r} is an embedding of Open-Sora 1.x's one text encoder; 2.0 has two, "
             "and its students lead away from the empty prompt: leave the key out"
         )
+    if recipe.draws.starts == "diffused" and recipe.draws.overlap > 0:
+        raise ValueError(
+            f'draws.overlap={recipe.draws.overlap:g} with starts="diffused": Open-Sora 2.0 hands over noised data, which may '
+            'have more noise than the start of an overlapping window; use starts="student", or overlap=0'
+        )
     as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
     if recipe.needs_one_scale:
         refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)
