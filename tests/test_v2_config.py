@@ -200,6 +200,18 @@ def test_adapters_do_not_train_the_embedding_of_scales(host, modules, accepted):
     assert host.flux.built == []
 
 
+@pytest.mark.parametrize("changes", [dict(bias="all"), dict(bias="lora_only"), dict(init_lora_weights="pissa")])
+def test_adapters_that_change_the_teacher_are_refused(host, tmp_path, changes):
+    """peft then trains, or replaces, weights of the network that is the teacher where its adapters are off."""
+    with pytest.raises(ValueError, match='changes weights of the network itself, .* is the teacher; use bias="none"'):
+        script(host, FIXED, lora_config=dict(r=4, **changes), **TRAINS)
+    assert host.flux.built == []
+    write_state_dict(tmp_path / "other.safetensors", TinyMMDiT(seed=3).state_dict())
+    named = dict(teacher=dict(from_pretrained=str(tmp_path / "other.safetensors")))
+    assert script(host, {**FIXED, **named}, lora_config=dict(r=4, **changes), **TRAINS) is not None
+    assert script(host, FIXED, lora_config=dict(r=4, bias="none", init_lora_weights="gaussian"), **TRAINS) is not None
+
+
 @pytest.mark.parametrize("missing", [None, {}], ids=["None", "empty"])
 def test_no_keys_are_the_defaults(host, missing):
     network = script(host, missing, model={"perflow": None} if missing is None else {}, **TRAINS)

@@ -148,6 +148,13 @@ def _check_adapters(config: Mapping[str, Any], recipe: Recipe) -> None:
             f"load={shown(config['load'])} with lora_config: Open-Sora 2.0 looks for a whole network there; go on from "
             'adapters with lora_checkpoint="epochE-global_stepG/lora"'
         )
+    bias, first = lora.get("bias", "none"), lora.get("init_lora_weights", True)
+    if recipe.teacher.from_pretrained is None and (bias != "none" or (isinstance(first, str) and first != "gaussian")):
+        raise ValueError(
+            f"lora_config with bias={shown(bias)} and init_lora_weights={shown(first)} changes weights of the network itself, "
+            'which without its adapters is the teacher; use bias="none" and init_lora_weights=True, or name the teacher in '
+            "teacher=dict(from_pretrained=...)"
+        )
     if recipe.guidance.mode == "range" and "guidance_in" not in (lora.get("modules_to_save") or ()):
         raise ValueError(
             'guidance mode "range" tells the network its scale by new weights, guidance_in, which adapters neither train nor '
