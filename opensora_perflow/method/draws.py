@@ -48,6 +48,7 @@ def draw(
     num_levels: int | None = None,
     given: Tensor | None = None,
     given_only: bool = False,
+    as_given: bool = False,
     generator: torch.Generator | None = None,
 ) -> Drawn:
     """Draw windows, each as often, and times inside them.
@@ -61,6 +62,7 @@ def draw(
             their share of those.
         given: Flow times [B] that choose the windows, in place of drawn ones.
         given_only: They are also the only times that are trained.
+        as_given: Windows are those that the given times lie in, however often each; else they are filled evenly.
         generator: Where numbers are drawn from.
 
     Source: PeRFlow (arXiv:2405.07510), section 3, for one uniform time in a window; the rest is ours.
@@ -72,7 +74,7 @@ def draw(
         u = torch.randint(num_levels, (windows.batch_size,), device=device, generator=generator).double() / num_levels
     else:
         u = torch.rand(windows.batch_size, dtype=torch.float64, device=device, generator=generator)
-    if not given_only and num_levels is None:
+    if not given_only and not as_given and num_levels is None:
         u = fill_evenly(u, windows.windows)
     placed = place_windows([windows.windows, *grids], u, overlap=overlap, generator=generator)
     if isinstance(solver_steps, Tensor):

@@ -24,8 +24,9 @@ class Host(Protocol):
         """What the host's own loader would give a network from a source: with what the network computes, and what older
         files lack. Whether that fits is not the host's to say."""
 
-    def own_teacher(self, model: nn.Module) -> nn.Module | None:
-        """The teacher that the host keeps apart from the student's trained weights; None: the run copies one."""
+    def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
+        """The teacher that the host keeps apart from the student's trained weights, with those of `source` if it is given;
+        None: the run copies one."""
 
     def resumed(self) -> tuple[str, bool] | None:
         """The checkpoint that the run goes on from, and whether its steps are counted on; None for a run from the start."""

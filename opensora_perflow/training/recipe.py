@@ -153,8 +153,8 @@ class Guidance:
             return self.scale_in(window_idx)
         return draw_scales(*self.scale, len(window_idx), device=window_idx.device, generator=generator)
 
-    def check_told(self, scales: Sequence[float]) -> None:
-        """Raises ValueError for scales that a student of mode range was not trained for."""
+    def check_told(self, scales: Sequence[float], key: str = "cfg_scale, or guidance_scale=,") -> None:
+        """Raises ValueError for scales that a student of mode range was not trained for. `key`: Where they were set."""
         if self.mode != "range":
             return
         low, high = self.scale
@@ -162,7 +162,7 @@ class Guidance:
         if outside:
             raise ValueError(
                 f"the student takes guidance scales from {low:g} to {high:g}, for which it was trained "
-                f"(guidance.scale), got {outside[0]:g}; set cfg_scale, or guidance_scale=, to a scale in that range"
+                f"(guidance.scale), got {outside[0]:g}; set {key} to a scale in that range"
             )
 
 

@@ -99,6 +99,7 @@ class TrainingRun:
         num_levels: int | None = None,
         given: Tensor | None = None,
         given_only: bool = False,
+        as_given: bool = False,
     ) -> Drawn:
         """This step's windows and times as the recipe wants them; `single`: one time a sample. Others as `draws.draw`."""
         draws = self.recipe.draws
@@ -112,6 +113,7 @@ class TrainingRun:
             num_levels=num_levels,
             given=given,
             given_only=given_only,
+            as_given=as_given,
             generator=generator,
         )
 

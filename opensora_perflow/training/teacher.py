@@ -53,7 +53,7 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
         ValueError: see `check_source` and `load_teacher`.
     """
     source = settings.from_pretrained
-    kept = host.own_teacher(model) if source is None else None
+    kept = host.own_teacher(model, source)
     words = check_source(settings, host, kept is not None)
     network = load_teacher(host.settled(model), source, host.weights) if kept is None else kept
     weights = host.first_weights() if source is None else source

@@ -15,26 +15,33 @@ import torch
 
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.run import main
+from opensora_perflow.training.adapters import base_state
 from opensora_perflow.training.run import TrainingRun
 
 out, arguments = Path(sys.argv[1]), sys.argv[2:]
 steps: list[dict[str, torch.Tensor]] = []
 runs: list[TrainingRun] = []
-step = TrainingRun.step
+solve, learn = TrainingRun.solve, TrainingRun.learn
 
 
-def recorded_step(self, batch, *args):
+def recorded_solve(self, batch, *args):
     runs[:] = [self]
     drawn = batch.drawn
     edges = drawn.solver_times[[0, -1]]
     steps.append({"windows": drawn.window_idx, "times": drawn.times, "edges": edges, "noise": batch.noise})
-    loss = step(self, batch, *args)
+    return solve(self, batch, *args)
+
+
+def recorded_learn(self, *args):
+    loss = learn(self, *args)
     steps[-1]["loss"] = loss.detach().clone()
     return loss
 
 
-TrainingRun.step = recorded_step
+TrainingRun.solve, TrainingRun.learn = recorded_solve, recorded_learn
 main(arguments)
 out.mkdir(parents=True, exist_ok=True)
-torch.save(steps, out / f"draws-{os.environ.get('RANK', 0)}.pt")
-write_state_dict(out / "teacher.safetensors", runs[0].teacher.network.state_dict())
+rank = os.environ.get("RANK", "0")
+torch.save(steps, out / f"draws-{rank}.pt")
+if rank == "0":
+    write_state_dict(out / "teacher.safetensors", base_state(runs[0].teacher.network))

@@ -23,7 +23,7 @@ class OpenSora:
     gathered = staticmethod(parallel.gathered)
     shared = staticmethod(parallel.shared)
 
-    def own_teacher(self, model: nn.Module) -> None:
+    def own_teacher(self, model: nn.Module, source: str | None) -> None:
         return None
 
     def restore(self, model: nn.Module) -> str:

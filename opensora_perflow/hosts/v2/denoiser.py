@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux, hooks_of
 from opensora_perflow.hosts.v2.sampling import other_steps
+from opensora_perflow.hosts.v2.tokens import Layout, alphas
 
 
 class StudentDenoiser:
@@ -27,9 +29,12 @@ class StudentDenoiser:
     def denoise(self, model: nn.Module, **options: Any) -> Tensor:
         found, times = hooks_of(model), options["timesteps"]
         if found is not None:
+            found[0].settings.recipe.guidance.check_told([options["guidance"]], "sampling_option.guidance")
             options["timesteps"] = found[0].sampling_times(times, found[1], options["img_ids"])
         elif self.t2i_steps is not None and len(times) - 1 != self.t2i_steps:
-            options["timesteps"] = other_steps(times, self.t2i_steps)
+            layout = Layout.of(options["img_ids"], unwrap(model).patch_size)
+            alpha = alphas(layout, options.get("flow_shift"), 1, "cpu").item()
+            options["timesteps"] = other_steps(times, self.t2i_steps, alpha)
         return self.denoiser.denoise(model, **options)
 
 

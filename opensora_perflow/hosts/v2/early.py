@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,15 @@ from opensora_perflow.hosts.script import before_builds
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import register
+from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.teacher import check_source
 
 logger = logging.getLogger("opensora_perflow")
 
-_checked: list[int] = []
+MOST_SIGMA_MIN = 1e-3
+"""The share of noise in data that is lost in bfloat16, which has steps of 2^-8."""
+
+_checked: list[Mapping[str, Any]] = []
 
 
 def register_with_host() -> None:
@@ -39,9 +44,9 @@ def check_run(config: Mapping[str, Any]) -> None:
         ValueError: what would fail, or train something else than is meant.
     """
     model = config.get("model") or {}
-    if id(config) in _checked or not isinstance(model, Mapping):
+    if any(config is other for other in _checked) or not isinstance(model, Mapping):
         return
-    _checked[:] = [id(config)]
+    _checked[:] = [config]
     if model.get("type") != "perflow_flux":
         _refuse_stray_keys(config, model)
         return
@@ -50,19 +55,23 @@ def check_run(config: Mapping[str, Any]) -> None:
         raise ValueError("the config says perflow=... beside model=...; the keys belong inside: model=dict(perflow=dict(...))")
     if config.get("optim") is None:  # inference.py
         return
-    _check_plugin(config)
+    _check_plugin(config, recipe)
     _check_host()
+    _check_accumulation(config)
+    if recipe.draws.starts == "diffused" and config.get("sigma_min", 1e-5) > MOST_SIGMA_MIN:
+        raise ValueError(
+            f"sigma_min={config['sigma_min']}: data then has more noise than its time says, which diffused starts go by; use "
+            f'sigma_min <= {MOST_SIGMA_MIN:g}, or draws=dict(starts="student")'
+        )
+    _check_adapters(config, recipe)
     if recipe.guidance.folded or recipe.draws.starts == "student":
         _check_encoders(config)
     if recipe.guidance.folded and config.get("dropout_ratio"):
         logger.warning(
             "guidance is folded in, so texts that dropout_ratio drops teach the student nothing of it; write dropout_ratio=None"
         )
-    if config.get("ema_decay") is not None and not config.get("lora_config") and config.get("dtype", "bf16") == "bf16":
-        logger.warning(
-            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
-            "ema_decay=None, which also saves its memory"
-        )
+    if config.get("ema_decay") is not None and not config.get("lora_config"):
+        _check_ema(config)
     if not recipe.teacher.allow_distilled:
         check_source(recipe.teacher, OpenSora2(), kept=recipe.teacher.from_pretrained is None)
 
@@ -75,12 +84,17 @@ def _refuse_stray_keys(config: Mapping[str, Any], model: Mapping[str, Any]) -> N
         )
 
 
-def _check_plugin(config: Mapping[str, Any]) -> None:
-    stages = (config.get("plugin_config") or {}).get("pp_size", 1)
-    if stages > 1:
+def _check_plugin(config: Mapping[str, Any], recipe: Recipe) -> None:
+    sizes = {name: (config.get("plugin_config") or {}).get(name, 1) for name in ("pp_size", "tp_size", "sp_size")}
+    if sizes["pp_size"] > 1:
         raise ValueError(
-            f"plugin_config.pp_size={stages}: with pipeline parallelism the network's answer is another process's, and "
-            "PeRFlow's loss does not reach it; use pp_size=1 with tp_size, sp_size or zero2"
+            f"plugin_config.pp_size={sizes['pp_size']}: with pipeline parallelism the network's answer is another process's, "
+            "and PeRFlow's loss does not reach it; use pp_size=1 with tp_size, sp_size or zero2"
+        )
+    if max(sizes.values()) > 1 and recipe.curriculum is not None and recipe.curriculum.teacher == "previous":
+        raise ValueError(
+            f'curriculum.teacher="previous" copies the student in mid-run, which is split over processes with {sizes}; use '
+            'curriculum=dict(teacher="original", ...), or zero2'
         )
 
 
@@ -93,6 +107,58 @@ def _check_host() -> None:
         raise ValueError(
             f"Open-Sora 2.0's train.py calls CheckpointIO.synchronize, which ColossalAI {colossalai.__version__} does not "
             "have; install colossalai>=0.5.0"
+        )
+
+
+def _check_accumulation(config: Mapping[str, Any]) -> None:
+    steps, every = config.get("accumulation_steps", 1), config.get("ckpt_every", 0)
+    resumes = config.get("load") is not None or config.get("start_step") is not None
+    if steps > 1 and every > 0 and not resumes:
+        raise ValueError(
+            f"accumulation_steps={steps} with ckpt_every={every}: Open-Sora 2.0 also saves before the optimizer's first step, "
+            f"when there is no state to save, and fails; write start_step={steps - 1}"
+        )
+
+
+def _check_ema(config: Mapping[str, Any]) -> None:
+    folder = config.get("load")
+    if folder is not None and os.path.isfile(os.path.join(folder, "ema.pt")):
+        raise ValueError(
+            f"load={shown(folder)} with ema_decay={config['ema_decay']}: what Open-Sora 2.0 writes as ema.pt is one process's "
+            "part of the EMA, flattened, and it cannot load that itself; write ema_decay=None"
+        )
+    if config.get("dtype", "bf16") == "bf16":
+        logger.warning(
+            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
+            "ema_decay=None, which also saves its memory"
+        )
+
+
+def _check_adapters(config: Mapping[str, Any], recipe: Recipe) -> None:
+    lora, adapters = config.get("lora_config"), config.get("lora_checkpoint")
+    if not lora:
+        if adapters is not None:
+            raise ValueError(
+                f"lora_checkpoint={shown(adapters)} without lora_config: Open-Sora 2.0 would train the whole network and leave "
+                "the adapters out; write lora_config as it was for them"
+            )
+        return
+    if config.get("load") is not None:
+        raise ValueError(
+            f"load={shown(config['load'])} with lora_config: Open-Sora 2.0 looks for a whole network there; go on from "
+            'adapters with lora_checkpoint="epochE-global_stepG/lora"'
+        )
+    bias, first = lora.get("bias", "none"), lora.get("init_lora_weights", True)
+    if recipe.teacher.from_pretrained is None and (bias != "none" or (isinstance(first, str) and first != "gaussian")):
+        raise ValueError(
+            f"lora_config with bias={shown(bias)} and init_lora_weights={shown(first)} changes weights of the network itself, "
+            'which without its adapters is the teacher; use bias="none" and init_lora_weights=True, or name the teacher in '
+            "teacher=dict(from_pretrained=...)"
+        )
+    if recipe.guidance.mode == "range" and "guidance_in" not in (lora.get("modules_to_save") or ()):
+        raise ValueError(
+            'guidance mode "range" tells the network its scale by new weights, guidance_in, which adapters neither train nor '
+            'save; write lora_config=dict(modules_to_save=["guidance_in"], ...)'
         )
 
 

@@ -31,7 +31,7 @@ class OpenSora2:
     """The script of Open-Sora 2.0 that is calling; where none is, the process stands alone.
 
     Args:
-        built: The teacher that was copied where the student was built, or None.
+        built: The teacher that was made where the student was built, or None.
     """
 
     def __init__(self, built: nn.Module | None = None) -> None:
@@ -50,11 +50,12 @@ class OpenSora2:
                 state[name] = torch.zeros_like(value, device="cpu")
         return state
 
-    def own_teacher(self, model: nn.Module) -> nn.Module | None:
-        return model if self.built is None and adapters(model) else self.built
+    def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
+        return model if self.built is None and source is None and adapters(model) else self.built
 
     def resumed(self) -> tuple[str, bool] | None:
-        folder = (_config() or {}).get("load")
+        config = _config() or {}
+        folder = config.get("load") or (config.get("lora_checkpoint") if config.get("lora_config") else None)
         return None if folder is None else (str(folder), True)
 
     def restore(self, model: nn.Module) -> str:

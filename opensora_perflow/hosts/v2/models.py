@@ -16,7 +16,7 @@ from opensora_perflow.hosts.v2.denoiser import step_students
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux
 from opensora_perflow.hosts.v2.text import noting_null
 from opensora_perflow.training.state import find_state
-from opensora_perflow.training.teacher import copy_frozen
+from opensora_perflow.training.teacher import load_teacher
 
 
 def perflow_flux(perflow: Mapping[str, Any] | None = None, **settings: Any) -> nn.Module:
@@ -29,16 +29,17 @@ def perflow_flux(perflow: Mapping[str, Any] | None = None, **settings: Any) -> n
     from opensora.models.mmdit.model import Flux
 
     hooks, config = PeRFlowFlux(perflow), main_variable("cfg") or {}
-    told = hooks.recipe.guidance.mode == "range"
-    network = Flux(**{**settings, "guidance_embed": True} if told else settings)
     trains = config.get("optim") is not None
+    told = (hooks.recipe if trains else hooks.settings.recipe).guidance.mode == "range"
+    network = Flux(**{**settings, "guidance_embed": True} if told else settings)
     if told and trains and not _was_told(settings.get("from_pretrained")):
         # New weights: a scale changes nothing before it was trained.
         nn.init.zeros_(network.guidance_in.out_layer.weight)
         nn.init.zeros_(network.guidance_in.out_layer.bias)
-    if trains and config.get("lora_config") is None and hooks.recipe.teacher.from_pretrained is None:
-        # Here, as later weights may be loaded (--load) or split over processes.
-        hooks.host.built = copy_frozen(network)
+    source = hooks.recipe.teacher.from_pretrained
+    if trains and (source is not None or config.get("lora_config") is None):
+        # Here, as later weights may be loaded (--load) or split over processes, whose groups cannot be copied.
+        hooks.host.built = load_teacher(network, source, hooks.host.weights)
     step_students(hooks)
     return hooks.attach(network)
 

@@ -36,7 +36,8 @@ class Prediction(Tensor):
                     "tensor of a network's output do not"
                 )
 
-        output.register_hook(refuse)
+        if output.requires_grad:  # a frozen student is told of by `told`
+            output.register_hook(refuse)
         prediction = output.as_subclass(cls)
         prediction.loss, prediction.told, prediction.compared = loss, told, compared
         return prediction

@@ -114,10 +114,9 @@ def _batched(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
 
 
-def other_steps(asked: Sequence[float], steps: int) -> list[float]:
-    """Open-Sora's own times for another number of steps, with the warp that the asked ones have."""
-    if len(asked) < 3:
-        return list(asked)
-    u, t = 1 - 1 / (len(asked) - 1), asked[1]
-    alpha = t * (1 - u) / (u * (1 - t))
+def other_steps(asked: Sequence[float], steps: int, alpha: float) -> list[float]:
+    """Open-Sora's own times for another number of steps, with the warp that the asked ones have; `alpha`: if they tell none."""
+    if len(asked) > 2:
+        u, t = 1 - 1 / (len(asked) - 1), asked[1]
+        alpha = t * (1 - u) / (u * (1 - t))
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), alpha).tolist()
