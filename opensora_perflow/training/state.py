@@ -38,6 +38,8 @@ logger = logging.getLogger("opensora_perflow")
 FILE_NAME = "perflow.json"
 METADATA_KEY = "perflow"
 FORMAT = 1
+PARTS = ("model", "lora")
+"""Folders of weights in a checkpoint folder."""
 
 FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher")
 """What must not change within one training."""
@@ -141,8 +143,8 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
     """The state that belongs to weights, and the file that holds it; None if there is none.
 
     Args:
-        weights: A checkpoint folder, the model/ folder in it, a file in it (ema.pt), a .safetensors file of its own, or
-            anything else that a host takes for weights (a repository id has no state).
+        weights: A checkpoint folder, the model/ or lora/ folder in it, a file in it (ema.pt), a .safetensors file of its own,
+            or anything else that a host takes for weights (a repository id has no state).
 
     Raises:
         ValueError: there is one, and it is unreadable.
@@ -152,9 +154,7 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
         text = read_metadata(path).get(METADATA_KEY)
         if text is not None:
             return StudentState.from_json(text, f"the metadata of {path}"), path
-    folders = (
-        [path, path.resolve().parent] if path.resolve().name == "model" else [path if os.path.isdir(path) else path.parent]
-    )
+    folders = [path, path.resolve().parent] if path.resolve().name in PARTS else [path if os.path.isdir(path) else path.parent]
     for folder in folders if os.path.exists(path) else ():
         file = folder / FILE_NAME
         if os.path.isfile(file):
