@@ -52,6 +52,12 @@ def test_training_folds_in_what_open_sora_samples_with(path):
     assert config.plugin == ("hybrid" if "768px" in path.stem else "zero2")
 
 
+def test_a_prediction_of_epsilon_networks_is_refused():
+    assert read_config({"prediction": "velocity"})[0].prediction == "velocity"
+    with pytest.raises(ValueError, match='output a velocity: use prediction="auto"'):
+        read_config({"prediction": "ddim_eps"})
+
+
 @pytest.mark.parametrize("path", INFERENCE, ids=lambda path: path.stem)
 def test_inference_leaves_windows_and_guidance_to_the_checkpoint(path):
     config = load(path)

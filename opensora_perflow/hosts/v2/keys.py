@@ -19,9 +19,12 @@ from opensora_perflow.checks import (
     shown,
     whole,
 )
+from opensora_perflow.method.process import Linear
 from opensora_perflow.training.recipe import Recipe, refuse_list_of_scales
 from opensora_perflow.training.removed import refuse_removed_keys
 
+PROCESS = Linear(num_timesteps=1, sign=1)
+"""Networks are told t itself and answer noise - data."""
 WHERE = 'model=dict(type="perflow_flux", perflow=dict(...))'
 
 
@@ -62,6 +65,7 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
     refuse_unknown(config, [*of_recipe, *of_keys], WHERE)
     keys = Keys(**{name: value for name, value in config.items() if name in of_keys})
     recipe = Recipe(**{name: value for name, value in config.items() if name in of_recipe})
+    recipe.check_process(PROCESS)
     if recipe.guidance.negative is not None:
         raise ValueError(
             f"guidance.negative={recipe.guidance.negative!r} is an embedding of Open-Sora 1.x's one text encoder; 2.0 has two, "

@@ -11,17 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.v2.evaluation import Evaluation
-from opensora_perflow.hosts.v2.keys import Keys
+from opensora_perflow.hosts.v2.keys import PROCESS, Keys
 from opensora_perflow.hosts.v2.network import Told, network_output, rows_of, untrained_call
 from opensora_perflow.hosts.v2.tokens import Layout
-from opensora_perflow.method.process import Linear
 from opensora_perflow.training.adapters import adapters_off
 from opensora_perflow.training.players import Player
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.teacher import Teacher
-
-PROCESS = Linear(num_timesteps=1, sign=1)
-"""Networks are told t itself and answer noise - data."""
 
 
 @dataclass(frozen=True)
