@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _harness import Clips, checkpoints, decode_video, losses, mp4_files, run_script
+from _harness import Clips, checkpoints, decode_video, losses, mp4_files, run_python, run_script
+from _harness_v2 import TINY_FLUX
 from mmengine import Config
 
 from opensora_perflow.hosts.install import install
@@ -91,6 +92,40 @@ def test_a_tiny_i2v_student_is_sampled_from_an_image(tree: Path, small_clips: Cl
     last = checkpoints(tmp_path / "outputs")[-1]
     video, _ = sample(tree, tmp_path, "--ckpt_path", last, "--cond_type", "i2v_head", "--ref", image)
     assert video.shape == (9, 64, 64, 3)
+
+
+def test_given_frames_need_our_name_of_the_hosts_vae(tree: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """Open-Sora's own has no attribute `cfg` (utils/train.py:202)."""
+    for kind in ("hunyuan_vae", "perflow_hunyuan_vae"):
+        sizes = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+        vae = {"_delete_": True, "type": kind, "from_pretrained": None, **sizes}
+        (tree / TRAIN / f"{kind}.py").write_text(f"_base_ = ['perflow_tiny_i2v.py']\nae = {vae}\n")
+    with pytest.raises(AssertionError, match="has no attribute 'cfg'"):
+        train(tree, "hunyuan_vae", small_clips, tmp_path)
+    assert np.isfinite(losses(train(tree, "perflow_hunyuan_vae", small_clips, tmp_path))).all()
+
+
+def test_t2i2v_draws_its_image_in_50_steps_and_the_video_in_4(tree: Path, trained: tuple[Path, str], tmp_path: Path) -> None:
+    """Open-Sora takes num_steps for both. A student has one row a step, where the host asks for three."""
+    config = tree / INFERENCE / "perflow_tiny_t2i2v.py"
+    flux = {**TINY_FLUX, "guidance_embed": True, "cond_embed": False}
+    image = {"type": "autoencoder_2d", "from_pretrained": None, "ch": 32, "num_res_blocks": 1}
+    config.write_text(
+        f"_base_ = ['perflow_tiny.py']\nuse_t2i2v = True\nimg_resolution = '256px'\nimg_flux = {flux}\nimg_flux_ae = {image}\n"
+    )
+    script = [
+        tree / "scripts/diffusion/inference.py",
+        config,
+        "--ckpt_path",
+        checkpoints(trained[0])[-1],
+        "--prompt",
+        "a circle",
+    ]
+    command = [Path(__file__).with_name("_counting_run.py"), *script]
+    printed = run_python([str(part) for part in command], nproc=1, log=tmp_path / "t2i2v.log", cwd=tmp_path)
+    assert "rows: 4 of the video model, 50 of the image model" in printed
+    (video,) = mp4_files(tmp_path / "samples" / "video_64px")
+    assert decode_video(video).shape == (9, 64, 64, 3)
 
 
 @pytest.mark.parametrize("fragment", ["tp", "sp", "t2i2v"])
