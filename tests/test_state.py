@@ -55,10 +55,11 @@ def test_round_trip(tmp_path):
 def test_found_from_whatever_a_host_calls_weights(tmp_path):
     folder = tmp_path / "epoch0-global_step8"
     (folder / "model").mkdir(parents=True)
+    (folder / "lora").mkdir()
     (folder / "ema.pt").touch()
     write_state(folder, STATE)
     host = SimpleNamespace(first_weights=lambda: None, resumed=lambda: None, trained_students=lambda weights: False)
-    for weights in (folder, folder / "model", folder / "ema.pt", str(folder)):
+    for weights in (folder, folder / "model", folder / "lora", folder / "ema.pt", str(folder)):
         assert find_state(weights)[0] == STATE
         with pytest.raises(ValueError, match="they are a student's"):
             check_source(TeacherSettings(from_pretrained=weights), host)
