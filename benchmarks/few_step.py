@@ -1,10 +1,12 @@
 """Few-step students against their teacher, in one run: endpoint error, distribution and cost, with several seeds.
 
-    python benchmarks/few_step.py [--world mixture video stdit3] [--size cpu|full|gpu] [--seeds 0 1 2] [--recipes NAME ...]
-                                  [--jobs N] [--open-sora ROOT] [--out FOLDER]
+    python benchmarks/few_step.py [--world mixture video stdit3 mmdit] [--size cpu|full|gpu] [--seeds 0 1 2]
+                                  [--recipes NAME ...] [--jobs N] [--open-sora ROOT] [--teacher FILE] [--out FOLDER]
 
 Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
-`sample` samples; the host's rflow sampler is PeRFlow with one window and CFG (benchmarks/sampler_parity.py).
+`sample` samples; the host's rflow sampler is PeRFlow with one window and CFG (benchmarks/sampler_parity.py). In world mmdit
+students learn through the hooks of `perflow_flux`, and Open-Sora's own I2VDenoiser samples them and the teacher. That takes
+three network rows for a guided step, of which text to video needs two: NFE counts two.
 
 Writes WORLD.json, WORLD.md and WORLD.png. Every seed draws new training data, new student weights (where the student does
 not start as a copy) and new noise for evaluation. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint
@@ -38,14 +40,14 @@ from distil import distil
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from worlds import MixtureWorld, VideoWorld, World
+from worlds import MixtureWorld, MMDiTWorld, VideoWorld, World
 
-from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.tools.plots import save_figure
 
 REFERENCE_STEPS = 512
+TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
 CURVE_POINTS = 15
 
 
@@ -78,8 +80,12 @@ class Scale:
 
 
 SCALES = {
-    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1.5e-4, 32)},
-    "full": {"mixture": Scale(8000, 256, 2e-3, 4096), "video": Scale(3000, 16, 1.5e-4, 128)},
+    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1.5e-4, 32), "mmdit": Scale(200, 16, 5e-4, 32)},
+    "full": {
+        "mixture": Scale(8000, 256, 2e-3, 4096),
+        "video": Scale(3000, 16, 1.5e-4, 128),
+        "mmdit": Scale(2000, 16, 5e-4, 128),
+    },
     "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
 }
 
@@ -114,7 +120,9 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
                steps=(1, 4, 8, 16)),
         Recipe("ours, the reference's teacher calls", OURS, 2 * iterations),
     ]  # fmt: skip
-    if world.name == "mixture":
+    if world.name == "mmdit":
+        chosen.insert(1, Recipe("ours", OURS, iterations))
+    elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
             Recipe("reference + 3/4 of the times at the edge", edge, iterations),
@@ -166,12 +174,12 @@ class Evaluation:
         return {
             "endpoint_error": endpoint_error(x, self.endpoints),
             "energy_distance": energy_distance(x, self.endpoints),
-            **self.world.describe(x, self.endpoints),
+            **self.world.describe(x, self.endpoints, self.prompts),
         }
 
 
 def host_sampler(world: World, steps: int) -> Any:
-    return build_module(dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=world.guidance), SCHEDULERS)
+    return world.scheduler(dict(windows=1, num_sampling_steps=steps, cfg_scale=world.guidance))
 
 
 @contextmanager
@@ -194,10 +202,9 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     """Distil one student, and measure it at each of its step counts."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    student = world.student(recipe.width)
     # watch=None: this measures for itself, and its teacher's calls are counted.
-    config = dict(type="perflow", watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
-    scheduler = build_module(config, SCHEDULERS)
+    config = dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
+    student, scheduler = world.learner(recipe.width, config)
 
     def loss() -> Tensor:
         data, model_args = world.batch(scale.batch_size, generator)
@@ -207,7 +214,7 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     every = max(1, recipe.iterations // CURVE_POINTS)
     seconds, began = 0.0, time.process_time()
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
-    with teacher_evaluations(type(student)) as samples:
+    with teacher_evaluations(world.counted) as samples:
         for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
             if bar.n % every == 0:
                 seconds += time.process_time() - began
@@ -221,7 +228,7 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     student.eval()
     rows = []
     for steps in recipe.steps:
-        sampler = build_module(dict(config, num_sampling_steps=steps), SCHEDULERS)
+        sampler = world.scheduler(dict(config, num_sampling_steps=steps))
         measured = evaluation.metrics(evaluation.sample(sampler, student))
         rows.append({"sampler": recipe.name, "steps": steps, "nfe": steps, **measured})
     cost = {
@@ -237,7 +244,7 @@ def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) ->
     rows = []
     for steps in (4, 8, 16, 30):
         x = evaluation.sample(host_sampler(world, steps), world.teacher)
-        rows.append({"sampler": "host's rflow", "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x)})
+        rows.append({"sampler": world.host_sampler, "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x)})
     curves = {}
     for recipe in chosen:
         result = train(recipe, world, seed, evaluation, scale)
@@ -363,7 +370,11 @@ def write(world: World, results: list[dict[str, Any]], out: Path, command: str) 
     return text
 
 
-def make_world(name: str, device: str, open_sora: Path | None) -> World:
+def make_world(name: str, device: str, open_sora: Path | None, teacher: Path = TEACHER) -> World:
+    if name == "mmdit":
+        if device != "cpu":
+            raise SystemExit("world mmdit runs on a CPU: choose --size cpu or full")
+        return MMDiTWorld(open_sora, teacher)
     if name == "stdit3" and open_sora is None:
         raise SystemExit("world stdit3 is Open-Sora's own class: give --open-sora ROOT, a v1.2.0 or v1.3 checkout")
     return MixtureWorld(device) if name == "mixture" else VideoWorld(device, open_sora if name == "stdit3" else None)
@@ -371,7 +382,7 @@ def make_world(name: str, device: str, open_sora: Path | None) -> World:
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", nargs="+", choices=("mixture", "video", "stdit3"), default=["mixture"])
+    parser.add_argument("--world", nargs="+", choices=("mixture", "video", "stdit3", "mmdit"), default=["mixture"])
     parser.add_argument(
         "--size",
         choices=tuple(SCALES),
@@ -380,7 +391,10 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--full", action="store_const", const="full", dest="size", help="the same as --size full")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the world stdit3")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="checkout for the worlds stdit3 and mmdit")
+    parser.add_argument(
+        "--teacher", type=Path, default=TEACHER, help=f"weights for the world mmdit, made if not there (default {TEACHER})"
+    )
     parser.add_argument("--recipes", nargs="+", help="only the recipes of these names, or whose names contain these")
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at the same time, one core each (default 1)")
     return parser
@@ -420,11 +434,11 @@ def select(known: Sequence[Recipe], asked: Sequence[str] | None) -> list[Recipe]
 def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
     set_up_process()
     for name in args.world:
-        world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora)
-        scale = SCALES[args.size]["mixture" if name == "mixture" else "video"]
+        world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora, args.teacher)
+        scale = SCALES[args.size]["video" if name == "stdit3" else name]
         chosen = select(recipes_of(world, scale.iterations), args.recipes)
         command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
-        command += f" --open-sora {args.open_sora.resolve().name}" if name == "stdit3" else ""
+        command += f" --open-sora {args.open_sora.resolve().name}" if args.open_sora and name in ("stdit3", "mmdit") else ""
         command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
         command += "" if not args.recipes else " --recipes " + " ".join(f'"{part}"' for part in args.recipes)
         results: list[dict[str, Any]] = []

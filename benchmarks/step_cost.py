@@ -19,16 +19,13 @@ from few_step import SCALES, Recipe, Scale, make_world, recipes, set_up_process
 from tqdm import tqdm
 from worlds import World
 
-from opensora_perflow import SCHEDULERS, build_module
-
 
 def stepper(recipe: Recipe, world: World, scale: Scale, seed: int) -> Callable[[], None]:
     """One training step of a fresh student."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    student = world.student(recipe.width)
-    config = dict(type="perflow", watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
-    scheduler = build_module(config, SCHEDULERS)
+    config = dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
+    student, scheduler = world.learner(recipe.width, config)
     optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=scale.lr)
 
     def step() -> None:

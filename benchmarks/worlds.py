@@ -1,13 +1,16 @@
-"""The three small worlds of the benchmarks, behind one interface: a guided teacher, students of it, data and prompts.
+"""The small worlds of the benchmarks, behind one interface: a guided teacher, students of it, data and prompts.
 
 mixture  16 dimensions, 24 modes, closed-form teacher (opensora_perflow/worlds/mixture.py), MLP students of any width
 video    moving shapes, the demo's tiny text-to-video teacher (opensora_perflow/worlds/), students that start as its copy
 stdit3   the same weights in Open-Sora's own STDiT3 class, hidden size 96; needs an Open-Sora checkout
+mmdit    the same clips, the MMDiT class and the sampler of Open-Sora 2.0, and a teacher that is trained here at first; needs a
+         checkout of 2.0
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.method.metrics import temporal_difference_energy
 from opensora_perflow.tools.demo import build_network
-from opensora_perflow.worlds.clips import FPS, contents, frames_to_tensor, make_clip
+from opensora_perflow.tools.mmdit import GUIDANCE, TinyOpenSora2, find_root
+from opensora_perflow.tools.report import as_described
+from opensora_perflow.training.plan_file import windows_of
+from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.worlds.text import TinyTextEncoder
+
+TEACHER_STEPS = 6000
+"""Of the teacher of world mmdit: about 6 CPU minutes."""
 
 
 class World(ABC):
@@ -40,19 +50,34 @@ class World(ABC):
         """A new student that starts as the teacher, in train mode, drawn from torch's global generator."""
 
     @abstractmethod
-    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Clean latents and model_args of one training step."""
+
+    def learner(self, width: int | None, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+        """A student, and what distils and samples it: the PeRFlow object with these keys, or what answers as that does."""
+        return self.student(width), self.scheduler(config)
+
+    def scheduler(self, config: Mapping[str, Any]) -> Any:
+        """What samples networks by these keys."""
+        return build_module(dict(type="perflow", **config), SCHEDULERS)
+
+    @property
+    def counted(self) -> type[nn.Module]:
+        """The class whose calls are a network's evaluations."""
+        return type(self.teacher)
 
     def sizes(self, count: int) -> dict[str, Tensor]:
         """What Open-Sora's scripts send along with the prompts."""
         return {}
 
     @abstractmethod
-    def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """This world's own column of the table, and what else it can say."""
 
     own_column: str
     """Key of `describe`."""
+    host_sampler = "host's rflow"
+    """Name of the teacher's sampler in tables."""
 
 
 class MixtureWorld(World):
@@ -74,7 +99,7 @@ class MixtureWorld(World):
         data = self.mixture.draw(class_idx, generator)
         return data.to(self.device), self.text.of(class_idx)
 
-    def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         nearest, also = (torch.cdist(latents.cpu().flatten(1), self.mixture.means).argmin(dim=1) for latents in (x, endpoints))
         return {"same_mode": (nearest == also).double().mean().item()}
 
@@ -91,13 +116,8 @@ class VideoWorld(World):
         self.text = TinyTextEncoder(device=device)
         self.text.y_embedder = self.teacher.y_embedder
         self.prompts = sorted({content.caption for content in contents()})
-        rng, vae = np.random.default_rng(0), TinyVAE().eval()
-        frames, captions = zip(*(make_clip(rng) for _ in range(num_clips)))
-        self._num_frames, self._height, self._width = frames[0].shape[:3]
-        with torch.no_grad():
-            parts = [vae.encode(frames_to_tensor(np.stack(frames[i : i + 32]))) for i in range(0, num_clips, 32)]
-        self._latents = torch.cat(parts)
-        self._encoded = self.text.encode(list(captions))
+        self._latents, captions = clip_latents(num_clips)
+        self._encoded = self.text.encode(captions)
         self.latent_shape = tuple(self._latents.shape[1:])
 
     def student(self, width: int | None) -> nn.Module:
@@ -111,10 +131,90 @@ class VideoWorld(World):
         return self._latents[index].to(self.device), {**text, **self.sizes(size)}
 
     def sizes(self, count: int) -> dict[str, Tensor]:
-        values = {"num_frames": self._num_frames, "height": self._height, "width": self._width, "fps": FPS}
-        values["ar"] = self._height / self._width
+        values = {"num_frames": NUM_FRAMES, "height": HEIGHT, "width": WIDTH, "ar": HEIGHT / WIDTH, "fps": FPS}
         return {key: torch.full((count,), float(value), device=self.device) for key, value in values.items()}
 
-    def describe(self, x: Tensor, endpoints: Tensor) -> dict[str, float]:
-        energy, error = temporal_difference_energy(endpoints), temporal_difference_energy(x - endpoints)
-        return {"motion": temporal_difference_energy(x) / energy, "motion_error": error / energy}
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return motion(x, endpoints)
+
+
+class OpenSora2:
+    """Open-Sora 2.0's scripts as the PeRFlow object is called: `training_losses` distils, `sample` samples.
+
+    Args:
+        host: Of the networks.
+        steps: Of the sampler.
+        guidance: Scale of networks that have none folded in.
+    """
+
+    def __init__(self, host: TinyOpenSora2, steps: int, guidance: float) -> None:
+        self.host, self.steps, self.guidance = host, steps, guidance
+
+    def training_losses(self, network: nn.Module, data: Tensor, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"loss": self.host.loss(network, data, model_args["captions"], drop=False)}
+
+    def sample(self, network: nn.Module, text: Any, z: Tensor, prompts: Sequence[str], *_: Any, **__: Any) -> Tensor:
+        return self.host.sample(network, z, prompts, self.steps, self.guidance)
+
+
+class MMDiTWorld(World):
+    """Args: open_sora: a checkout of 2.0, None: the one in OPENSORA_ROOTS. weights: the teacher's file, which is made if it is
+    not there. num_clips: size of the students' data set. steps: training steps of a teacher that is made.
+    """
+
+    name, guidance, own_column, host_sampler = "mmdit", GUIDANCE, "as_described", "guided teacher, host's I2VDenoiser"
+
+    def __init__(self, open_sora: Path | None, weights: Path, num_clips: int = 512, steps: int = TEACHER_STEPS) -> None:
+        self._made_by = open_sora, weights, num_clips, steps
+        self.host, self.weights, self.device = TinyOpenSora2(find_root(open_sora)), weights, torch.device("cpu")
+        self.text, self._vae = None, TinyVAE().eval()
+        self.prompts = sorted({content.caption for content in contents()})
+        if not weights.is_file():
+            self.host.train_teacher(*clip_latents(6 * num_clips), weights, steps=steps)
+        self.teacher = self.host.network(weights).eval()
+        self._latents, self._captions = clip_latents(num_clips)
+        self.latent_shape = tuple(self._latents.shape[1:])
+
+    def __reduce__(self) -> tuple[Callable[..., MMDiTWorld], tuple[Any, ...]]:
+        """Another process has to make Open-Sora importable first."""
+        return MMDiTWorld, self._made_by
+
+    def student(self, width: int | None) -> nn.Module:
+        return self.learner(width, {})[0]
+
+    def learner(self, width: int | None, config: Mapping[str, Any]) -> tuple[nn.Module, OpenSora2]:
+        if width is not None:
+            raise ValueError(f"students of world {self.name!r} start as their teacher, of its width; got width={width}")
+        # Other networks, the teacher's, keep the number of steps that they are sampled with.
+        return self.host.network(self.weights, {"t2i_steps": None, **config}).train(), self.scheduler(config)
+
+    def scheduler(self, config: Mapping[str, Any]) -> OpenSora2:
+        steps = config.get("num_sampling_steps") or windows_of(config["windows"]).num_windows
+        return OpenSora2(self.host, steps, self.guidance)
+
+    @property
+    def counted(self) -> type[nn.Module]:
+        return type(self.teacher.final_layer)  # teachers are evaluated past the network's own hooks
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        index = torch.randint(len(self._latents), (size,), generator=generator)
+        return self._latents[index], {"captions": [self._captions[i] for i in index.tolist()]}
+
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        with torch.no_grad():
+            return {**motion(x, endpoints), "as_described": as_described(self._vae, x, list(prompts))}
+
+
+def clip_latents(num_clips: int) -> tuple[Tensor, list[str]]:
+    """Latents [N, C, T, H, W] of as many clips of moving shapes, always the same ones, and their captions."""
+    rng, vae = np.random.default_rng(0), TinyVAE().eval()
+    frames, captions = zip(*(make_clip(rng) for _ in range(num_clips)))
+    with torch.no_grad():
+        parts = [vae.encode(frames_to_tensor(np.stack(frames[i : i + 32]))) for i in range(0, num_clips, 32)]
+    return torch.cat(parts), list(captions)
+
+
+def motion(x: Tensor, endpoints: Tensor) -> dict[str, float]:
+    """Temporal-difference energy of samples, and of their difference to the endpoints, over that of the endpoints."""
+    energy, error = temporal_difference_energy(endpoints), temporal_difference_energy(x - endpoints)
+    return {"motion": temporal_difference_energy(x) / energy, "motion_error": error / energy}

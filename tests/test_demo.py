@@ -99,6 +99,12 @@ def test_mistakes_are_one_line_and_touch_nothing(options, message, tmp_path, cap
     assert not out.exists()
 
 
+def test_open_sora_2_is_sent_to_the_benchmark(tmp_path, capsys):
+    (tmp_path / "scripts" / "diffusion").mkdir(parents=True)
+    assert cli.main(["demo", "--open-sora", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "few_step.py --world mmdit" in capsys.readouterr().err
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["demo", "--videos", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2

@@ -176,6 +176,11 @@ def build_network(open_sora: Path | None) -> nn.Module:
         return load_teacher()
     root = Path(open_sora).resolve()
     if not (root / "opensora" / "models" / "stdit" / "stdit3.py").is_file():
+        if (root / "scripts" / "diffusion").is_dir():
+            raise ValueError(
+                f"the demo's teacher is an STDiT3, whose weights do not fit the MMDiT of Open-Sora 2.0, got {str(root)!r}; "
+                "`python benchmarks/few_step.py --world mmdit --open-sora ROOT` trains one of that class, and its students"
+            )
         raise ValueError(f"--open-sora must be the root of an Open-Sora v1.2.0 or v1.3 checkout, got {str(root)!r}")
     from opensora_perflow import portable
 

@@ -19,6 +19,8 @@ from opensora_perflow.planning.extra_steps import grids_by_steps
 from opensora_perflow.planning.fine_path import follow, uniform_grid
 from opensora_perflow.planning.grids import Comparison, choose_grid, compare
 from opensora_perflow.planning.windows import CRITERIA, RESOLUTION, plan_windows
+from opensora_perflow.run import find_host_root
+from opensora_perflow.tools import subjects_v2
 from opensora_perflow.tools.plots import STUDENT, TEACHER, save_figure
 from opensora_perflow.tools.subjects import Subject, demo_subject, host_subject
 from opensora_perflow.training.plan_file import windows_of, write_plan
@@ -142,7 +144,9 @@ def _subject(args: dict[str, Any]) -> Subject:
     if args["script"] is not None:
         if args["student"] is not None:
             raise ValueError("with --script the student is the script's own --ckpt-path; name its teacher with --teacher")
-        return host_subject(args["script"], args["host_arguments"], args["teacher"])
+        is_v2 = (find_host_root(args["script"]) / "scripts" / "diffusion").is_dir()
+        make = subjects_v2.host_subject if is_v2 else host_subject
+        return make(args["script"], args["host_arguments"], args["teacher"])
     if args["host_arguments"] or args["teacher"] is not None:
         raise ValueError(f"{args['host_arguments'] or '--teacher'} belongs to an inference script; name it with --script")
     windows = _windows(args["student_windows"], args["student"])
@@ -190,9 +194,7 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
         {**report, "grids": {str(steps): asdict(row) for steps, row in found.items()}},
     )  # fmt: skip
     first = next(iter(kept))
-    print(
-        f'written to {args["out"]}: scheduler = dict(type="perflow", windows="{args["out"]}", num_sampling_steps={first}, ...)'
-    )
+    print(f"written to {args['out']}: {subject.use.format(out=args['out'], steps=first)}")
     return 0
 
 
@@ -227,7 +229,7 @@ def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
     report |= {"pilot_errors": errors, "expected_errors": expected}
     write_plan(args["out"], planned, [], report)
     _windows_figure({"pilot": (edges, errors), "planned": (planned, expected)}, args["out"].with_suffix(".png"))
-    print(f'written to {args["out"]}: train with scheduler = dict(type="perflow", windows="{args["out"]}", ...)')
+    print(f'written to {args["out"]}: train with windows="{args["out"]}"')
     return 0
 
 
@@ -277,7 +279,7 @@ def curve(args: dict[str, Any]) -> int:
     _curve_figure(rows, out / "curve.png")
     if grids:
         write_plan(out / "plan.json", windows.edges, list(grids.values()), report)
-        print(f'written to {out}/: scheduler = dict(type="perflow", windows="{out}/plan.json", num_sampling_steps=N, ...)')
+        print(f"written to {out}/: {subject.use.format(out=f'{out}/plan.json', steps='N')}")
     return 0
 
 

@@ -35,6 +35,7 @@ class Subject:
 
     windows: the student's, also where it is its own teacher; None where they are not known.
     branches: network evaluations of a (teacher's, student's) step.
+    use: how a config names the plan {out} for {steps} steps.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Subject:
     student: Callable[[int, int], Probe] | None = None
     windows: TimeWindows | None = None
     branches: tuple[int, int] = (2, 1)
+    use: str = 'scheduler = dict(type="perflow", windows="{out}", num_sampling_steps={steps}, ...)'
 
 
 def demo_subject(model: str, student: str | os.PathLike | None, windows: TimeWindows, guidance_scale: float | None) -> Subject:
@@ -104,7 +106,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     ratio = window_ratio(call.additional_args, keys)
     if keys.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
-    scale = _one_scale("cfg_scale", scheduler.step_scales())
+    scale = one_scale("cfg_scale", scheduler.step_scales())
     own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[recipe.guidance.mode]
     own_negative = None if recipe.guidance.folded else call.neg_prompts  # the student's are in its weights
     own = _host_probes(call, call.model, own_guidance, own_negative, keys, ratio)
@@ -112,7 +114,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
         windows = scheduler.windows if trained or "windows" in scheduler.given else None
         return Subject(kind, own, windows=windows, branches=(own_guidance.branches, own_guidance.branches))
     if recipe.guidance.mode == "fixed":
-        scale = _one_scale("guidance.scale", recipe.guidance.scale)
+        scale = one_scale("guidance.scale", recipe.guidance.scale)
     guidance = Guided(scale)
     frozen = load_teacher(unwrap(call.model), teacher, read_weights)
     negative = scheduler.negative_text() if recipe.guidance.folded else call.neg_prompts
@@ -132,7 +134,7 @@ class Guided:
         return 1 if self.scale == 1.0 else 2
 
 
-def _one_scale(name: str, scales: float | Sequence[float]) -> float:
+def one_scale(name: str, scales: float | Sequence[float]) -> float:
     """The scale that is the same in every window."""
     distinct = list(dict.fromkeys(scales if isinstance(scales, Sequence) else [scales]))
     if len(distinct) > 1:

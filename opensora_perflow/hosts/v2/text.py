@@ -26,6 +26,11 @@ def noting_null(encoder: nn.Module, argument: str) -> nn.Module:
     return encoder
 
 
+def note_nulls(txt: Tensor, y_vec: Tensor) -> None:
+    """Note embeddings of the empty or of other prompts, [1, ...] or one for each of a batch's samples."""
+    _NULLS.update(txt=txt, y_vec=y_vec)
+
+
 def null_text(told: dict[str, Tensor]) -> dict[str, Tensor]:
     """txt and y_vec of the empty prompt, shaped like those of a batch.
 

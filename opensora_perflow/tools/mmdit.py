@@ -1,0 +1,174 @@
+"""A tiny Open-Sora 2.0: its own MMDiT on the demo's clips, trained and sampled by the expressions of its scripts.
+
+Text encoders are the stand-ins of hosts/v2/tiny.py, latents those of the demo's codec (worlds/codec.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from opensora_perflow.atomic import replacing
+from opensora_perflow.hosts.install import find_tag
+from opensora_perflow.hosts.v2.models import perflow_flux
+from opensora_perflow.hosts.v2.tokens import Layout
+from opensora_perflow.run import prepare
+
+GUIDANCE = 3.0
+"""Scale of the teacher."""
+PATCH = 2
+SIGMA_MIN = 1e-5
+DROPOUT = 0.31622777
+"""Share of the texts that train.py drops, of T5 and of CLIP independently."""
+NETWORK: dict[str, Any] = {
+    "guidance_embed": False,
+    "fused_qkv": False,
+    "use_liger_rope": True,
+    "in_channels": 16,
+    "vec_in_dim": 16,
+    "context_in_dim": 32,
+    "hidden_size": 72,
+    "mlp_ratio": 4.0,
+    "num_heads": 3,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [8, 8, 8],
+    "theta": 10_000,
+    "qkv_bias": True,
+    "cond_embed": True,
+}
+"""The released model's settings in small."""
+
+
+def find_root(open_sora: Path | None) -> Path:
+    """A checkout of Open-Sora 2.0: the given one, else the first of OPENSORA_ROOTS that is one.
+
+    Raises:
+        ValueError: neither is.
+    """
+    roots = [open_sora] if open_sora else [Path(part) for part in os.environ.get("OPENSORA_ROOTS", "").split(":") if part]
+    for root in roots:
+        if find_tag(root) == "2.0":
+            return root.resolve()
+    raise ValueError(
+        f"Open-Sora 2.0's own MMDiT is needed, got {[str(root) for root in roots]}; clone hpcaitech/Open-Sora's main branch "
+        "and name it with --open-sora ROOT, or in OPENSORA_ROOTS"
+    )
+
+
+class TinyOpenSora2:
+    """What Open-Sora 2.0's scripts have at hand: text encoders, networks by name, training's loss and sampling.
+
+    Args:
+        root: A checkout. From then on its modules are imported from there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        prepare(str(root / "scripts" / "diffusion" / "train.py"))
+        from opensora_perflow.hosts.v2.tiny import tiny_clip, tiny_t5
+
+        self.root = root
+        self.t5 = tiny_t5(max_length=10, output_dim=NETWORK["context_in_dim"], torch_dtype=torch.float32)
+        self.clip = tiny_clip(max_length=10, output_dim=NETWORK["vec_in_dim"], torch_dtype=torch.float32)
+        self.null_txt, self.null_vec = self.t5(""), self.clip("")
+
+    def network(self, weights: Path | None, perflow: Mapping[str, Any] | None = None) -> nn.Module:
+        """Open-Sora's `flux`, or with `perflow` the student `perflow_flux`; weights None: random ones."""
+        from opensora.models.mmdit.model import Flux
+
+        settings = {**NETWORK, "from_pretrained": None if weights is None else str(weights), "strict_load": True}
+        settings |= {"device_map": "cpu", "torch_dtype": torch.float32}
+        return Flux(**settings) if perflow is None else perflow_flux(perflow, **settings)
+
+    def loss(self, network: nn.Module, data: Tensor, captions: Sequence[str], *, drop: bool) -> Tensor:
+        """Of one batch of train.py (prepare_inputs and run_iter) without reference frames.
+
+        Args:
+            data: Clean latents [B, C, T, H, W]. captions: B texts.
+            drop: Whether to drop texts, as train.py does with dropout_ratio.
+        """
+        from opensora.utils.sampling import get_res_lin_function, pack, prepare, time_shift
+        from opensora.utils.train import dropout_condition
+
+        shift_alpha = get_res_lin_function()((data.shape[-1] * data.shape[-2]) // 4) * math.sqrt(data.shape[-3])
+        t = time_shift(shift_alpha, torch.sigmoid(torch.randn(len(data))))
+        inp = prepare(self.t5, self.clip, data, prompt=list(captions), patch_size=PATCH)
+        if drop:
+            inp["txt"] = dropout_condition(DROPOUT, inp["txt"], self.null_txt)
+            inp["y_vec"] = dropout_condition(DROPOUT, inp["y_vec"], self.null_vec)
+        x_0 = pack(data, patch_size=PATCH)
+        x_1 = torch.randn_like(x_0)
+        t_rev = (1 - t)[:, None, None]
+        inp["img"] = t_rev * x_0 + (1 - (1 - SIGMA_MIN) * t_rev) * x_1
+        inp["cond"] = x_0.new_zeros(*x_0.shape[:2], x_0.shape[2] + PATCH**2)
+        inp["guidance"] = torch.full((len(t),), 4.0)
+        v_t = (1 - SIGMA_MIN) * x_1 - x_0
+        return F.mse_loss(network(**inp, timesteps=t).float(), v_t.float(), reduction="mean")
+
+    @torch.no_grad()
+    def sample(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
+        """By Open-Sora's own I2VDenoiser, three rows a step, as inference.py calls it for text to video.
+
+        Args:
+            noise: [B, C, T, H, W]. prompts: B texts.
+        """
+        from opensora.utils.inference import SamplingMethod, prepare_inference_condition
+        from opensora.utils.sampling import SamplingMethodDict, get_schedule, prepare
+
+        denoiser = SamplingMethodDict[SamplingMethod.I2V]
+        named = {"optional_models": {}, "device": noise.device, "dtype": noise.dtype, "neg": None, "guidance_img": 1.0}
+        text, inp = denoiser.prepare_guidance(text=list(prompts), **named)
+        inp = {**prepare(self.t5, self.clip, noise, prompt=text, patch_size=PATCH), **inp}
+        masks, masked_ref = prepare_inference_condition(noise, "t2v", ref_list=[None] * len(noise), causal=True)
+        layout = Layout.of(inp["img_ids"], PATCH)
+        times = get_schedule(steps, layout.rows * layout.columns, layout.frames)
+        inp |= {"masks": masks, "masked_ref": masked_ref, "sigma_min": SIGMA_MIN, "patch_size": PATCH}
+        return layout.unpack(denoiser.denoise(network, **inp, timesteps=times, guidance=guidance))
+
+    def train_teacher(
+        self, data: Tensor, captions: Sequence[str], weights: Path, *, steps: int, batch_size: int = 16, lr: float = 2e-3
+    ) -> nn.Module:
+        """Train a teacher from random weights, seed 0, and write the average of its weights.
+
+        Args:
+            data: Clean latents [N, C, T, H, W]. captions: N texts.
+            weights: File to write, safetensors.
+            steps, batch_size: Optimizer steps, and clips in each.
+            lr: Peak learning rate: 100 steps of warm-up, then half a cosine to 0.
+        """
+        torch.manual_seed(0)
+        network = self.network(None).train()
+        average = copy.deepcopy(network)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps))
+        )
+        seen = math.nan
+        with tqdm(range(steps), desc="teacher", unit="step", mininterval=5) as bar:
+            for step in bar:
+                index = torch.randint(len(data), (batch_size,))
+                loss = self.loss(network, data[index], [captions[i] for i in index.tolist()], drop=True)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                rate.step()
+                seen = loss.item() if step == 0 else seen + 0.01 * (loss.item() - seen)
+                bar.set_postfix(loss=f"{seen:.3f}", refresh=False)
+                with torch.no_grad():
+                    for mean, new in zip(average.parameters(), network.parameters()):
+                        mean.lerp_(new, 1 - min(0.998, step / (step + 10)))
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(weights) as temporary:
+            save_file(average.state_dict(), temporary)
+        return average.eval()
