@@ -119,7 +119,7 @@ def test_a_resumed_run_goes_on(student: Trained, host2_root: Path, small_clips: 
     options = ("--load", checkpoint, "--start_step", 0, "--start_epoch", 1)
     conditions = {"t2v": 1, "i2v_head": 2, "i2v_loop": 1, "i2v_tail": 1}
     run = train(host2_root, small_clips, tmp_path, FIXED, *options, condition_config=conditions, epochs=2, ckpt_every=4)
-    assert "PeRFlow goes on after 4 training steps" in run.printed
+    assert "PeRFlow goes on after 4 training steps" in run.printed and "with its float32 masters" in run.printed
     ((*_,), whole), (rest,) = (student.draws[0][:4], student.draws[0][4:]), run.draws
     assert len(rest) == len(whole) == 4
     for one, other in zip(whole, rest, strict=True):
@@ -127,6 +127,14 @@ def test_a_resumed_run_goes_on(student: Trained, host2_root: Path, small_clips: 
             assert torch.equal(one[name], other[name]), name
     before, after = find_state(checkpoint)[0], find_state(run.checkpoints[-1])[0]
     assert after.steps == 8 and after.teacher == before.teacher
+
+
+def test_a_resumed_run_has_the_losses_of_the_whole_one(host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """To the last bit: students start from noise, and a text-to-video run has nothing else that upstream draws."""
+    whole = train(host2_root, small_clips, tmp_path / "whole", FIXED)
+    rest = train(host2_root, small_clips, tmp_path / "rest", FIXED, "--load", whole.checkpoints[0])
+    pairs = list(zip(whole.draws[0][2:], rest.draws[0], strict=True))
+    assert len(pairs) == 2 and all(torch.equal(one["loss"], other["loss"]) for one, other in pairs)
 
 
 def test_changed_windows_are_refused(student: Trained, host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
@@ -232,7 +240,7 @@ def test_lora_goes_on_from_its_adapters(
     model = {"from_pretrained": str(student.outputs.parent / "teacher.safetensors")}
     options = {"model": model, "lora_config": LORA, "lora_checkpoint": str(adapted.checkpoints[-1] / "lora")}
     run = train(host2_root, small_clips, tmp_path, {**FIXED, "draws": {"per_solve": 3}}, **options)
-    assert "PeRFlow goes on after 4 training steps" in run.printed
+    assert "PeRFlow goes on after 4 training steps" in run.printed and "with its float32 masters" in run.printed
     assert find_state(run.checkpoints[-1])[0].steps == 8
     assert not torch.equal(run.draws[0][0]["noise"], adapted.draws[0][0]["noise"])
 

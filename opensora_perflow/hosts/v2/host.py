@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts.script import main_variable
-from opensora_perflow.hosts.v1 import parallel
+from opensora_perflow.hosts.v1 import masters, parallel
 from opensora_perflow.hosts.v1.network import settle
 from opensora_perflow.hosts.v1.run_config import trained_students
 from opensora_perflow.training.adapters import adapters
@@ -59,7 +59,8 @@ class OpenSora2:
         return None if folder is None else (str(folder), True)
 
     def restore(self, model: nn.Module) -> str:
-        return "the checkpoint's weights, which are rounded where ColossalAI trains float32 masters"
+        folder, _ = self.resumed()
+        return masters.restore_masters(_checkpoint(folder), model)
 
     def trained_students(self, weights: str) -> bool:
         return trained_students(weights)
@@ -90,6 +91,12 @@ class OpenSora2:
         return model
 
 
+def _checkpoint(folder: str) -> Path:
+    """The checkpoint that a folder is, or that its folder lora/ is in."""
+    path = Path(folder)
+    return path.parent if path.name == "lora" else path
+
+
 def _config() -> Mapping[str, Any] | None:
     return main_variable("cfg")
 
@@ -97,6 +104,7 @@ def _config() -> Mapping[str, Any] | None:
 def _writing_first(save: Callable[..., Any], write: Callable[[Path], None]) -> Callable[..., Any]:
     @functools.wraps(save)
     def saving(model: Any, checkpoint: str, *args: Any, **options: Any) -> Any:
+        masters.write_masters(Path(checkpoint).parent, model)
         if not dist.is_initialized() or dist.get_rank() == 0:
             write(Path(checkpoint).parent)
         return save(model, checkpoint, *args, **options)
