@@ -5,6 +5,7 @@ import logging
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import av
 import numpy as np
@@ -182,7 +183,9 @@ def test_ctrl_c_in_a_running_demo(tmp_path):
     (out / "clips").mkdir(parents=True)
     (out / "clips" / "mine.txt").write_text("mine")
     command = [sys.executable, "-m", "opensora_perflow.tools.cli", "demo", "--out", str(out), "--num-clips", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A suite in the background of a shell passes on that Ctrl-C is ignored.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     text = ""
     while "fine path" not in text and process.poll() is None:
         text += process.stderr.read(1)
