@@ -1,4 +1,4 @@
-"""`opensora_perflow.run`, which says at the end how many rows each kind of MMDiT evaluated; see test_v2_configs.py.
+"""`opensora_perflow.run`, which says at the end how many rows each kind of MMDiT evaluated; see test_v2_shipped.py.
 
     python _counting_run.py SCRIPT [args ...]
 
