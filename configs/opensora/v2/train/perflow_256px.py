@@ -96,7 +96,7 @@ plugin = "zero2"
 plugin_config = dict(reduce_bucket_size_in_m=128, overlap_allgather=False)
 grad_checkpoint = True
 async_io = False  # True needs TensorNVMe, as do the master weights below
-save_master_weights = False  # True: a resumed run keeps float32 weights, at 48 GB more a checkpoint
+save_master_weights = False  # checkpoints have the folder perflow_masters instead, 48 GB
 load_master_weights = False
 
 seed = 42
