@@ -10,6 +10,7 @@ import torch
 from mmdit import LAYOUT, TinyMMDiT, arguments, hooked, note_nulls, positions, told
 from torch import nn
 
+from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.conventions import shift_time
 from opensora_perflow.hosts.v2.denoiser import StudentDenoiser
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux
@@ -292,12 +293,14 @@ def trained_state(folder, config):
     return state
 
 
-@pytest.mark.parametrize("part", ["", "model", "lora"])
+@pytest.mark.parametrize("part", ["", "model", "lora", "model/model-00001.safetensors"])
 def test_settings_come_from_the_state_beside_the_weights(tmp_path, part, caplog):
     config = dict(windows=[1.0, 0.5, 0.0], flow_shift=3.0, draws=dict(grids=[7]), guidance=dict(mode="fixed", scale=4.0))
     state = trained_state(tmp_path / "epoch0-global_step4", config)
     weights = tmp_path / "epoch0-global_step4" / part
-    weights.mkdir(exist_ok=True)
+    (weights.parent if weights.suffix else weights).mkdir(exist_ok=True)
+    if weights.suffix:
+        write_state_dict(weights, TinyMMDiT().state_dict())
     assert find_state(weights) == (state, tmp_path / "epoch0-global_step4" / "perflow.json")
     others = {"pretrained_lora_path": str(weights)} if part == "lora" else {}
     with caplog.at_level(logging.INFO, "opensora_perflow"):

@@ -147,7 +147,7 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
     """The state that belongs to weights, and the file that holds it; None if there is none.
 
     Args:
-        weights: A checkpoint folder, the model/ or lora/ folder in it, a file in it (ema.pt), a .safetensors file of its own,
+        weights: A checkpoint folder, the model/ or lora/ folder in it, a file in those, a .safetensors file of its own,
             or what else a host takes for weights. A repository id has no state.
 
     Raises:
@@ -158,7 +158,8 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
         text = read_metadata(path).get(METADATA_KEY)
         if text is not None:
             return StudentState.from_json(text, f"the metadata of {path}"), path
-    folders = [path, path.resolve().parent] if path.resolve().name in PARTS else [path if os.path.isdir(path) else path.parent]
+    own = path if os.path.isdir(path) else path.parent
+    folders = [own, own.resolve().parent] if own.resolve().name in PARTS else [own]
     for folder in folders if os.path.exists(path) else ():
         file = folder / FILE_NAME
         if os.path.isfile(file):
