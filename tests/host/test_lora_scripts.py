@@ -93,7 +93,7 @@ def test_adapters_are_resumed(host_root: Path, clips: Clips, trained: tuple[list
 def test_adapters_and_merged_weights_are_sampled_alike(
     host_root: Path, trained: tuple[list[Path], str], tmp_path: Path
 ) -> None:
-    """By the base's own type from merged weights; the teacher's own samples are others. In float32, as decoded pixels."""
+    """By the base's own type from merged weights. The untrained base's samples are others, and those of the EMA in between."""
     last = trained[0][-1]
     folders = {name: tmp_path / name for name in ("adapters", "ema", "merged", "base")}
     for folder in folders.values():
@@ -108,10 +108,11 @@ def test_adapters_and_merged_weights_are_sampled_alike(
     merged = sample(host_root, folders["merged"], tmp_path / "student", whole)
     base = sample(host_root, folders["base"], Path("perflow_tiny_teacher"), whole)
     ema = sample(host_root, folders["ema"], last / "ema.pt", own)
-    apart = np.abs(adapters.astype(int) - merged.astype(int))
-    assert apart.max() <= 2 and apart.mean() < 0.05  # rounding, which the encoder of the video may spread
-    assert np.abs(adapters.astype(int) - base.astype(int)).mean() > 5 * apart.mean()
-    assert np.abs(ema.astype(int) - base.astype(int)).mean() < np.abs(adapters.astype(int) - base.astype(int)).mean()
+    apart, learned, averaged = (
+        np.abs(a.astype(int) - b).mean() for a, b in ((adapters, merged), (adapters, base), (ema, base))
+    )
+    assert apart < learned / 20  # rounding, which the encoder of the video may spread
+    assert 0 < averaged < learned
 
 
 def test_what_does_not_belong_together_is_refused_before_anything_is_written(
