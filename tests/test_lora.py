@@ -83,15 +83,16 @@ def test_the_teacher_is_the_network_without_adapters_to_the_last_bit_before_and_
     assert student.state().adapters == record_of(network) and student.state().adapters["rank"] == 4
 
 
-def test_a_step_is_that_of_a_student_with_a_copied_teacher(network):
-    """Same draws, same loss, same gradients as where the teacher is another network."""
+@pytest.mark.parametrize("path", ["linear", "ddpm"])
+def test_a_step_is_that_of_a_student_with_a_copied_teacher(network, path):
+    """Same draws, same loss, same gradients as where the teacher is another network; with ddpm also of the variance."""
     other = deepcopy_whole(network)
     del other.perflow_lora  # so that its teacher is a copy
     x, args = batch(network)
     found = []
     for model in (network, other):
         torch.manual_seed(3)
-        run = scheduler(draws=dict(seed=0))
+        run = scheduler(draws=dict(seed=0), path=path)
         run.training_losses(model, x, dict(args))["loss"].mean().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         assert (run.run.teacher.network is model) == (model is network)
@@ -321,6 +322,9 @@ def test_recipes_that_adapters_cannot_follow_are_refused(network, weights):
     told = scheduler(guidance=dict(mode="range", scale=[1.0, 4.0]))
     with pytest.raises(ValueError, match="learned by t_embedder.mlp.0, which has no adapter; name it in model.targets"):
         told.training_losses(network, x, dict(args))
+    network.grad_checkpointing = True
+    with pytest.raises(ValueError, match="Open-Sora 1.0 and 1.1 cannot train .* with grad_checkpoint=True"):
+        scheduler().training_losses(network, x, torch.tensor([100, 900]), dict(args))
     able = add_adapters(tiny_network().train(), LoRA(rank=2, targets=["attn.qkv", "t_embedder.mlp.0"]))
     loss = scheduler(guidance=dict(mode="range", scale=[1.0, 4.0])).training_losses(able, x, dict(args))["loss"]
     loss.mean().backward()

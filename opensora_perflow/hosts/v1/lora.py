@@ -229,11 +229,19 @@ def check_origin(state: StudentState, adapted: Mapping[str, Tensor], source: str
         )
 
 
-def check_recipe(recipe: Recipe, network: nn.Module) -> None:
-    """Raises ValueError where a recipe asks for what a network with adapters cannot do; other networks pass."""
+def check_recipe(recipe: Recipe, network: nn.Module, reentrant: bool = False) -> None:
+    """Raises ValueError where a recipe asks for what a network with adapters cannot do; other networks pass.
+
+    `reentrant`: The host checkpoints gradients re-entrantly, and would find none behind a frozen first layer.
+    """
     if lora_of(network) is None:
         return
     check_teacher_settings(recipe)
+    if reentrant and getattr(network, "grad_checkpointing", False):
+        raise ValueError(
+            f"Open-Sora 1.0 and 1.1 cannot train model=dict(type={NAME!r}) with grad_checkpoint=True; write "
+            "grad_checkpoint=False"
+        )
     layer = network.get_submodule(SCALE_INPUT) if recipe.guidance.mode == "range" else None
     if layer is not None and not any(parameter.requires_grad for parameter in layer.parameters()):
         raise ValueError(

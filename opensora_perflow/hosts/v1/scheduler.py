@@ -143,7 +143,7 @@ class PeRFlow:
         process, prediction = self.process_of(call.network)
         if self.run is None:
             self.keys.say_what_has_no_effect()
-            check_recipe(self.recipe, call.network)
+            check_recipe(self.recipe, call.network, drawn_by_host)
             self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
         windows = self.warped(call.model_args, x_start)
