@@ -13,6 +13,7 @@ model = dict(
     alpha=None,  # what an adapter adds is multiplied by alpha / rank; None = rank
     targets=None,  # names of linear layers; None = attention and MLP of all blocks
 )
+# Not measured: raise the batch sizes while memory allows.
 bucket_config = {
     "_delete_": True,
     "144p": {1: (1.0, 16), 51: (1.0, 4), 102: (1.0, 2)},

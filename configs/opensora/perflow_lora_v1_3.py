@@ -14,6 +14,7 @@ model = dict(
     targets=None,  # names of linear layers; None = attention and MLP of all blocks
 )
 scheduler = dict(guidance=dict(mode="fixed", scale=7.5), use_flaw_fix=True)
+# Not measured: raise the batch sizes while memory allows.
 bucket_config = {
     "_delete_": True,
     "360p": {1: (1.0, 8), 49: (1.0, 1)},
