@@ -97,6 +97,16 @@ def test_guidance_of_1_3_is_upstreams(load):
         assert scheduler_keys(load, name)["use_flaw_fix"] is True
 
 
+@pytest.mark.parametrize("name, like", [("lora", "stage2"), ("lora_v1_3", "stage2_v1_3"), ("tiny_lora", "tiny_stage2"),
+                                        ("tiny_lora_inference", "tiny_inference")])  # fmt: skip
+def test_adapters_are_put_on_the_network_of_the_other_configs(name, like, load):
+    config = load(FOLDER / f"perflow_{name}.py")
+    assert config.model.type == "perflow_lora" and config.model.base == load(FOLDER / f"perflow_{like}.py").model
+    assert config.scheduler.get("teacher", {}).get("from_pretrained") is None
+    if name.startswith("lora"):
+        assert config.scheduler.guidance == load(FOLDER / f"perflow_{like}.py").scheduler.guidance
+
+
 def test_the_data_free_config_is_data_free(load):
     config = load(FOLDER / "perflow_data_free.py")
     recipe = build_module(config.scheduler, SCHEDULERS).recipe

@@ -112,7 +112,9 @@ def test_a_training_set_without_a_batch_is_an_error(host, counted):
     assert script(host, dict(type="perflow"), loader=Buckets(2))[1:] == ["videos", "t5"]
 
 
-@pytest.mark.parametrize("section, known", [("vae", "t5"), ("model", "t5"), ("text_encoder", "t5"), ("dataset", "videos")])
+@pytest.mark.parametrize(
+    "section, known", [("vae", ".*t5"), ("model", ".*t5"), ("text_encoder", ".*t5"), ("dataset", "videos")]
+)
 def test_a_config_of_another_version_says_so(host, section, known):
     message = rf"the config says {section}=dict\(type='V1_3'\), which this Open-Sora .* does not have; .*v1.3.* Known: {known}"
     with pytest.raises(ValueError, match=message):

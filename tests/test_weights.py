@@ -100,7 +100,7 @@ def test_weights_for_4_channels_become_those_for_16_where_the_config_says_so(tmp
     torch.save(small.state_dict(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="x_embedder.proj.weight is"):
         load_teacher(large, tmp_path / "model.pt", OpenSora().weights)
-    monkeypatch.setattr(weights, "running_config", lambda: {"model": {"adapt_16ch": True}})
+    monkeypatch.setattr(weights, "model_settings", lambda: {"adapt_16ch": True})
     teacher = load_teacher(large, tmp_path / "model.pt", OpenSora().weights)
     x, arguments = batch(small)
     arguments = {"timestep": torch.full((2,), 500.0), **arguments}

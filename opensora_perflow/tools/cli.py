@@ -43,6 +43,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_demo(commands)
     _add_install(commands)
     _add_embed(commands)
+    _add_merge(commands)
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -202,7 +203,34 @@ def _embed(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed}
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "merge",
+        help="write adapters (LoRA) and their base as the weights of one network",
+        description=(
+            'Adds what a training with model=dict(type="perflow_lora") has learned to the weights that it started from, and\n'
+            "writes OUT/model/model.safetensors and OUT/perflow.json: a checkpoint folder that the base's own type loads."
+        ),
+        epilog=(
+            "example: opensora-perflow merge outputs/000-perflow_lora/epoch0-global_step4000 student \\\n"
+            "             --base hpcai-tech/OpenSora-STDiT-v3"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG, or the ema.pt in it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
+
+
+def _merge(args: dict) -> int:
+    from opensora_perflow.tools.merge import merge
+
+    merge(**args)
+    print(f"written to {args['out']}/; sample it with --ckpt-path {args['out']}")
+    return 0
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -257,5 +257,6 @@ class TrainingRun:
         """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""
         stage = self.curriculum.progress.stage + 1
         self.teacher = self.teacher.replaced_by(
-            copy_frozen(self.host.settled(model)), f"the student, as it came to stage {stage} of the curriculum"
+            copy_frozen(self.host.settled(model), share_untrained=True),
+            f"the student, as it came to stage {stage} of the curriculum",
         )

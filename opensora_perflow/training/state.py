@@ -42,7 +42,7 @@ FORMAT = 1
 PARTS = ("model", "lora")
 """Folders of weights in a checkpoint folder."""
 
-FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher")
+FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher", "adapters")
 """What must not change within one training."""
 FOR_SAMPLING = ("windows", "transform", "path", "prediction")
 """What the sampler must share with the training; of the guidance, its mode."""
@@ -95,6 +95,9 @@ class StudentState:
     """The keys of recipe.Draws, and the seed that was really used."""
     steps: int = key(0, whole(0))
     """Training steps so far: calls of training_losses, in each process."""
+    adapters: dict[str, Any] | None = key(None, optional(_settings))
+    """Where the weights are adapters alone: their rank, alpha and targets, and `base`, teacher.digest of the weights that they
+    add to; None: a whole network."""
     version: str = key(__version__, words)
     """Of the package that wrote it."""
 

@@ -102,7 +102,7 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
     return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
 
 
-def copy_frozen(network: nn.Module) -> nn.Module:
+def copy_frozen(network: nn.Module, share_untrained: bool = False) -> nn.Module:
     """Copy a network so that nothing can train it and nothing of the original's training set-up is left on it.
 
     Parameters become plain `nn.Parameter`s: boosters put subclasses on them whose in-place arithmetic does nothing
@@ -110,11 +110,13 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     gradients and has gradient checkpointing off. Copying the structure, not calling a factory, works for every network.
     What torch.compile wrapped, the whole or a part, is copied uncompiled. Keys are those of the network, and the copy uses
     nothing that was compiled for training.
+    `share_untrained`: Parameters that the original does not train are the copy's too, and cost no memory.
     """
     memo: dict[int, object] = {}
     originals = []  # deepcopy finds copies by id(), so the originals have to stay alive until it is done
     for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(_plain(parameter), requires_grad=False)
+        shared = share_untrained and not parameter.requires_grad
+        memo[id(parameter)] = parameter if shared else nn.Parameter(_plain(parameter), requires_grad=False)
         originals.append(parameter)
     for buffer in network.buffers():
         memo[id(buffer)] = _plain(buffer)
@@ -122,7 +124,12 @@ def copy_frozen(network: nn.Module) -> nn.Module:
     for module in reversed(list(network.modules())):  # parts before what holds them
         if (bare := module._modules.get("_orig_mod")) is not None:
             memo[id(module)] = deepcopy(bare, memo)
-    copy = deepcopy(network, memo)
+    own = vars(network).pop("__deepcopy__", None)  # what the network makes of being copied by its host
+    try:
+        copy = deepcopy(network, memo)
+    finally:
+        if own is not None:
+            network.__deepcopy__ = own
     for module in copy.modules():
         if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
             del module.forward  # a function is not copied: it would run the original
@@ -160,12 +167,17 @@ def fingerprint(network: nn.Module) -> str:
     training moves nearly every value of a tensor. A network of a billion parameters takes a fraction of a second. Rounded to
     another dtype the same weights are another teacher. Adapters do not count.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(base_state(network).items()):
+    return digest(base_state(network))
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """As `fingerprint`, of a state dict."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(state.items()):
         values = _plain(value).reshape(-1)[:: max(1, value.numel() // 4096)].contiguous().cpu()
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        hashed.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        hashed.update(values.view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def check_fits(state: Mapping[str, Tensor], network: nn.Module, source: str) -> None:

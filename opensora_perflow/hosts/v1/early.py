@@ -16,6 +16,7 @@ from mmengine.registry import Registry
 
 from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.script import before_builds, main_variable
+from opensora_perflow.hosts.v1 import lora
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.hosts.v1.weights import check_there
@@ -26,7 +27,10 @@ SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "m
 
 
 def check_early() -> None:
-    """Have `check_run` called before anything is built with the host's MODELS and DATASETS; does nothing without a 1.x host."""
+    """Have `check_run` called before anything is built with the host's MODELS and DATASETS, and enter perflow_lora in MODELS.
+
+    Does nothing without a 1.x host.
+    """
     try:
         from opensora import registry as host
     except ImportError:
@@ -36,6 +40,7 @@ def check_early() -> None:
     found = {section: getattr(host, name, None) for section, name in SECTIONS.items()}  # 1.0 has no DATASETS
     registries = {section: registry for section, registry in found.items() if isinstance(registry, Registry)}
     before_builds(registries.values(), partial(check_run, registries))
+    lora.register(host.MODELS)
 
 
 def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> None:
@@ -50,18 +55,21 @@ def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> 
     check_script(config)
     for section, registry in registries.items():
         check_type(section, config.get(section), registry)
+    if lora.is_meant(config):
+        check_type("model.base", config["model"]["base"], registries["model"])
     check_batches()
 
 
 def check_script(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for keys of the scheduler that are wrong.
+    """Raises ValueError for keys of the scheduler, or of adapters, that are wrong.
 
     In train.py also for a resumed run that names no teacher, and for files that training needs and that are not there.
     """
     scheduler = PeRFlow(**{key: value for key, value in config["scheduler"].items() if key != "type"})
     teacher, host = scheduler.recipe.teacher, OpenSora()
+    adapted = lora.check_config(config, scheduler.recipe)
     if teacher.from_pretrained is None and host.resumed() is not None:
-        check_source(teacher, host)
+        check_source(teacher, host, kept=adapted)
     if main_variable("booster") is not None:  # train.py of every 1.x tag makes it first, and no other script does
         if teacher.from_pretrained is not None:
             check_there(teacher.from_pretrained)

@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from opensora_perflow.hosts.v1 import checkpoints, masters, parallel, run_config
+from opensora_perflow.hosts.v1.lora import lora_of
 from opensora_perflow.hosts.v1.network import settle, unwrap
 from opensora_perflow.hosts.v1.weights import read_weights
 
@@ -13,7 +14,7 @@ class OpenSora:
     """The Open-Sora script that is calling; where none is, the process stands alone."""
 
     seed = staticmethod(run_config.host_seed)
-    first_weights = staticmethod(run_config.loaded_weights)
+    first_weights = staticmethod(run_config.base_weights)
     weights = staticmethod(read_weights)
     resumed = staticmethod(checkpoints.resumed_checkpoint)
     trained_students = staticmethod(run_config.trained_students)
@@ -23,8 +24,9 @@ class OpenSora:
     gathered = staticmethod(parallel.gathered)
     shared = staticmethod(parallel.shared)
 
-    def own_teacher(self, model: nn.Module, source: str | None) -> None:
-        return None
+    def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
+        network = unwrap(model)
+        return None if lora_of(network) is None else network
 
     def restore(self, model: nn.Module) -> str:
         folder, _ = self.resumed()

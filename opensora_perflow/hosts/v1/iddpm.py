@@ -76,7 +76,7 @@ class VarianceMatch:
     the student. Costs one evaluation of the teacher for each of the student that is trained.
     """
 
-    def __init__(self, call: Callable[..., Tensor], teacher: nn.Module) -> None:
+    def __init__(self, call: Callable[..., Tensor], teacher: Callable[..., Tensor]) -> None:
         self._call, self._teacher = call, teacher
         self._errors: list[Tensor] = []
 

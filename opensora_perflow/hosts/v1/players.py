@@ -15,6 +15,7 @@ from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Process
 from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.method.warped import WarpedWindows
+from opensora_perflow.training.adapters import teacher_call
 from opensora_perflow.training.players import Player
 from opensora_perflow.training.run import TrainingRun
 
@@ -64,7 +65,7 @@ class TrainingPlayers:
             told = scale if guidance.mode == "range" else None
             scale = image_scale = 1.0
         return self._player(
-            teacher.network,
+            teacher_call(teacher.network, self.network),
             teacher.network,
             self.teacher_condition,
             text_scale=scale,
@@ -75,7 +76,7 @@ class TrainingPlayers:
 
     def untrained(self) -> Player:
         network = self.run.teacher.network
-        return self._player(network, network, self.teacher_condition, told=self.told)
+        return self._player(teacher_call(network, self.network), network, self.teacher_condition, told=self.told)
 
     def _player(
         self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, rows: Tensor | None = None, **guidance: Any

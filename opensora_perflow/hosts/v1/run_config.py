@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_perflow.hosts.script import main_variable
+from opensora_perflow.training.state import find_state
 
 
 def running_config() -> Mapping[str, Any] | None:
@@ -13,9 +14,23 @@ def running_config() -> Mapping[str, Any] | None:
     return main_variable("cfg")
 
 
+def model_settings() -> dict[str, Any]:
+    """The model section of the running script's config; of perflow_lora with what its `base` says besides."""
+    model = (running_config() or {}).get("model") or {}
+    return {**(model.get("base") or {}), **model}
+
+
 def loaded_weights() -> str | None:
     """Where the running script's network got its weights before any training: model.from_pretrained, or --ckpt-path."""
-    return ((running_config() or {}).get("model") or {}).get("from_pretrained")
+    model = (running_config() or {}).get("model") or {}
+    return model.get("from_pretrained") or (model.get("base") or {}).get("from_pretrained")
+
+
+def base_weights() -> str | None:
+    """As `loaded_weights`; where those are adapters, what they add to."""
+    loaded, model = loaded_weights(), (running_config() or {}).get("model") or {}
+    found = None if loaded is None or "base" not in model else find_state(loaded)
+    return loaded if found is None or found[0].adapters is None else model["base"].get("from_pretrained")
 
 
 def host_seed() -> int | None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.iddpm import find_process
 from opensora_perflow.hosts.v1.keys import Keys, read_config
+from opensora_perflow.hosts.v1.lora import check_recipe, record_of
 from opensora_perflow.hosts.v1.negative_text import read_negative
 from opensora_perflow.hosts.v1.network import unwrap
+from opensora_perflow.hosts.v1.run_config import loaded_weights
 from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
 from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
@@ -141,6 +143,7 @@ class PeRFlow:
         process, prediction = self.process_of(call.network)
         if self.run is None:
             self.keys.say_what_has_no_effect()
+            check_recipe(self.recipe, call.network, drawn_by_host)
             self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
         windows = self.warped(call.model_args, x_start)
@@ -199,7 +202,7 @@ class PeRFlow:
         """
         network = unwrap(model)
         if self.run is None:  # sampled as loaded, not as trained since
-            self.take_from(self.host.first_weights(), network)
+            self.take_from(loaded_weights(), network)
         process, prediction = self.process_of(network)
         settings = self.settings
         if (z is None) == (z_size is None):
@@ -297,6 +300,7 @@ class PeRFlow:
             objective=recipe.objective,
             draws=draws if randomness is None else {**draws, "seed": randomness.seed},
             steps=0 if randomness is None else randomness.steps,
+            adapters=None if run is None else record_of(run.teacher.network),
         )
 
     def process_of(self, network: nn.Module) -> tuple[Process, str]:

@@ -28,6 +28,7 @@ from opensora_perflow.method.process import Process
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.objectives import mean_over_frames
+from opensora_perflow.training.adapters import teacher_call
 from opensora_perflow.training.blame import TEXT, TEXT_MASK
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.run import TrainingRun
@@ -129,7 +130,7 @@ class Translation:
         scale = guidance.draw_scale(drawn.window_idx, generator)
         trained = one_graph_a_step(model, call.network) if call.drawn_by_host else model
         keeps_variance = isinstance(self.process, DDPM) and self.prediction != "velocity" and self.keys.learn_sigma
-        variance = VarianceMatch(trained, run.teacher.network) if keeps_variance else None
+        variance = VarianceMatch(trained, teacher_call(run.teacher.network, call.network)) if keeps_variance else None
         players = TrainingPlayers(
             run,
             self.keys,

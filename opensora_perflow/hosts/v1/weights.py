@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict, refuse_missing
-from opensora_perflow.hosts.v1.run_config import running_config
+from opensora_perflow.hosts.v1.run_config import model_settings
+from opensora_perflow.training.adapters import is_added
 from opensora_perflow.worlds.model import WEIGHTS
 
 logger = logging.getLogger("opensora_perflow")
@@ -42,11 +43,21 @@ def read_weights(source: str | os.PathLike, network: nn.Module) -> dict[str, Ten
         network: The bare network. Only what it computes is taken from it.
 
     Raises:
+        ValueError: the source holds adapters alone.
         ValueError, OSError: see `read_state_dict`.
     """
-    state = read_state_dict(_place(source))
-    model = (running_config() or {}).get("model") or {}
-    return as_loaded(_with_16_channels(state) if model.get("adapt_16ch") else state, network)
+    state = read_source(source)
+    if any(is_added(name) for name in state):
+        raise ValueError(
+            f"{str(source)!r} holds adapters (LoRA) alone, and a whole network is wanted; merge them into their base first: "
+            "opensora-perflow merge CHECKPOINT OUT --base WEIGHTS"
+        )
+    return as_loaded(_with_16_channels(state) if model_settings().get("adapt_16ch") else state, network)
+
+
+def read_source(source: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a source, see `read_weights`, as they are."""
+    return read_state_dict(_place(source))
 
 
 def check_there(source: str | os.PathLike) -> None:
