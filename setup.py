@@ -43,7 +43,7 @@ setup(
         # Open-Sora pins its own colossalai (0.3.7 for v1.2.0, >= 0.4.1 for v1.3), so it is never required here.
         "train": ["colossalai>=0.3.7"],
         "lora": ["peft>=0.7.1"],
-        "test": ["pytest>=7"],
+        "test": ["pytest>=7", "peft>=0.7.1"],
     },
     entry_points={"console_scripts": ["opensora-perflow = opensora_perflow.tools.cli:main"]},
     classifiers=[
