@@ -8,8 +8,8 @@ from mmengine import Config
 from torch import nn
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1.checkpoints import before_each_save
-from opensora_perflow.hosts.v1.masters import FOLDER, restore_masters
+from opensora_perflow.hosts.masters import FOLDER, restore_masters
+from opensora_perflow.hosts.saving import before_each_save
 
 FILE = "rank-0-of-1.safetensors"
 

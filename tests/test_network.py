@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, settle, text_dropout, unwrap
+from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_dropout
 from opensora_perflow.hosts.v1.scale_input import direction, told_scale
 from opensora_perflow.hosts.v1.stdit import without_text_dropout
+from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.teacher import copy_frozen, load_teacher
 
 TIMES = torch.tensor([900.0, 100.0])

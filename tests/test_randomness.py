@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from mmengine import Config
 from networks import Reference13, batch, tiny_network
 
-from opensora_perflow.hosts.v1.parallel import data_parallel_rank, shared
+from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.randomness import TrainingRandomness, step_generator
 

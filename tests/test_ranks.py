@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1.parallel import mean_over_ranks
+from opensora_perflow.hosts.parallel import mean_over_ranks
 
 
 def worker(rank, path):

@@ -11,7 +11,7 @@ from mmengine import Config
 from networks import PLAIN, batch, sizes, text_encoder, tiny_network
 
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1.checkpoints import before_each_save, resumed_checkpoint
+from opensora_perflow.hosts.saving import before_each_save, resumed_checkpoint
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import (

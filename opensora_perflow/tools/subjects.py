@@ -11,10 +11,10 @@ from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts.v1.conditions import sampling_condition, with_negative
 from opensora_perflow.hosts.v1.inference_call import InferenceCall, first_call
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v1.stdit import velocity_field
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.weights import read_weights
+from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.registry import SCHEDULERS, build_module

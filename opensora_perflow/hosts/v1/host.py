@@ -4,21 +4,21 @@ from pathlib import Path
 
 from torch import nn
 
-from opensora_perflow.hosts.v1 import checkpoints, masters, parallel, run_config
+from opensora_perflow.hosts import masters, parallel, saving, script
 from opensora_perflow.hosts.v1.lora import lora_of
-from opensora_perflow.hosts.v1.network import settle, unwrap
 from opensora_perflow.hosts.v1.weights import read_weights
+from opensora_perflow.hosts.wrappers import settle, unwrap
 
 
 class OpenSora:
     """The Open-Sora script that is calling; where none is, the process stands alone."""
 
-    seed = staticmethod(run_config.host_seed)
-    first_weights = staticmethod(run_config.base_weights)
+    seed = staticmethod(script.host_seed)
+    first_weights = staticmethod(script.base_weights)
     weights = staticmethod(read_weights)
-    resumed = staticmethod(checkpoints.resumed_checkpoint)
-    trained_students = staticmethod(run_config.trained_students)
-    before_each_save = staticmethod(checkpoints.before_each_save)
+    resumed = staticmethod(saving.resumed_checkpoint)
+    trained_students = staticmethod(script.trained_students)
+    before_each_save = staticmethod(saving.before_each_save)
     rank = staticmethod(parallel.data_parallel_rank)
     mean = staticmethod(parallel.mean_over_ranks)
     gathered = staticmethod(parallel.gathered)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1.run_config import loaded_weights
+from opensora_perflow.hosts.script import loaded_weights
 
 
 @dataclass(frozen=True)

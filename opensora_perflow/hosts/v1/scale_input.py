@@ -29,7 +29,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1.network import compiler_is_loaded, forget_compiled, unwrap
+from opensora_perflow.hosts.v1.network import compiler_is_loaded, forget_compiled
+from opensora_perflow.hosts.wrappers import unwrap
 
 UNIT = 8.0
 """Change of the scale that moves the features by one `direction`."""

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora_perflow.hosts.script import loaded_weights
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.iddpm import find_process
 from opensora_perflow.hosts.v1.keys import Keys, read_config
 from opensora_perflow.hosts.v1.lora import check_recipe, record_of
 from opensora_perflow.hosts.v1.negative_text import read_negative
-from opensora_perflow.hosts.v1.network import unwrap
-from opensora_perflow.hosts.v1.run_config import loaded_weights
 from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
 from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.training_call import TrainingCall, Translation
+from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Linear, Process, check_prediction
 from opensora_perflow.method.warped import WarpedWindows

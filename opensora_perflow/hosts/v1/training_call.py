@@ -18,10 +18,11 @@ from opensora_perflow.hosts.v1.conditions import (
 )
 from opensora_perflow.hosts.v1.iddpm import VarianceMatch
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.network import one_graph_a_step, settle, text_dropout
+from opensora_perflow.hosts.v1.network import one_graph_a_step, text_dropout
 from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.sampling import StepGuidance
 from opensora_perflow.hosts.v1.stdit import idle_reference_embedders, without_text_dropout
+from opensora_perflow.hosts.wrappers import settle
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.draws import Drawn
 from opensora_perflow.method.process import Process

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict, refuse_missing
-from opensora_perflow.hosts.v1.run_config import model_settings
+from opensora_perflow.hosts.script import model_settings
 from opensora_perflow.training.adapters import is_added
 from opensora_perflow.worlds.model import WEIGHTS
 

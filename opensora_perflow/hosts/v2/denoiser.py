@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux, hooks_of
 from opensora_perflow.hosts.v2.sampling import other_steps
 from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.hosts.wrappers import unwrap
 
 
 class StudentDenoiser:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.script import main_variable
-from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.prediction import Prediction
 from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row
 from opensora_perflow.hosts.v2.tokens import Layout, alphas
 from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
+from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.objectives import combine
 from opensora_perflow.training.run import TrainingRun
 from opensora_perflow.training.state import StudentState, find_state, sampling_mismatch

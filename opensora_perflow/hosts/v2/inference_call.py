@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.script import main_variable
-from opensora_perflow.hosts.v1.network import unwrap
 from opensora_perflow.hosts.v2.flux import hooks_of
 from opensora_perflow.hosts.v2.network import Told, without_reference
 from opensora_perflow.hosts.v2.sampling import SamplingSettings
 from opensora_perflow.hosts.v2.text import note_nulls
 from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.hosts.wrappers import unwrap
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine import Config
 
+from opensora_perflow.hosts.script import running_config, trained_students
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.hosts.v1.run_config import running_config, trained_students
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.teacher import check_source
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict, write_state_dict
+from opensora_perflow.hosts.parallel import gathered
 from opensora_perflow.hosts.script import main_variable
-from opensora_perflow.hosts.v1.network import unwrap, weights_dtype
-from opensora_perflow.hosts.v1.parallel import gathered
+from opensora_perflow.hosts.wrappers import unwrap, weights_dtype
 
 FOLDER = "perflow_masters"
 """In a checkpoint folder; 4 bytes a parameter."""
