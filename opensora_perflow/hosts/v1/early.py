@@ -40,7 +40,8 @@ def check_early() -> None:
     found = {section: getattr(host, name, None) for section, name in SECTIONS.items()}  # 1.0 has no DATASETS
     registries = {section: registry for section, registry in found.items() if isinstance(registry, Registry)}
     before_builds(registries.values(), partial(check_run, registries))
-    lora.register(host.MODELS)
+    if "model" in registries:
+        lora.register(registries["model"])
 
 
 def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> None:

@@ -221,7 +221,7 @@ def check_origin(state: StudentState, adapted: Mapping[str, Tensor], source: str
         adapted: The weights of the layers that they belong to.
         source, base: Of adapters and weights, in words.
     """
-    trained = state.adapters["base"]
+    trained = state.adapters.get("base")
     if all(digest({name: value.to(dtype) for name, value in adapted.items()}) != trained for dtype in DTYPES):
         raise ValueError(
             f"the adapters in {source!r} were trained on another base than {base!r}; name the weights that their training "
