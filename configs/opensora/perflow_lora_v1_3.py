@@ -11,7 +11,7 @@ model = dict(
     base={{_base_.model}},  # its from_pretrained is what teaches; --ckpt-path takes its place
     rank=16,  # of each adapter, >= 1
     alpha=None,  # what an adapter adds is multiplied by alpha / rank; None = rank
-    targets=None,  # names of linear layers; None = attention and MLP of all blocks
+    targets=None,  # names of linear layers; None = all
 )
 scheduler = dict(guidance=dict(mode="fixed", scale=7.5), use_flaw_fix=True)
 # Not measured: raise the batch sizes while memory allows.

@@ -40,8 +40,8 @@ class LoRA:
     """What is added to a network.
 
     rank: Of each adapter, >= 1. alpha: What an adapter adds is multiplied by alpha / rank, > 0; None: rank.
-    targets: Names of linear layers, or the ends of names after a dot; None: all those in the network's lists of blocks, which
-    are the attention's and the MLP's.
+    targets: Names of linear layers, or the ends of names after a dot; None: all linear layers. Those of the blocks alone are a
+    third worse, see benchmarks/lora.py.
 
     Raises:
         ValueError: other values.
@@ -66,13 +66,11 @@ class LoRA:
         """Names of the linear layers that get an adapter.
 
         Raises:
-            ValueError: a target that is no linear layer's name; a network without blocks and no targets.
+            ValueError: a target that is no linear layer's name; no targets, or a network without linear layers.
         """
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-        if self.targets is None:
-            lists = [f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)]
-            found = {name for name in linear if name.startswith(tuple(lists))}
-        else:
+        found = set(linear)
+        if self.targets is not None:
             ends = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in self.targets}
             unknown = [target for target, names in ends.items() if not names]
             if unknown:
@@ -245,8 +243,8 @@ def check_recipe(recipe: Recipe, network: nn.Module, reentrant: bool = False) ->
     layer = network.get_submodule(SCALE_INPUT) if recipe.guidance.mode == "range" else None
     if layer is not None and not any(parameter.requires_grad for parameter in layer.parameters()):
         raise ValueError(
-            f'guidance=dict(mode="range") is learned by {SCALE_INPUT}, which has no adapter; name it in model.targets beside '
-            'the blocks\' layers, or use guidance=dict(mode="fixed", scale=...)'
+            f'guidance=dict(mode="range") is learned by {SCALE_INPUT}, which has no adapter; name it in model.targets, '
+            'or use guidance=dict(mode="fixed", scale=...)'
         )
 
 
