@@ -188,11 +188,13 @@ class _Probe:
             opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED
         ):  # no more calls, which might be out of a network's range
             return f"its sign is flipped (the cosine is {opposite.cosine:.2f} then)"
-        tries = [(one.cosine, words) for words, one in self._tries() if one.is_within(ODD_SLOPE)]
-        cosine, words = max(tries, default=(-1.0, ""))
         better = MUCH_BETTER if fit.is_within(ODD_SLOPE) else BETTER
-        if cosine > max(fit.cosine + better, CONVINCING):
-            return f"{words} (the cosine is {cosine:.2f} then)"
+        least = max(fit.cosine + better, CONVINCING)
+        tries = [(words, one) for words, one in self._tries() if one.is_within(ODD_SLOPE) and one.cosine > least]
+        if tries:
+            # By the slope: data that are too small raise the cosine of an answer that is noise, as they hide less of the noise.
+            words, best = min(tries, key=lambda tried: abs(tried[1].slope - 1))
+            return f"{words} (the cosine is {best.cosine:.2f} then)"
         if fit.is_within(WRONG_SLOPE):
             return ""
         if fit.size <= LEAST_SIZE:
