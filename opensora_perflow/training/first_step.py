@@ -33,6 +33,8 @@ BETTER, MUCH_BETTER = 0.05, 0.2
 """What a cause must add to the cosine, beyond and within ODD_SLOPE."""
 CONVINCING = 0.3
 """Cosine that a cause must give to be named: one of a dozen tries is a little better by accident, with random weights too."""
+TIMESTEPS = 1000
+"""Size of the other range of times, where a process tells times in 0..1."""
 REFUSED = -0.5
 """No teacher has such a cosine by ignorance: networks of random weights have one near 0. It answers the opposite."""
 
@@ -212,9 +214,10 @@ class _Probe:
     def _tries(self) -> Iterator[tuple[str, Fit]]:
         process = self.teacher.process
         told = process.to_timestep(self.t)
+        count = process.num_timesteps if process.num_timesteps > 1 else TIMESTEPS
         times = {
-            f"it is told times in 0..1 and knows 0..{process.num_timesteps}": told * process.num_timesteps,
-            f"it is told times in 0..{process.num_timesteps} and knows 0..1": told / process.num_timesteps,
+            f"it is told times in 0..1 and knows 0..{count}": told * count,
+            f"it is told times in 0..{count} and knows 0..1": told / count,
             "its time runs the other way (1 is data)": process.to_timestep(1.0 - self.t),
         }
         for words, told in times.items():
