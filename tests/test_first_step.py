@@ -172,6 +172,15 @@ def test_times_in_0_1000_are_found_where_a_process_tells_times_in_0_1():
         check_teacher(batch, SimpleNamespace(shared=lambda *values: values))
 
 
+def test_a_text_that_was_dropped_does_not_hide_a_mask_of_one_token(video, caplog):
+    """The null text has an answer of its own."""
+    network, (data, args) = load_teacher(), video
+    network.register_forward_pre_hook(one_token, with_kwargs=True)
+    null = network.y_embedder.y_embedding[None].expand_as(args["y"][0])
+    level, text = said(network, data, {**args, "y": torch.cat([null[None], args["y"][1:]])}, caplog)
+    assert level == "WARNING" and "different texts get the same answer" in text
+
+
 def test_without_data_nothing_is_said_of_the_teacher(video, caplog):
     level, text = said(load_teacher(), torch.zeros_like(video[0]), video[1], caplog)
     assert level == "INFO" and "cannot compare the teacher with data: the latents are blank" in text
