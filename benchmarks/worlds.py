@@ -30,7 +30,7 @@ from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 TEACHER_STEPS = 6000
-"""Of the teacher of world mmdit: about 6 CPU minutes."""
+"""Of the teacher of world mmdit: about 8 CPU minutes."""
 
 
 class World(ABC):
