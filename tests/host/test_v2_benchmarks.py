@@ -28,12 +28,16 @@ def test_the_teacher_is_sampled_with_the_asked_steps(found: dict) -> None:
     assert found["before"]["endpoint_error"] == found["after"]["endpoint_error"] == 0
 
 
-@pytest.mark.parametrize(("recipe", "calls"), [("ours", 8), ("reference", 16)])
-def test_a_student_goes_through_the_hooks(found: dict, recipe: str, calls: int) -> None:
+@pytest.mark.parametrize("recipe", ["ours", "reference"])
+def test_a_student_goes_through_the_hooks(found: dict, recipe: str) -> None:
     """With a learning rate of 0 it stays the unguided teacher, which has its error to the last bit."""
     row = found[recipe]
     assert row["endpoint_error"] == found["unguided"]["endpoint_error"] > 0
-    # Two steps, as test_benchmarks.py counts them, and the first step's look: 2 evaluations, or 8 more of an untrained teacher.
-    assert row["teacher_calls"] - 2 * calls in (2, 10)
     # 2 samples in 4 steps, after each of two training steps and at the end: one row each, where the denoiser asks for three.
     assert row["rows"] == 3 * 4 * 2
+
+
+def test_the_teachers_evaluations_are_counted(found: dict) -> None:
+    """Two steps of 8 or 16, as test_benchmarks.py counts them; the first step's look at the teacher is the same in both."""
+    ours, reference = (found[name]["teacher_calls"] for name in ("ours", "reference"))
+    assert ours > 2 * 8 and reference - ours == 2 * (16 - 8)
