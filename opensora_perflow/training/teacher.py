@@ -81,7 +81,16 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
             f"this run resumes from {resumed[0]!r}, so its weights are already those of a student and must not become "
             f'its teacher; say where the teacher is: scheduler = dict(type="perflow", {suggestion}, ...)'
         )
-    weights = pretrained if source is None else source
+    _check_distilled(settings, host, pretrained if source is None else source)
+    if source is not None:
+        return f"weights from {source}"
+    if kept:
+        return f"the network as it was built ({'random weights' if pretrained is None else f'from {pretrained}'})"
+    return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
+
+
+def _check_distilled(settings: TeacherSettings, host: Host, weights: str | None) -> None:
+    """Is the teacher a student, as far as anything tells, and is that meant?"""
     distilled = weights is not None and (find_state(weights) is not None or host.trained_students(weights))
     if settings.allow_distilled and not distilled:
         logger.warning(
@@ -95,11 +104,6 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
             "model in teacher=dict(from_pretrained=...), or accept the student as teacher of a later stage with "
             "teacher=dict(..., allow_distilled=True)"
         )
-    if source is not None:
-        return f"weights from {source}"
-    if kept:
-        return f"the network as it was built ({'random weights' if pretrained is None else f'from {pretrained}'})"
-    return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
 
 
 def copy_frozen(network: nn.Module, share_untrained: bool = False) -> nn.Module:

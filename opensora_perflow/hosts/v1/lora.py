@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,20 +70,19 @@ class LoRA:
             ValueError: a target that is no linear layer's name; no targets, or a network without linear layers.
         """
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-        found = set(linear)
-        if self.targets is not None:
-            ends = {target: [name for name in linear if f".{name}".endswith(f".{target}")] for target in self.targets}
-            unknown = [target for target, names in ends.items() if not names]
-            if unknown:
-                known = sorted({".".join(part for part in name.split(".") if not part.isdigit()) for name in linear})
-                raise ValueError(
-                    f"model.targets names {', '.join(map(shown, unknown))}, and no linear layer of {type(network).__name__} "
-                    f"ends so; its linear layers, without the numbers of blocks: {', '.join(known[:30])}"
-                )
-            found = {name for names in ends.values() for name in names}
-        if not found:
+        if not linear or self.targets == ():
             raise ValueError(f"{type(network).__name__} has no linear layers to adapt; name some in model.targets")
-        return [name for name in linear if name in found]
+        if self.targets is None:
+            return linear
+        ends = tuple(f".{target}" for target in self.targets)
+        unknown = [end[1:] for end in ends if not any(f".{name}".endswith(end) for name in linear)]
+        if unknown:
+            known = sorted({re.sub(r"\.\d+(?=\.)", "", name) for name in linear})
+            raise ValueError(
+                f"model.targets names {', '.join(map(shown, unknown))}, and no linear layer of {type(network).__name__} "
+                f"ends so; its linear layers, without the numbers of blocks: {', '.join(known[:30])}"
+            )
+        return [name for name in linear if f".{name}".endswith(ends)]
 
 
 def perflow_lora(

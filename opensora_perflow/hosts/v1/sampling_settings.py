@@ -93,24 +93,31 @@ def as_trained(
     staged = any(windows.edges == state.windows for windows in stages)
     windows = config.windows if "windows" in given and not staged else TimeWindows(state.windows)
     path = state.path if config.keys.path == "auto" else config.keys.path
-    recipe = config.recipe
-    told = {
-        "guidance": "guidance" in given or "mode" not in state.guidance,
-        "prediction": recipe.prediction != "auto" or path != state.path,
-    }
     try:
-        guidance = recipe.guidance if told["guidance"] else Guidance.recorded(state.guidance, windows.num_windows)
-        prediction = recipe.prediction if told["prediction"] else state.prediction
         grids = tuple(int(steps) for steps in state.draws.get("grids") or ())
-        recipe = Recipe(windows=windows, guidance=guidance, prediction=prediction)
+        recipe = _trained_recipe(config.recipe, "guidance" in given, state, path, windows)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{where} does not go with the scheduler's config: {error}") from error
     as_scales(f"cfg_scale (windows as in {where})", config.keys.cfg_scale, windows.num_windows)
-    scale = state.cfg_scale
-    if recipe.guidance.folded or (isinstance(scale, tuple) and len(scale) != windows.num_windows):
-        scale = None
+    scale = None if recipe.guidance.folded else _scale_of(state, windows.num_windows)
     told_scale = scale is None or "cfg_scale" in given
     keys = replace(config.keys, path=path, cfg_scale=config.keys.cfg_scale if told_scale else scale)
     if "sampling_grid" not in given and keys.steps_over(windows) in grids:
         keys = replace(keys, sampling_grid="uniform")
     return SamplingSettings(recipe, keys, windows, grids, scale)
+
+
+def _trained_recipe(recipe: Recipe, guided: bool, state: StudentState, path: str, windows: TimeWindows) -> Recipe:
+    """What a sampler reads of a recipe. `guided`: The config names the guidance."""
+    guidance, prediction = recipe.guidance, recipe.prediction
+    if not guided and "mode" in state.guidance:
+        guidance = Guidance.recorded(state.guidance, windows.num_windows)
+    if prediction == "auto" and path == state.path:
+        prediction = state.prediction
+    return Recipe(windows=windows, guidance=guidance, prediction=prediction)
+
+
+def _scale_of(state: StudentState, num_windows: int) -> float | tuple[float, ...] | None:
+    """The cfg_scale that a student of mode sync was trained for; None where none is known for so many windows."""
+    scale = state.cfg_scale
+    return None if isinstance(scale, tuple) and len(scale) != num_windows else scale

@@ -55,16 +55,21 @@ def check_run(config: Mapping[str, Any]) -> None:
         raise ValueError("the config says perflow=... beside model=...; the keys belong inside: model=dict(perflow=dict(...))")
     if config.get("optim") is None:  # inference.py
         return
+    _check_training(config, recipe)
+
+
+def _check_training(config: Mapping[str, Any], recipe: Recipe) -> None:
     _check_plugin(config, recipe)
     _check_host()
     _check_accumulation(config)
-    if recipe.draws.starts == "diffused" and config.get("sigma_min", 1e-5) > MOST_SIGMA_MIN:
+    _check_adapters(config, recipe)
+    diffused = recipe.draws.starts == "diffused"
+    if diffused and config.get("sigma_min", 1e-5) > MOST_SIGMA_MIN:
         raise ValueError(
             f"sigma_min={config['sigma_min']}: data then has more noise than its time says, which diffused starts go by; use "
             f'sigma_min <= {MOST_SIGMA_MIN:g}, or draws=dict(starts="student")'
         )
-    _check_adapters(config, recipe)
-    if recipe.guidance.folded or recipe.draws.starts == "student":
+    if recipe.guidance.folded or not diffused:
         _check_encoders(config)
     if recipe.guidance.folded and config.get("dropout_ratio"):
         logger.warning(
