@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 from _harness import run_python
 from _harness_v2 import inference_config_v2
+from tiny_mmdit import NETWORK
 
-from opensora_perflow.tools.mmdit import NETWORK
 from opensora_perflow.training.plan_file import windows_of
 
 pytestmark = pytest.mark.host
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 MAKE = """
 import sys, torch
 from pathlib import Path
-from opensora_perflow.tools.mmdit import TinyOpenSora2
+sys.path.append(sys.argv[3])
+from tiny_mmdit import TinyOpenSora2
 TinyOpenSora2(Path(sys.argv[1])).train_teacher(torch.zeros(1, 4, 3, 8, 8), ["a clip"], Path(sys.argv[2]), steps=1)
 """
 
@@ -49,7 +51,9 @@ print("guided by", call.guidance, "differs", (layout.unpack(theirs) - ours).abs(
 @pytest.fixture(scope="module")
 def weights(host2_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "teacher.safetensors"
-    run_python(["-c", MAKE, str(host2_root), str(path)], nproc=1, log=path.with_suffix(".log"), cwd=path.parent)
+    run_python(
+        ["-c", MAKE, str(host2_root), str(path), str(BENCHMARKS)], nproc=1, log=path.with_suffix(".log"), cwd=path.parent
+    )
     return path
 
 
