@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -139,35 +140,44 @@ def first_line(world: World, batch_size: int, seed: int, spoil: Callable[[nn.Mod
     return found[0].levelname, found[0].getMessage()
 
 
-def blame(runs: int) -> None:
+def blame(seeds: range, wrong_seeds: range, wrong_batches: Sequence[int]) -> None:
+    """Healthy runs of both worlds with `seeds`, and each wrong teacher with `wrong_seeds` and batches of these sizes."""
     video, mixture = VideoWorld(), MixtureWorld()
-    named = 0
+    named = tried = 0
     for name, (spoil, factor, words) in WRONG.items():
-        level, text = first_line(video, 4, 0, spoil, factor)
-        named += level != "INFO" and words in text
-        print(f"{name}: {level}: {text}", flush=True)
+        for seed, batch_size in product(wrong_seeds, wrong_batches):
+            if name == "first token" and batch_size == 1:  # there is no other text to compare with
+                continue
+            level, text = first_line(video, batch_size, seed, spoil, factor)
+            seen = level != "INFO" and words in text
+            named, tried = named + seen, tried + 1
+            if not seen or len(wrong_seeds) == 1:
+                print(f"{name}, seed {seed}, batch {batch_size}: {level}: {text}", flush=True)
     alarms = 0
-    for world in (video, mixture):
-        for seed in range(runs):
-            level, text = first_line(
-                world, (4, 16, 2, 1)[seed % 4] if world is video else (4, 16)[seed % 2], seed, lambda n: None, 1.0
-            )
+    for world, sizes in ((video, (4, 16, 2, 1)), (mixture, (4, 16))):
+        for seed in seeds:
+            level, text = first_line(world, sizes[seed % len(sizes)], seed, lambda n: None, 1.0)
             alarms += level != "INFO"
-            print(f"healthy {world.name}, seed {seed}: {level}: {text}", flush=True)
-    print(f"blame: {named} of {len(WRONG)} wrong teachers named; {alarms} of {2 * runs} healthy runs warned")
+            if level != "INFO" or len(seeds) <= 10:
+                print(f"healthy {world.name}, seed {seed}: {level}: {text}", flush=True)
+    print(f"blame: {named} of {tried} wrong teachers named; {alarms} of {2 * len(seeds)} healthy runs warned")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("watch", "blame"), required=True)
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--runs", type=int, default=10, help="healthy runs of a world")
+    parser.add_argument("--first-seed", type=int, default=0, help="of --what blame")
+    parser.add_argument("--wrong-seeds", type=int, default=1, metavar="N", help="seeds of each wrong teacher")
+    parser.add_argument("--wrong-batches", type=int, nargs="+", default=[4], metavar="B", help="its batch sizes")
+    parser.add_argument("--steps", type=int, default=60, help="of --what watch")
     parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of --what watch")
     args = parser.parse_args()
     if args.what == "watch":
         watch(args.runs, args.steps, args.rate)
     else:
-        blame(args.runs)
+        first = args.first_seed
+        blame(range(first, first + args.runs), range(first, first + args.wrong_seeds), args.wrong_batches)
 
 
 if __name__ == "__main__":

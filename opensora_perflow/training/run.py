@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,22 @@ from opensora_perflow.training.step import Objective, Solved, distil
 from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher
 
 logger = logging.getLogger("opensora_perflow")
+
+
+def known_of(recipe: Recipe, curriculum: Curriculum | None, run: TrainingRun | None) -> dict[str, Any]:
+    """The part of a student's state that no host has to do with; `run` None: nothing was trained."""
+    draws, randomness = asdict(recipe.draws), None if run is None else run.randomness
+    known = {
+        "guidance": asdict(recipe.guidance),
+        "curriculum": None if curriculum is None else curriculum.state(),
+        "objective": recipe.objective,
+        "draws": draws if randomness is None else {**draws, "seed": randomness.seed},
+        "steps": 0 if randomness is None else randomness.steps,
+    }
+    if run is not None:
+        teacher = run.teacher
+        known |= {"teacher": teacher.fingerprint, "teacher_source": teacher.source, "stage": teacher.stage}
+    return known
 
 
 class TrainingRun:

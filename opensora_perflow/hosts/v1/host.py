@@ -4,25 +4,19 @@ from pathlib import Path
 
 from torch import nn
 
-from opensora_perflow.hosts import masters, parallel, saving, script
+from opensora_perflow.hosts import masters, saving, script
+from opensora_perflow.hosts.host import OpenSoraScript
 from opensora_perflow.hosts.v1.lora import lora_of
 from opensora_perflow.hosts.v1.weights import read_weights
 from opensora_perflow.hosts.wrappers import settle, unwrap
 
 
-class OpenSora:
-    """The Open-Sora script that is calling; where none is, the process stands alone."""
+class OpenSora(OpenSoraScript):
+    """A script of Open-Sora 1.0 to 1.3."""
 
-    seed = staticmethod(script.host_seed)
     first_weights = staticmethod(script.base_weights)
     weights = staticmethod(read_weights)
     resumed = staticmethod(saving.resumed_checkpoint)
-    trained_students = staticmethod(script.trained_students)
-    before_each_save = staticmethod(saving.before_each_save)
-    rank = staticmethod(parallel.data_parallel_rank)
-    mean = staticmethod(parallel.mean_over_ranks)
-    gathered = staticmethod(parallel.gathered)
-    shared = staticmethod(parallel.shared)
 
     def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
         network = unwrap(model)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import Recipe
-from opensora_perflow.training.run import TrainingRun
+from opensora_perflow.training.run import TrainingRun, known_of
 from opensora_perflow.training.state import StudentState, find_state
 from opensora_perflow.training.step import Objective
 
@@ -284,23 +283,15 @@ class PeRFlow:
 
     def _describe(self, run: TrainingRun | None) -> StudentState:
         assert self._process is not None, "the network has not been seen yet"
-        recipe, randomness = self.settings.recipe, None if run is None else run.randomness
-        draws = asdict(recipe.draws)
+        recipe = self.settings.recipe
         return StudentState(
             windows=self.windows.edges,
             transform=self.keys.transform_state(),
             path="ddpm" if isinstance(self._process, DDPM) else "linear",
             prediction=check_prediction(self._process, recipe.prediction),
-            guidance=asdict(recipe.guidance),
             cfg_scale=None if recipe.guidance.folded or recipe.draws.starts != "student" else self.settings.keys.cfg_scale,
-            teacher=None if run is None else run.teacher.fingerprint,
-            teacher_source=None if run is None else run.teacher.source,
-            stage=1 if run is None else run.teacher.stage,
-            curriculum=None if self.curriculum is None else self.curriculum.state(),
-            objective=recipe.objective,
-            draws=draws if randomness is None else {**draws, "seed": randomness.seed},
-            steps=0 if randomness is None else randomness.steps,
             adapters=None if run is None else record_of(run.teacher.network),
+            **known_of(recipe, self.curriculum, run),
         )
 
     def process_of(self, network: nn.Module) -> tuple[Process, str]:

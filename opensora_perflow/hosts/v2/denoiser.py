@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux, hooks_of
 from opensora_perflow.hosts.v2.sampling import other_steps
-from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.hosts.wrappers import unwrap
 
 
@@ -32,9 +32,8 @@ class StudentDenoiser:
             found[0].settings.recipe.guidance.check_told([options["guidance"]], "sampling_option.guidance")
             options["timesteps"] = found[0].sampling_times(times, found[1], options["img_ids"])
         elif self.t2i_steps is not None and len(times) - 1 != self.t2i_steps:
-            layout = Layout.of(options["img_ids"], unwrap(model).patch_size)
-            alpha = alphas(layout, options.get("flow_shift"), 1, "cpu").item()
-            options["timesteps"] = other_steps(times, self.t2i_steps, alpha)
+            warp = Layout.of(options["img_ids"], unwrap(model).patch_size).warp(options.get("flow_shift"))
+            options["timesteps"] = other_steps(times, self.t2i_steps, warp)
         return self.denoiser.denoise(model, **options)
 
 

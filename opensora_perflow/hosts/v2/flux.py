@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.prediction import Prediction
 from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row
-from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
 from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.objectives import combine
-from opensora_perflow.training.run import TrainingRun
+from opensora_perflow.training.run import TrainingRun, known_of
 from opensora_perflow.training.state import StudentState, find_state, sampling_mismatch
 from opensora_perflow.training.step import distil
 
@@ -126,9 +125,8 @@ class PeRFlowFlux:
     def sampling_times(self, asked: Sequence[float], network: nn.Module, img_ids: Tensor) -> list[float]:
         """The times of as many steps as `asked` has, at which the student is sampled."""
         settings = self.settings
-        layout = Layout.of(img_ids, network.patch_size)
-        alpha = alphas(layout, settings.keys.flow_shift, 1, "cpu").item()
-        times, said = settings.times(asked, alpha)
+        warp = Layout.of(img_ids, network.patch_size).warp(settings.keys.flow_shift)
+        times, said = settings.times(asked, warp)
         self._say(said)
         return times
 
@@ -142,21 +140,12 @@ class PeRFlowFlux:
         return [(logging.INFO, text)] + ([] if mismatch is None else [(logging.WARNING, mismatch)])
 
     def _state(self, settings: SamplingSettings, run: TrainingRun | None = None) -> StudentState:
-        recipe, randomness = settings.recipe, None if run is None else run.randomness
-        draws = asdict(recipe.draws)
         return StudentState(
             windows=settings.windows.edges,
             transform={"formula": "v2.0", "flow_shift": settings.keys.flow_shift},
             path="linear",
             prediction="velocity",
-            guidance=asdict(recipe.guidance),
-            teacher=None if run is None else run.teacher.fingerprint,
-            teacher_source=None if run is None else run.teacher.source,
-            stage=1 if run is None else run.teacher.stage,
-            curriculum=None if self.curriculum is None else self.curriculum.state(),
-            objective=recipe.objective,
-            draws=draws if randomness is None else {**draws, "seed": randomness.seed},
-            steps=0 if randomness is None else randomness.steps,
+            **known_of(settings.recipe, self.curriculum, run),
         )
 
     def _describe(self, run: TrainingRun) -> StudentState:

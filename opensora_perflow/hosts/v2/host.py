@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.hosts import masters, parallel, saving, script
+from opensora_perflow.hosts import masters, script
+from opensora_perflow.hosts.host import OpenSoraScript
 from opensora_perflow.hosts.wrappers import settle
 from opensora_perflow.training.adapters import adapters
 
@@ -18,21 +19,14 @@ LATER = ("guidance_in.", *ZERO_AT_FIRST)
 """What a network may have and a file of its weights not."""
 
 
-class OpenSora2:
-    """The script of Open-Sora 2.0 that is calling; where none is, the process stands alone.
+class OpenSora2(OpenSoraScript):
+    """A script of Open-Sora 2.0.
 
     Args:
         built: The teacher that was made where the student was built, or None.
     """
 
-    seed = staticmethod(script.host_seed)
     first_weights = staticmethod(script.loaded_weights)
-    trained_students = staticmethod(script.trained_students)
-    before_each_save = staticmethod(saving.before_each_save)
-    rank = staticmethod(parallel.data_parallel_rank)
-    mean = staticmethod(parallel.mean_over_ranks)
-    gathered = staticmethod(parallel.gathered)
-    shared = staticmethod(parallel.shared)
 
     def __init__(self, built: nn.Module | None = None) -> None:
         self.built = built

@@ -66,16 +66,15 @@ class TrainingPlayers:
         return _player(self._output(self.teacher_now().network, self.told, adapted=False))
 
     def _output(self, network: nn.Module, told: Told, *, adapted: bool = True, **guided: Any) -> Any:
-        """`adapted`: With the adapters of the student's network; a teacher that is the same network has none."""
+        """`adapted`: With the adapters of the student's network. A teacher that is the same network has none."""
         call = untrained_call(network)
-        if not adapted and network is self.network:
 
-            def plain(**inputs: Tensor) -> Tensor:
-                with adapters_off(network):
-                    return call(**inputs)
+        def plain(**inputs: Tensor) -> Tensor:
+            with adapters_off(network):
+                return call(**inputs)
 
-            return network_output(plain, told, self.layout, self.dtype, **guided)
-        return network_output(call, told, self.layout, self.dtype, **guided)
+        bare = not adapted and network is self.network
+        return network_output(plain if bare else call, told, self.layout, self.dtype, **guided)
 
 
 def _player(output: Any) -> Player:

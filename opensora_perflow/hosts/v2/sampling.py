@@ -100,7 +100,7 @@ def one_row(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """The first third of the rows that Open-Sora's image-to-video denoiser asks for, and 3; other calls as they are, and 1.
 
     Its rows are [text, negative, negative without reference] of the same states. A student whose guidance is in its weights
-    answers the first, and with that answer in all three places the denoiser's guidance is that answer, whatever its scales.
+    answers the first. The denoiser then guides three equal answers, which leaves them as they are, whatever its scales.
     """
     img = arguments["img"]
     third = len(img) // 3

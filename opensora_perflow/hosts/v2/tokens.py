@@ -58,8 +58,11 @@ class Layout:
         slope = (3 - 1) / (4096 - 256)
         return (slope * self.rows * self.columns + (1 - slope * 256)) * math.sqrt(self.frames)
 
+    def warp(self, flow_shift: float | None) -> float:
+        """`alpha`, whose place a `flow_shift` takes."""
+        return self.alpha if flow_shift is None else flow_shift
+
 
 def alphas(layout: Layout, flow_shift: float | None, batch_size: int, device: torch.device | str) -> Tensor:
-    """The warp of each sample's time, [B], float64; `flow_shift` takes the place of the formula."""
-    alpha = layout.alpha if flow_shift is None else flow_shift
-    return torch.full((batch_size,), alpha, dtype=torch.float64, device=device)
+    """The warp of each sample's time, [B], float64."""
+    return torch.full((batch_size,), layout.warp(flow_shift), dtype=torch.float64, device=device)
