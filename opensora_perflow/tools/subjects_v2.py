@@ -10,7 +10,7 @@ from torch import nn
 
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.inference_call import InferenceCall, first_call
-from opensora_perflow.hosts.v2.network import network_output, untrained_call
+from opensora_perflow.hosts.v2.network import call_without_gradient, network_output
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.run import prepare
 from opensora_perflow.tools.subjects import Guided, Subject, one_scale
@@ -23,7 +23,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     """What Open-Sora 2.0's inference script would sample.
 
     A model of type flux is the teacher. One of type perflow_flux is a student if `teacher` names the weights that it was
-    distilled from, and else a teacher too, sampled as the config says, but for oscillating guidance.
+    distilled from. Otherwise that model is a teacher too, sampled as the config says, but for oscillating guidance.
 
     Raises:
         ValueError: a teacher for a flux, or scales that differ from window to window; see run.prepare, first_call and
@@ -56,7 +56,7 @@ def _probes(call: InferenceCall, network: nn.Module, guidance: Guided) -> Callab
     if network.config.guidance_embed:
         scale = call.guidance if guidance.told is None else guidance.told
         told["guidance"] = call.img.new_full((len(call.img),), scale)
-    velocity = network_output(untrained_call(network), told, call.layout, call.img.dtype, text_scale=guidance.scale)
+    velocity = network_output(call_without_gradient(network), told, call.layout, call.img.dtype, text_scale=guidance.scale)
 
     def probe(count: int, seed: int) -> Probe:
         generator, like = torch.Generator().manual_seed(seed), call.layout.unpack(call.img)

@@ -85,7 +85,7 @@ def _branches(told: Told, count: int) -> dict[str, Tensor]:
     return rows
 
 
-def untrained_call(network: nn.Module) -> Callable[..., Tensor]:
+def call_without_gradient(network: nn.Module) -> Callable[..., Tensor]:
     """The network's forward for evaluations without a gradient, past its hooks.
 
     Open-Sora's checkpointing does not ask whether there is a gradient, and with a buffer of activations it would fill that.

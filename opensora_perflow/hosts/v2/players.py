@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.hosts.v2.evaluation import Evaluation
 from opensora_perflow.hosts.v2.keys import PROCESS, Keys
-from opensora_perflow.hosts.v2.network import Told, network_output, rows_of, untrained_call
+from opensora_perflow.hosts.v2.network import Told, call_without_gradient, network_output, rows_of
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.training.adapters import adapters_off
@@ -67,7 +67,7 @@ class TrainingPlayers:
 
     def _output(self, network: nn.Module, told: Told, *, adapted: bool = True, **guided: Any) -> Any:
         """`adapted`: With the adapters of the student's network. A teacher that is the same network has none."""
-        call = untrained_call(network)
+        call = call_without_gradient(network)
 
         def plain(**inputs: Tensor) -> Tensor:
             with adapters_off(network):
