@@ -36,6 +36,19 @@ def test_guidance_doubles_the_batch_and_truncates_the_null_text():
     torch.testing.assert_close(guided, classifier_free(*parts, 3.0), rtol=1e-4, atol=1e-5)
 
 
+def test_a_guided_text_is_concatenated_once_for_all_steps():
+    network = Reference13().eval()
+    x, args = batch(network)
+    condition = conditions.training_condition(network, args)
+    for scale in (3.0, 3.0, 1.0):
+        field(network, condition, text_scale=scale)(x, T)
+    first, second, unguided = (seen["y"] for seen in network.seen[-3:])
+    assert first is second and len(unguided) == 2
+    alone = condition.take(torch.tensor([1]))
+    field(network, alone, text_scale=3.0)(x[1:], T[1:])
+    assert torch.equal(network.seen[-1]["y"], first[1::2])
+
+
 def test_scale_one_needs_no_second_branch():
     network = tiny_network()
     count = CountCalls(network)

@@ -62,6 +62,8 @@ class Condition:
     reference: Reference | None = None
     extras: Mapping[str, Any] = field(default_factory=dict)
     """fps, height, width, num_frames, ar and whatever else the host sends along, [B] each; never tiled (the network does)."""
+    made: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What stdit.py has made of it for a network and branches: the same at every step."""
 
     def separable(self, batch_size: int) -> bool:
         """Can samples be told apart? Not in packed text."""
@@ -76,7 +78,7 @@ class Condition:
             of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.text)
             return value[rows.to(value.device)] if of_samples else value
 
-        named = {f.name: part(getattr(self, f.name)) for f in fields(self)}
+        named = {f.name: part(getattr(self, f.name)) for f in fields(self) if f.init}
         reference = None if self.reference is None else replace(self.reference, latents=part(self.reference.latents))
         extras = {key: part(value) for key, value in self.extras.items()}
         return Condition(**{**named, "reference": reference, "extras": extras})

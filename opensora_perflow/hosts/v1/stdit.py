@@ -172,14 +172,17 @@ def _factor(scale: float | Tensor, x: Tensor) -> float | Tensor:
 def _network_inputs(
     network: nn.Module, condition: Condition, branches: Sequence[Branch], frame_mask: Tensor | None
 ) -> dict[str, Any]:
-    inputs = {**condition.extras, **_text_inputs(condition, branches)}
-    if frame_mask is not None:
-        if not accepted_arguments(network, {"x_mask": frame_mask}):
-            raise ValueError(f"{type(network).__name__} takes no frame mask (x_mask); leave out mask_ratios and references")
-        inputs["x_mask"] = frame_mask.repeat(len(branches), 1)
-    if condition.reference is not None:
-        inputs |= _reference_inputs(network, condition, branches)
-    return inputs
+    made = condition.made.get((id(network), branches))
+    if made is None:  # the text of a guided step has megabytes: concatenated once a sample, not once a step
+        made = {**condition.extras, **_text_inputs(condition, branches)}
+        if condition.reference is not None:
+            made |= _reference_inputs(network, condition, branches)
+        condition.made[id(network), branches] = made
+    if frame_mask is None:
+        return made
+    if not accepted_arguments(network, {"x_mask": frame_mask}):
+        raise ValueError(f"{type(network).__name__} takes no frame mask (x_mask); leave out mask_ratios and references")
+    return {**made, "x_mask": frame_mask.repeat(len(branches), 1)}
 
 
 def _text_inputs(condition: Condition, branches: Sequence[Branch]) -> dict[str, Any]:
