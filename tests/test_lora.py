@@ -226,7 +226,7 @@ def test_merging_what_does_not_belong_together_writes_nothing(network, tmp_path,
     expected = {
         "other base": "trained on another base than", "smaller base": "the adapters belong to another network",
         "whole checkpoint": "no checkpoint of adapters", "no record": "no checkpoint of adapters",
-        "out exists": "exists; name a folder", "truncated": "damaged or incomplete",
+        "out exists": "exists; name a file or folder", "truncated": "damaged or incomplete",
     }  # fmt: skip
     said = capsys.readouterr().err
     assert expected[fault] in said and said.count("\n") == 1

@@ -93,6 +93,22 @@ def as_loaded(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
     return state
 
 
+def matched(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the form of another one of the same network: with what that has computed, with what starts at zero.
+
+    Differences that no loader of the host minds, see `as_loaded`, are gone; any other is left for the caller to refuse.
+    """
+    state = {name: value for name, value in state.items() if name not in TABLES and (name != FREQUENCIES or name in like)}
+    state |= {name: like[name] for name in TABLES if name in like}
+    if FREQUENCIES in like:
+        state.setdefault(FREQUENCIES, like[FREQUENCIES])
+    if not any(name in state for name in ZERO_AT_FIRST):
+        state |= {name: torch.zeros_like(like[name]) for name in ZERO_AT_FIRST if name in like}
+    if NULL_TEXT in state and NULL_TEXT in like:
+        state[NULL_TEXT] = _of_length(state[NULL_TEXT], like[NULL_TEXT])
+    return state
+
+
 def _of_length(null: Tensor, like: Tensor) -> Tensor:
     if null.dim() != 2 or null.shape[1:] != like.shape[1:] or len(null) in (0, len(like)):
         return null

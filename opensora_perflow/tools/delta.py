@@ -1,0 +1,253 @@
+"""`opensora-perflow delta make`, `merge`, `inspect`: what a student learned as a file, and a fine-tune with it in few steps."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.hosts.v1.weights import matched, read_source
+from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_weights
+from opensora_perflow.tools.merge import whole_network
+from opensora_perflow.training.adapters import is_added
+from opensora_perflow.training.delta import REST, Distance, added, changed, compare, difference, low_rank, mismatches
+from opensora_perflow.training.delta_file import DTYPES, Origin, is_delta, read_delta, write_delta
+from opensora_perflow.training.state import StudentState, find_state
+from opensora_perflow.training.teacher import digest
+
+logger = logging.getLogger("opensora_perflow")
+
+
+def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
+    """Write student - base to OUT, or the adapters of a rank that come nearest to it; returns what was found, in words.
+
+    Args:
+        student, base: As a teacher's weights may be named. The student may be a checkpoint of adapters.
+        out: A .safetensors file, or with a rank a folder, as a training of adapters writes it.
+        rank: >= 1, or None.
+
+    Raises:
+        ValueError: weights that are not of one network, a student of another base, or an OUT that cannot be.
+    """
+    if rank is None and out.suffix != ".safetensors":
+        raise ValueError(f"a delta is a .safetensors file, got {str(out)!r}; with --rank it is a folder")
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank must be >= 1, got {rank}")
+    if out.exists():
+        raise ValueError(f"{out} exists; name one that does not")
+    before = _whole(base)
+    after, state = _student(student, base, before)
+    began = matched(before, after)
+    _check_same(after, began, student, base)
+    delta = difference(after, began)
+    changes = changed(delta)
+    if not changes:
+        raise ValueError(f"{student!r} and {base!r} hold the same weights; there is no delta")
+    distance = compare(after, began, changes)
+    if not distance.related:
+        raise ValueError(
+            f"{student!r} is no student of {base!r}: its weights are {distance.drift / distance.base:.2f} of the base's norm "
+            "away, and a training moves them by hundredths; name the weights that its training started from"
+        )
+    said = [
+        f"{len(changes)} of {len(after)} tensors changed; norm of the delta: {distance.delta / distance.base:.5f} of the base's"
+    ]
+    if rank is None:
+        widest = max((value.dtype for value in after.values()), key=lambda dtype: dtype.itemsize)
+        dtype = next((name for name, known in DTYPES.items() if known == widest), "float32")
+        text = None if state is None else state.to_json()
+        write_delta(out, delta, Origin(_digest(began, changes), base, student, dtype, text))
+    else:
+        said.append(_write_adapters(out, rank, changes, began, state))
+    return "\n".join(said)
+
+
+def merge(delta: Path, into: str, out: Path, base: str | None = None, scale: float = 1.0, dtype: str | None = None) -> None:
+    """Write INTO + scale * delta to OUT, after its report was printed.
+
+    Args:
+        delta: A file that `make` wrote.
+        into: The delta's base, or a fine-tune of it, as a teacher's weights may be named.
+        out: See layouts.LAYOUTS; it must not exist.
+        base: Where INTO is a fine-tune: the delta's base, which the fine-tune is compared with.
+        scale: Of the delta; 1 is the student's whole change.
+        dtype: Of OUT, a key of DTYPES; None: the wider one of INTO's and the student's.
+
+    Raises:
+        ValueError: another base, weights of another network, a fine-tune of another base, or an OUT that cannot be.
+    """
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"--scale must be a number other than 0, got {scale}")
+    origin, tensors = read_delta(delta)
+    check_free(out, origin.student)
+    weights, report = _compared(origin, tensors, into, base)
+    print(report, flush=True)
+    own = max((value.dtype for value in weights.values()), key=lambda found: found.itemsize)
+    chosen = torch.promote_types(own, DTYPES[origin.dtype]) if dtype is None else DTYPES[dtype]
+    write_weights(out, added(weights, tensors, scale, chosen), origin.student)
+
+
+def inspect(delta: Path, into: str | None = None, base: str | None = None) -> str:
+    """What a delta is, in words; with INTO, how it lies to these weights, see `merge`."""
+    origin, tensors = read_delta(delta)
+    changes, state = changed(tensors), origin.student
+    lines = [
+        f"delta of {origin.student_source} from {origin.base_source} ({origin.base})",
+        f"{len(changes)} tensors, {sum(value.numel() for value in changes.values()) / 1e6:.2f} M parameters, of which "
+        f"{sum(value.shape[1] for name, value in tensors.items() if name.startswith(REST))} need more than float32",
+        "windows: not known" if state is None else f"windows: {' '.join(f'{edge:.4g}' for edge in state.windows)}; guidance "
+        f"{state.guidance}; stage {state.stage}, {state.steps} steps",
+    ]  # fmt: skip
+    if into is not None:
+        lines.append(_compared(origin, tensors, into, base)[1])
+    return "\n".join(lines)
+
+
+def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: str | None) -> tuple[dict[str, Tensor], str]:
+    """The weights that a delta goes into, and how they lie to it, in words."""
+    changes = changed(tensors)
+    raw = _whole(into)
+    weights = matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
+    _check_same(changes, weights, "the delta", into, whole=False)
+    is_base = _digest(weights, changes) == origin.base
+    if not is_base and base is None:
+        raise ValueError(
+            f"{into!r} is not the base that the delta was made from ({origin.base_source}); if it is a fine-tune of that base, "
+            "name the base with --base, so that both can be compared"
+        )
+    began = weights if is_base else matched(_whole(base), changes)
+    if not is_base:
+        _check_same(changes, began, "the delta", base, whole=False)
+        if _digest(began, changes) != origin.base:
+            raise ValueError(f"the delta was made from another base than {base!r}: from {origin.base_source}")
+    distance = compare(weights, began, changes)
+    if not distance.related:
+        raise ValueError(
+            f"{into!r} is no fine-tune of the delta's base: its weights are {distance.drift / distance.base:.2f} of the base's "
+            "norm away"
+        )
+    kept = len(weights) - len(changes)
+    return weights, f"{len(changes)} tensors change, {kept} stay; {_words(distance)}"
+
+
+def _words(distance: Distance) -> str:
+    if not distance.drift:
+        return "these weights are the delta's base"
+    direction = "with" if distance.cosine > 0.1 else "against" if distance.cosine < -0.1 else "across"
+    return (
+        f"the fine-tune is {distance.drift / distance.base:.5f} of the base's norm from the base, the delta "
+        f"{distance.delta / distance.base:.5f}; cosine {distance.cosine:.3f}: the fine-tune went {direction} the delta"
+    )
+
+
+def _whole(source: str) -> dict[str, Tensor]:
+    """The weights of a whole network."""
+    state = read_source(source)
+    if is_delta(state):
+        raise ValueError(f"{source!r} is a delta, and the weights of a whole network are wanted here")
+    if any(is_added(name) for name in state):
+        raise ValueError(
+            f"{source!r} holds adapters (LoRA) alone, and a whole network is wanted here; merge them into their base first: "
+            "opensora-perflow merge CHECKPOINT OUT --base WEIGHTS"
+        )
+    return state
+
+
+def _student(source: str, base: str, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], StudentState | None]:
+    """A student's whole weights, and what is known of it."""
+    state = read_source(source)
+    if state and all(is_added(name) for name in state):
+        return whole_network(source, state, base, before, torch.float32)
+    after, found = _whole(source), find_state(source)
+    broken = [name for name, value in after.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{broken[0]} in {source!r} holds NaN or infinity, from damage or a training that diverged")
+    if found is None:
+        logger.warning("%s has no perflow.json, so that samplers of what the delta makes are not told its windows", source)
+    return after, None if found is None else found[0]
+
+
+def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], first: str, second: str, whole: bool = True) -> None:
+    problems = mismatches(ours, theirs, (first, second), whole)
+    if problems:
+        raise ValueError(f"{first} and {second} are not of one network: {problems}")
+
+
+def _digest(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> str:
+    """Identity of the weights that a delta changes, whatever else a file holds and in which dtype."""
+    return digest({name: weights[name].float() for name in changes})
+
+
+def _write_adapters(
+    out: Path, rank: int, changes: Mapping[str, Tensor], base: Mapping[str, Tensor], state: StudentState | None
+) -> str:
+    if state is None:
+        raise ValueError("adapters are loaded by their perflow.json, and the student has none; put it beside the student")
+    layers = {
+        name.removesuffix(".weight"): value.shape
+        for name, value in base.items()
+        if value.dim() == 2 and name.endswith(".weight")
+    }
+    adapters, missed = low_rank(changes, layers, rank)
+    adapted = {f"{name}.weight": base[f"{name}.weight"] for name in layers}
+    record = {"rank": rank, "alpha": rank, "targets": None, "base": digest(adapted)}
+    write_weights(out, adapters, replace(state, adapters=record))
+    lost = sum(value.double().square().sum().item() for name, value in changes.items() if name not in adapted)
+    share = (lost / sum(value.double().square().sum().item() for value in changes.values())) ** 0.5
+    return f"adapters of rank {rank} miss {missed:.4f} of the delta's norm; weights that no adapter has make {share:.4f} of it"
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "delta",
+        help="make few steps an ingredient: student minus base as a file, merged into any fine-tune of the base",
+        description=(
+            "A delta is what a student learned: its weights minus those that its training started from. Added to a fine-tune\n"
+            "of the same base, it should make that a few-step student. Windows and guidance are in the file, and are written\n"
+            "beside what is merged. How good such students are was not measured."
+        ),
+        epilog=(
+            "examples:\n"
+            "  opensora-perflow delta make outputs/000-STDiT3-XL-2/epoch0-global_step4000 few_steps.safetensors --base BASE\n"
+            "  opensora-perflow delta merge few_steps.safetensors FINE_TUNE student --base BASE\n"
+            "  opensora-perflow delta inspect few_steps.safetensors --into FINE_TUNE --base BASE"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    one = actions.add_parser("make", help="write a delta, or with --rank adapters")
+    one.add_argument(
+        "student", metavar="STUDENT", help="checkpoint folder, ema.pt, file or Hugging Face folder; also of adapters"
+    )
+    one.add_argument("out", type=Path, metavar="OUT", help="file .safetensors; with --rank a folder")
+    one.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
+    one.add_argument("--rank", type=int, metavar="R", help="write the nearest adapters (LoRA) of this rank instead")
+    two = actions.add_parser("merge", help="add a delta to weights")
+    two.add_argument("delta", type=Path, metavar="DELTA", help="file of `delta make`")
+    two.add_argument("into", metavar="INTO", help="the base, or a fine-tune of it")
+    two.add_argument("out", type=Path, metavar="OUT", help=LAYOUTS)
+    two.add_argument("--base", metavar="WEIGHTS", help="the delta's base, where INTO is a fine-tune")
+    two.add_argument("--scale", type=float, default=1.0, help="of the delta (default 1)")
+    two.add_argument("--dtype", choices=tuple(DTYPES), help="of OUT (default: the wider one of INTO's and the student's)")
+    three = actions.add_parser("inspect", help="say what a delta is, and how weights lie to it; write nothing")
+    three.add_argument("delta", type=Path, metavar="DELTA", help="file of `delta make`")
+    three.add_argument("--into", metavar="WEIGHTS", help="the base, or a fine-tune of it")
+    three.add_argument("--base", metavar="WEIGHTS", help="the delta's base, where those are a fine-tune")
+
+
+def run(args: dict[str, Any]) -> int:
+    """Run `delta` with parsed arguments; returns the exit status."""
+    action = args.pop("action")
+    if action == "inspect":
+        print(inspect(**args))
+        return 0
+    said = make(**args) if action == "make" else merge(**args)
+    print("\n".join(filter(None, [said, f"written to {args['out']}"])))
+    return 0

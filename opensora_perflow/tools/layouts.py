@@ -1,0 +1,71 @@
+"""Weights as files that Open-Sora's loaders take, with their perflow.json: as a whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.atomic import replacing
+from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.training.state import FILE_NAME, METADATA_KEY, StudentState, find_state, write_state
+
+FILES = (".pt", ".pth", ".safetensors")
+LAYOUTS = (
+    "a folder (OUT/model/model.safetensors: Open-Sora 1.0 to 1.3), a .pt or .pth file (1.0 to 1.3) or a .safetensors file "
+    "(1.3 and this package)"
+)
+
+
+def check_free(out: Path, state: StudentState | None = None) -> None:
+    """Raises ValueError where weights cannot be written to OUT: it exists, or lies beside another student's state."""
+    if out.exists():
+        raise ValueError(f"{out} exists; name a file or folder that does not")
+    if out.suffix in FILES and (out.parent / FILE_NAME).exists():
+        there = find_state(out.parent)
+        if there is None or there[0] != state:
+            raise ValueError(f"{out.parent / FILE_NAME} belongs to other weights; name an OUT in another folder")
+
+
+def write_weights(out: Path, weights: Mapping[str, Tensor], state: StudentState | None) -> None:
+    """Write weights and what is known of them, in the layout that the suffix of OUT names, see LAYOUTS.
+
+    Raises:
+        ValueError: see `check_free`. OSError: OUT cannot be written.
+    """
+    check_free(out, state)
+    if out.suffix not in FILES:
+        _write_folder(out, weights, state)
+        return
+    if state is not None:  # first: weights without it would be sampled with any windows
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_state(out.parent, state)
+    if out.suffix == ".safetensors":
+        write_state_dict(out, weights, _metadata(state))
+        return
+    with replacing(out) as temporary:
+        torch.save({name: value.clone() for name, value in weights.items()}, temporary)
+
+
+def _write_folder(out: Path, weights: Mapping[str, Tensor], state: StudentState | None) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        (temporary / "model").mkdir()
+        write_state_dict(temporary / "model" / "model.safetensors", weights, _metadata(state))
+        if state is not None:
+            write_state(temporary, state)
+        temporary.chmod(0o755)  # mkdtemp's is its owner's alone
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _metadata(state: StudentState | None) -> dict[str, str]:
+    return {"format": "pt"} if state is None else {"format": "pt", METADATA_KEY: state.to_json()}
