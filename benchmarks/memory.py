@@ -26,7 +26,9 @@ from few_step import OURS, REFERENCE, set_up_process
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module, portable
+from opensora_perflow.hosts import meta
 from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
+from opensora_perflow.tools.residents import residents
 from opensora_perflow.worlds.model import load_teacher
 
 MIB, GIB = 2**20, 2**30
@@ -42,10 +44,6 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
             seen.add(storage._cdata)
             total += storage.nbytes()
     return total
-
-
-def tensors_of(*modules: nn.Module) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def measure(network: nn.Module, lora: LoRA | None, settings: dict[str, Any]) -> dict[str, int]:
@@ -74,9 +72,9 @@ def measure(network: nn.Module, lora: LoRA | None, settings: dict[str, Any]) -> 
     seen: set[int] = set()
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     parts = {
-        "student": tensors_of(network),
-        "teacher": tensors_of(scheduler.run.teacher.network),
-        "EMA": tensors_of(ema),
+        "student": meta.tensors_of(network),
+        "teacher": meta.tensors_of(scheduler.run.teacher.network),
+        "EMA": meta.tensors_of(ema),
         "Adam": states,
         "gradients": [parameter.grad for parameter in trained if parameter.grad is not None],
     }
@@ -99,25 +97,20 @@ def stdit3(root: Path, hidden: int = 384, **sizes: Any) -> nn.Module:
 
 def counted(root: Path, rank: int) -> list[dict[str, float]]:
     """Bytes a GPU for STDiT3-XL/2: {"gpus", "three copies", "adapters"}."""
-    linspace = torch.linspace
-    torch.linspace = lambda *given, **named: linspace(*given, **{**named, "device": "cpu"})  # drop_path's rates are read
-    try:
-        with torch.device("meta"):
-            sizes = {"depth": 28, "num_heads": 16, "caption_channels": 4096, "model_max_length": 300}
+    sizes = {"depth": 28, "num_heads": 16, "caption_channels": 4096, "model_max_length": 300}
+    networks = []
+    for lora in (None, LoRA(rank)):
+        with meta.unloaded():
             network = stdit3(root, 1152, freeze_y_embedder=True, **sizes)
-    finally:
-        torch.linspace = linspace
-    whole = sum(parameter.numel() for parameter in network.parameters())
-    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    layers = [network.get_submodule(name) for name in LoRA(rank).layers(network)]
-    added = rank * sum(layer.in_features + layer.out_features for layer in layers)
-    print(f"STDiT3-XL/2: {whole / 1e6:.1f} M parameters; adapters of rank {rank}: {added / 1e6:.1f} M in {len(layers)} layers")
-    rows = []
-    for gpus in (1, 8):
-        copies = 2 * (2 * whole) + ((2 + 4 + 8) * trained + 4 * whole) / gpus
-        one = 2 * (whole + added) + (2 + 4 + 8 + 4) * added / gpus
-        rows.append({"gpus": gpus, "three copies": copies, "adapters": one})
-    return rows
+            networks.append((network if lora is None else add_adapters(network, lora)).to(torch.bfloat16))
+    return [
+        {"gpus": gpus}
+        | {
+            name: sum(residents(network, gpus, copied_teacher=not adapted, adapters=adapted).values())
+            for network, (name, adapted) in zip(networks, {"three copies": False, "adapters": True}.items())
+        }
+        for gpus in (1, 8)
+    ]
 
 
 def main() -> None:

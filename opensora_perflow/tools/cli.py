@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import delta as delta_command
+    from opensora_perflow.tools import estimate as estimate_command
     from opensora_perflow.tools import plan as plan_command
 
     parser = argparse.ArgumentParser(
@@ -46,10 +47,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_embed(commands)
     _add_merge(commands)
     delta_command.add_commands(commands)
+    estimate_command.add_commands(commands)
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    known = {"plan": plan_command.plan, "curve": plan_command.curve, "delta": delta_command.run, **_COMMANDS}
+    known = {
+        "plan": plan_command.plan, "curve": plan_command.curve, "delta": delta_command.run, "estimate": estimate_command.run,
+        **_COMMANDS,
+    }  # fmt: skip
     return known[args.pop("command")](args)
 
 

@@ -1,0 +1,141 @@
+"""`opensora-perflow estimate`: memory, time and disk of a training, before a GPU is rented."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opensora_perflow import portable
+from opensora_perflow.checks import check_num_steps, number
+from opensora_perflow.hosts import meta
+from opensora_perflow.hosts.outline import Outline
+from opensora_perflow.tools.residents import residents
+from opensora_perflow.tools.step_memory import changes, memory_of, seconds_of, stored_bytes
+from opensora_perflow.tools.step_units import Units
+
+GIB = 2**30
+MARGIN = 0.95
+"""Of a card's memory that tensors may take: the rest is CUDA's own, and gaps of the allocator."""
+ACHIEVED = 175.0
+"""TFLOP/s that an H200 reached with STDiT3-XL/2 at 360p, see benchmarks/README.md."""
+
+
+def outline_of(config: Path, open_sora: Path | None) -> Outline:
+    """The training that a config describes, from the classes of an Open-Sora checkout.
+
+    Raises:
+        ValueError: no Open-Sora, no such config, or a config of another Open-Sora.
+    """
+    if not config.is_file():
+        raise ValueError(f"no config at {str(config)!r}")
+    if open_sora is not None:
+        root = open_sora.resolve()
+        if not (root / "opensora" / "registry.py").is_file():
+            raise ValueError(f"--open-sora must be the root of an Open-Sora checkout, got {str(root)!r}")
+        sys.path.insert(0, str(root))
+    logging.getLogger("opensora_perflow.portable").setLevel(logging.WARNING)  # nothing of it is computed with
+    portable.activate()
+    meta.prepare()
+    try:
+        import opensora.registry as host
+    except ImportError as error:
+        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+    from mmengine import Config
+
+    if hasattr(host, "SCHEDULERS"):
+        import opensora.models  # noqa: F401  registers its networks
+
+        from opensora_perflow.hosts.v1.outline import outline
+    else:
+        from opensora_perflow.hosts.v2.outline import outline
+    settings = Config.fromfile(config)
+    if settings.get("model") is None:
+        raise ValueError(f"{str(config)!r} has no model; name a config that is trained with")
+    return outline(settings)
+
+
+def parts_of(plan: Outline, gpus: int) -> dict[str, int]:
+    """Bytes on each GPU that do not depend on the bucket."""
+    return residents(
+        plan.network, gpus, copied_teacher=plan.recipe is not None and not plan.adapters, ema=plan.ema_on_gpu,
+        adapters=plan.adapters, sharded_gradients=plan.sharded_gradients,
+    ) | {name: sum(tensor.nbytes for tensor in meta.tensors_of(module)) for name, module in plan.encoders.items()}  # fmt: skip
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="memory, time and disk of a training, before a GPU is rented",
+        description=(
+            "Builds what a training config names from Open-Sora's own classes, without weights, and counts: bytes that stay\n"
+            "on each GPU, what a step of each bucket keeps for its backward, floating-point operations. Nothing is fetched.\n"
+            "Weights to optimizer are exact; a step's peak leaves out the work space of single operations.\n"
+            "Each bucket is taken in its largest shape, with texts of full length."
+        ),
+        epilog=(
+            "example:\n"
+            "  opensora-perflow estimate configs/opensora/perflow_lora.py --open-sora ../Open-Sora --gpus 1 --memory 24"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="config of a training, for Open-Sora 1.0 to 2.0")
+    parser.add_argument("--gpus", type=int, default=1, help="that train together (default 1)")
+    parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU: say what fits, and what to change")
+    parser.add_argument(
+        "--tflops", type=float, default=ACHIEVED, metavar="X",
+        help=f"TFLOP/s that a GPU reaches, not its data sheet's (default {ACHIEVED:g}: an H200 in bf16)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=4000, help="training steps, for the hours (default 4000)")
+    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
+
+
+def run(args: dict[str, Any]) -> int:
+    """Run `estimate` with parsed arguments; returns the exit status: 1 where a bucket does not fit."""
+    gpus, steps, limit = args["gpus"], args["steps"], args["memory"]
+    check_num_steps(gpus, "--gpus")
+    check_num_steps(steps, "--steps")
+    for name in ("tflops", "memory"):
+        if args[name] is not None:
+            number(above=0)(f"--{name}", args[name])
+    plan = outline_of(args["config"], args["open_sora"])
+    if gpus % plan.sequence_parallel:
+        raise ValueError(f"--gpus must be a multiple of the config's sp_size {plan.sequence_parallel}, got {gpus}")
+    parts = parts_of(plan, gpus)
+    _print_parts(plan, parts, gpus)
+    return _print_buckets(plan, parts, gpus, args["tflops"], steps, None if limit is None else limit * GIB)
+
+
+def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:
+    every, trained = (
+        sum(p.numel() for p in plan.network.parameters() if p.requires_grad or not only) for only in (False, True)
+    )
+    print(f"{type(plan.network).__name__}: {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained, on {gpus} GPU")
+    for name, size in parts.items():
+        print(f"  {name:14}{size / GIB:8.3g} GiB")
+    print(f"  {'together':14}{sum(parts.values()) / GIB:8.3g} GiB a GPU, without activations\n")
+
+
+def _print_buckets(plan: Outline, parts: Mapping[str, int], gpus: int, tflops: float, steps: int, limit: float | None) -> int:
+    units, missing = Units.of(plan.recipe), 0
+    forwards = units.forwards(plan.checkpointing, plan.adapters)
+    print(
+        f"a step: {forwards:.1f} forwards (way {units.way:g}, teacher {units.teacher:g}, {units.trained} with a gradient), "
+        f"{'with' if plan.checkpointing else 'without'} checkpointing; {tflops:g} TFLOP/s; hours of {steps} steps"
+    )
+    columns = ("batch", "kept", "checkp.", "peak", "s a step", "hours", "MiB a clip")
+    print(f"{'bucket (GiB)':>16}" + "".join(f"{name:>11}" for name in columns))
+    for bucket in plan.buckets:
+        memory = memory_of(plan, bucket, parts, gpus)
+        seconds = seconds_of(plan, bucket, memory, tflops)
+        sizes = [*memory.activations(False, True), memory.peak]
+        row = [*(size / GIB for size in sizes), seconds, seconds * steps / 3600, stored_bytes(plan, bucket) / 2**20]
+        line = f"{bucket.name:>16}{bucket.batch:11d}" + "".join(f"{value:11.3g}" for value in row)
+        if limit is not None and memory.peak > MARGIN * limit:
+            missing += 1
+            line += f"   too much: {'; or '.join(changes(bucket, memory, MARGIN * limit))}"
+        print(line, flush=True)
+    return int(missing > 0)
