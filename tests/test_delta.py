@@ -141,8 +141,8 @@ def test_what_a_network_computes_or_begins_with_zero_is_no_difference(files):
     write_state_dict(files / "student" / "model" / "model.safetensors", student)
     assert run("merge", made(files), files / "base.safetensors", files / "out") == 0
     back = read_state_dict(files / "out")
-    assert "pos_embed_temporal" not in back  # the host computes it
-    assert torch.equal(back["x_embedder_cond.proj.weight"], student["x_embedder_cond.proj.weight"])
+    assert back.keys() == student.keys()  # 1.0 loads a folder with all of its tables alone
+    assert all(torch.equal(back[name], student[name]) for name in student)
 
 
 def adapters(files, folder="lora"):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_perflow.hosts.v1.weights import matched, read_source
+from opensora_perflow.hosts.v1.weights import TABLES, matched, read_source
 from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_weights
 from opensora_perflow.tools.merge import whole_network
 from opensora_perflow.training.adapters import is_added
-from opensora_perflow.training.delta import REST, Distance, added, changed, compare, difference, low_rank, mismatches
+from opensora_perflow.training.delta import KEPT, REST, Distance, added, changed, compare, difference, low_rank, mismatches
 from opensora_perflow.training.delta_file import DTYPES, Origin, is_delta, read_delta, write_delta
 from opensora_perflow.training.state import StudentState, find_state
 from opensora_perflow.training.teacher import digest
@@ -47,6 +47,7 @@ def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
     began = matched(before, after)
     _check_same(after, began, student, base)
     delta = difference(after, began)
+    delta |= {KEPT + name: after[name] for name in TABLES if name in after and name not in before}
     changes = changed(delta)
     if not changes:
         raise ValueError(f"{student!r} and {base!r} hold the same weights; there is no delta")
@@ -114,7 +115,8 @@ def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: st
     """The weights that a delta goes into, and how they lie to it, in words."""
     changes = changed(tensors)
     raw = _whole(into)
-    weights = matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
+    kept = {name.removeprefix(KEPT): value for name, value in tensors.items() if name.startswith(KEPT)}
+    weights = kept | matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
     _check_same(changes, weights, "the delta", into, whole=False)
     is_base = _digest(weights, changes) == origin.base
     if not is_base and base is None:
@@ -133,8 +135,7 @@ def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: st
             f"{into!r} is no fine-tune of the delta's base: its weights are {distance.drift / distance.base:.2f} of the base's "
             "norm away"
         )
-    kept = len(weights) - len(changes)
-    return weights, f"{len(changes)} tensors change, {kept} stay; {_words(distance)}"
+    return weights, f"{len(changes)} tensors change, {len(weights) - len(changes)} stay; {_words(distance)}"
 
 
 def _words(distance: Distance) -> str:

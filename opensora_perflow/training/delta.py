@@ -19,6 +19,8 @@ from opensora_perflow.training.adapters import DOWN, UP
 CHANGE, REST = "delta.", "rest."
 """Before a weight's name: its change, float32, in its shape; and [2, n] float64, what rounding took of n of its elements:
 flat positions, and values."""
+KEPT = "kept."
+"""Before the name of a tensor that the student has and the base's file has not, as the network computes it."""
 UNRELATED = 0.5
 """Of its own norm, how far a student or a fine-tune may be from its base. Weights trained from another start are 1.4 away."""
 
