@@ -1,11 +1,15 @@
-"""Kills the demo at random moments and counts folders whose files are not of one run.
+"""Kills the demo, or delta weights' commands, at random moments, and counts outputs that are not whole.
 
     python benchmarks/kills.py --kills 100
+    python benchmarks/kills.py --kills 50 --what delta      # a minute
 
 Each run has its own seed, so that each of its files differs from those of all other runs. Half of the kills come at a random
 moment of the run, half within a few milliseconds of the moment when the files take their places. After each kill the output
 folder must hold every file of the last whole run or every file of the killed one, and the user's own files. "too late" counts
 runs that had ended by themselves. Needs a system that can fork; about 10 minutes for 100 kills on 2 CPU cores.
+
+With --what delta the demo's teacher and a student of it become a delta, which is merged into a folder or a file, in turn. After
+each kill an output must be absent, or be read as whole with its windows.
 """
 
 from __future__ import annotations
@@ -19,12 +23,17 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from opensora_perflow.tools import demo
+from opensora_perflow.checkpoints import read_state_dict, write_state_dict
+from opensora_perflow.tools import delta, demo
 from opensora_perflow.tools.report import KIND
+from opensora_perflow.training.delta_file import read_delta
+from opensora_perflow.training.state import StudentState, find_state, write_state
+from opensora_perflow.worlds.model import load_teacher
 
 OWN = {"notes.txt": "mine", "clips/holiday.mp4": "my video", "sub/deep/list.csv": "1,2"}
 """The user's files, which must outlive every kill."""
@@ -32,6 +41,16 @@ OWN = {"notes.txt": "mine", "clips/holiday.mp4": "my video", "sub/deep/list.csv"
 
 def start(out: Path, seed: int) -> int:
     """Fork a demo with everything small, and return its process id."""
+
+    def run() -> None:
+        demo.REFERENCE_STEPS = 4
+        demo.run(demo.DemoSettings(out=out, seed=seed, iterations=1, batch_size=1, num_clips=2, num_samples=2))
+
+    return forked(run)
+
+
+def forked(run: Callable[[], object]) -> int:
+    """Run something silently in a process of its own, and return its id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -39,8 +58,7 @@ def start(out: Path, seed: int) -> int:
             os.dup2(silent, 1)
             os.dup2(silent, 2)
             torch.set_num_threads(1)
-            demo.REFERENCE_STEPS = 4
-            demo.run(demo.DemoSettings(out=out, seed=seed, iterations=1, batch_size=1, num_clips=2, num_samples=2))
+            run()
             os._exit(0)
         except BaseException:
             os._exit(1)
@@ -68,12 +86,65 @@ def when_written(out: Path, pid: int) -> None:
         time.sleep(0.0002)
 
 
+def kill_deltas(kills: int, rng: random.Random) -> dict[str, int]:
+    """How often `delta make` and `delta merge` leave nothing, something whole, or something else."""
+    counts = {"nothing": 0, "whole": 0, "not whole": 0, "too late": 0}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = load_teacher().state_dict()
+        student = {key: value * 1.01 if value.is_floating_point() else value for key, value in base.items()}
+        write_state_dict(folder / "base.safetensors", base)
+        write_state_dict(folder / "student" / "model" / "model.safetensors", student)
+        write_state(folder / "student", StudentState((1.0, 0.5, 0.0), None, "linear", "velocity", {"mode": "sync"}))
+        sources = str(folder / "student"), str(folder / "base.safetensors")
+        delta.make(*sources, folder / "whole.safetensors")
+
+        def work(out: Path) -> None:
+            if out.stem.startswith("delta"):
+                delta.make(*sources, out)
+            else:
+                delta.merge(folder / "whole.safetensors", sources[1], out)
+
+        def is_whole(out: Path) -> bool:
+            try:
+                if out.stem.startswith("delta"):
+                    return len(read_delta(out)[1]) > 0
+                found = read_state_dict(out)
+                return find_state(out)[0].windows == (1.0, 0.5, 0.0) and all(
+                    torch.equal(found[key], student[key]) for key in student
+                )
+            except (ValueError, TypeError):
+                return False
+
+        outs = ("delta{}.safetensors", "out{}", "pt{}/student.pt", "one{}/student.safetensors")
+        lengths = {}
+        for kill in range(-len(outs), kills):
+            kind = outs[kill % len(outs)]
+            out = folder / kind.format(kill)
+            began = time.perf_counter()
+            pid = forked(lambda out=out: work(out))
+            if kill >= 0:
+                time.sleep(rng.uniform(0, 1.1 * lengths[kind]))
+                os.kill(pid, signal.SIGKILL)
+            ended = os.WIFEXITED(os.waitpid(pid, 0)[1])
+            lengths.setdefault(kind, time.perf_counter() - began)
+            if kill >= 0:
+                counts["too late"] += ended
+                counts["nothing" if not out.exists() else "whole" if is_whole(out) else "not whole"] += 1
+    return counts
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    parser.add_argument("--what", choices=("demo", "delta"), default="demo", help="what is killed (default demo)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    if args.what == "delta":
+        counts = kill_deltas(args.kills, rng)
+        print(json.dumps(counts))
+        return int(counts["not whole"] > 0)
     counts = {"all old": 0, "all new": 0, "too late": 0, "mixed": 0, "user's files lost": 0}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "perflow_demo"
