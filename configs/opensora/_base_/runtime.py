@@ -8,7 +8,7 @@ num_workers = 8  # data loading processes per GPU
 num_bucket_build_workers = 16  # processes that sort the videos into buckets, once at the start
 dtype = "bf16"  # bf16 or fp16; the master weights are float32 either way
 plugin = "zero2"  # ColossalAI: zero2 shards gradients and optimizer states over the GPUs
-grad_checkpoint = True  # of the student only: half the activations' memory for a third more time
+grad_checkpoint = True  # of the student only: a twentieth of the activations' memory for a third more time
 
 # Log and checkpoints
 seed = 42
