@@ -86,6 +86,7 @@ class Batch:
     players: See `Players`.
     scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
     frame_weights: Loss weight of each frame, [B, T]; None: equal.
+    chains: Which stored chain each sample is, int64 [B], see store.py; None: they are none.
     inputs: Gives what else the networks are told, name in words -> tensor [B, ...] or number, for errors (see blame.py).
     """
 
@@ -96,4 +97,5 @@ class Batch:
     players: Players
     scale: float | Tensor
     frame_weights: Tensor | None = None
+    chains: Tensor | None = None
     inputs: Callable[[], Mapping[str, Any]] = dict

@@ -1,0 +1,121 @@
+"""Where a step's segments come from: the teacher solves them now, or a store has them (store.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.method.sampler import carry_to_windows
+from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.blame import NotFinite, check_way
+from opensora_perflow.training.players import Batch
+from opensora_perflow.training.recipe import Guidance
+from opensora_perflow.training.store import ChainStore
+
+
+class Segments(Protocol):
+    """Where segments come from."""
+
+    def of(self, batch: Batch) -> Segment:
+        """The teacher's solution of the windows that were drawn."""
+
+    def noise(self, batch: Batch, seed: int) -> Tensor:
+        """States at t = 1 from which the teacher's path through all windows is known, or is to be solved."""
+
+    def edge(self, batch: Batch, guidance: Guidance, x: Tensor, times: Tensor, k: int) -> Tensor:
+        """The teacher's state at the clean edge of window k, on its way from `noise`.
+
+        Args:
+            x: Its state at the noisy edge, [B, ...].
+            times: Its steps in the window, [S + 1, B].
+        """
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Segments that the teacher solves now.
+
+    starts: "student": windows start where the student itself arrives from noise; "diffused": at data with noise.
+    solver: A key of SOLVERS.
+    source: What the teacher is, in words, for errors.
+    """
+
+    starts: str
+    solver: str
+    source: str
+
+    def of(self, batch: Batch) -> Segment:
+        players, times = batch.players, batch.drawn.solver_times
+        way: list[Tensor] = []
+        x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
+        try:
+            states = players.teacher(batch.scale).trajectory(x_start, times, self.solver, self.source)
+        except NotFinite:
+            check_way(way, batch.drawn.route, batch.drawn.window_idx)
+            raise
+        return Segment(states[0], states[-1], times[0], times[-1], states, times, _units(batch))
+
+    def noise(self, batch: Batch, seed: int) -> Tensor:
+        # None of it from the generator that training draws from.
+        return torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(seed)).to(batch.noise)
+
+    def edge(self, batch: Batch, guidance: Guidance, x: Tensor, times: Tensor, k: int) -> Tensor:
+        # Scales of mode range hold in all windows; else each window has its own.
+        window_idx = torch.full((len(x),), k, device=x.device)
+        scale = batch.scale if guidance.mode == "range" else guidance.scale_in(window_idx)
+        return batch.players.teacher(scale).trajectory(x, times, self.solver, self.source)[-1]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Segments of a store's chains: no teacher is asked.
+
+    windows: The student's, whose edges are among the store's.
+    """
+
+    store: ChainStore
+    windows: TimeWindows
+
+    def of(self, batch: Batch) -> Segment:
+        drawn, places = batch.drawn, self.store.places(self.windows)
+        index = drawn.window_idx.cpu()
+        ends = [self.store.states(batch.chains, places[index + after]).to(batch.noise) for after in (0, 1)]
+        return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
+
+    def noise(self, batch: Batch, seed: int) -> Tensor:
+        return batch.noise
+
+    def edge(self, batch: Batch, guidance: Guidance, x: Tensor, times: Tensor, k: int) -> Tensor:
+        place = self.store.places(self.windows)[k + 1]
+        return self.store.states(batch.chains, place.expand(len(x))).to(x)
+
+
+def _units(batch: Batch):
+    players, drawn = batch.players, batch.drawn
+    return players.process.output_units(players.prediction, lambda t: (drawn.t_start, drawn.t_end))
+
+
+def diffused(batch: Batch, t: Tensor) -> Tensor:
+    """Data with the noise of time t [B]; frames that stand still have as little as the process gives them."""
+    return held(batch, batch.players.process.add_noise(batch.data, batch.noise, t))
+
+
+@torch.no_grad()
+def reached(batch: Batch, way: list[Tensor] | None = None) -> Tensor:
+    """Where the student, sampled with one Euler step a window, reaches each sample's window. `way`: see `carry_to_windows`."""
+    drawn, players = batch.drawn, batch.players
+    start, whole = held(batch, batch.noise), not players.separable
+    return carry_to_windows(players.sampled, start, drawn.route, drawn.window_idx, whole=whole, way=way)
+
+
+def held(batch: Batch, x: Tensor) -> Tensor:
+    """The state with its still frames put where training holds them."""
+    process, moving = batch.players.process, batch.players.moving
+    if moving is None:
+        return x
+    still = process.add_noise(batch.data, batch.noise, torch.full_like(batch.drawn.t_start, process.still_time))
+    return torch.where(moving[:, None, :, None, None], x, still)

@@ -1,0 +1,225 @@
+"""Chains on disk: the guided teacher's way from noise through all windows, solved once, trained from many times.
+
+A chain is one sample's states at the edges 1 = e_0 > e_1 > ... > e_K = 0. The noise at e_0 is not kept: it follows from the
+store's seed and the chain's number. The K states at the clean edges are, in a shard as `ends` [n, K, C, T, H, W].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.randomness import step_generator
+from opensora_perflow.training.recipe import Guidance, Recipe
+from opensora_perflow.training.shards import Shards, ShardWriter, sha256
+
+KIND = "stored chains"
+REMEDY = "write a store with `opensora-perflow store CONFIG --out DIR`"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD_BYTES = 2**26
+"""Of a shard: what a killed writer loses, at most."""
+SEEN = 4
+"""Values of a chain's noise that are kept, to tell a torch that draws other numbers."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What chains were made by and for; the header of a store.
+
+    windows: Edges, untransformed. solver, steps: The teacher's ODE steps in each window. guidance: The keys of
+    recipe.Guidance, a negative prompt as its file's SHA-256. teacher, teacher_source, stage: See state.StudentState.
+    host: What of the host's settings a path depends on: the warp, sizes of time ranges. dtype: Of the ends on disk.
+    seed: Of the noise.
+    """
+
+    windows: Sequence[float]
+    solver: str
+    steps: int
+    guidance: dict[str, Any]
+    teacher: str
+    teacher_source: str
+    stage: int
+    host: dict[str, Any]
+    dtype: str
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, host: dict[str, Any], teacher: str, source: str, stage: int, dtype: str, seed: int) -> Origin:
+        """Of chains that a recipe's teacher is to solve.
+
+        Raises:
+            ValueError: a recipe whose teacher's path is not one from noise.
+        """
+        if recipe.guidance.mode == "sync":
+            raise ValueError(
+                'a store holds guided paths, and guidance mode "sync" drops texts and guides the student alone; use '
+                'guidance=dict(mode="fixed", scale=7.0), or mode="range"'
+            )
+        return cls(
+            list(recipe.windows.edges), recipe.teacher.solver, recipe.teacher_steps, guidance_of(recipe.guidance), teacher, source,
+            stage, host, dtype, seed,
+        )  # fmt: skip
+
+    def check(self, recipe: Recipe, host: dict[str, Any], folder: str | os.PathLike) -> None:
+        """Raises ValueError where a training would not fit the chains."""
+        places = [edge for edge in recipe.windows.edges if edge not in self.windows]
+        if places:
+            raise ValueError(
+                f"the store {str(folder)!r} has chains with the window edges {list(self.windows)}, and this training's windows "
+                f"{list(recipe.windows.edges)} have others; set windows to edges of the store, or write another store"
+            )
+        for name, here in {"guidance": guidance_of(recipe.guidance), "host": host}.items():
+            there = getattr(self, name)
+            different = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+            if different:
+                listed = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
+                what = "guidance" if name == "guidance" else "settings of the scheduler"
+                raise ValueError(f"the store {str(folder)!r} was solved with other {what} than this training has: {listed}; set them alike")
+
+
+def guidance_of(guidance: Guidance) -> dict[str, Any]:
+    """The keys of a guidance, plain; a negative prompt as its file's SHA-256."""
+    found = asdict(guidance)
+    if guidance.negative is not None:
+        found["negative"] = sha256(guidance.negative)
+    return json.loads(json.dumps(found))
+
+
+class ChainWriter:
+    """Adds chains to a store; arguments and errors as ShardWriter."""
+
+    def __init__(self, folder: str | os.PathLike, origin: Origin, rank: int = 0, **plan: Any) -> None:
+        remedy = "write to another folder, or with the settings of this one"
+        self.origin = origin
+        self.shards = ShardWriter(folder, KIND, {**asdict(origin), **plan}, rank, remedy)
+
+    def write(self, number: int, first: int, ends: Tensor, captions: Sequence[str], bucket: Sequence[int], scales: Tensor | None = None) -> None:
+        """Write the chains first, first + 1, ...
+
+        Args:
+            number: Of the shard.
+            ends: States at the clean edges, [n, K, C, T, H, W].
+            captions: What each was told.
+            bucket: (frames, height, width) of the videos, in pixels.
+            scales: Guidance [n], where each chain has its own.
+
+        Raises:
+            ValueError: states that are not finite, or too large for the store's dtype.
+        """
+        stored = ends.to(DTYPES[self.origin.dtype])
+        if not bool(stored.isfinite().all()):
+            raise ValueError(
+                f"the teacher's states reach {ends.abs().max().item():.4g}, which is not finite or too large for "
+                f"{self.origin.dtype}; check the teacher's weights and guidance"
+            )
+        chains = range(first, first + len(ends))
+        seen = torch.stack([chain_noise(self.origin.seed, chain, ends.shape[2:]).flatten()[:SEEN] for chain in chains])
+        tensors = {"ends": stored, "noise": seen} | ({} if scales is None else {"scales": scales.double()})
+        self.shards.write(number, tensors, {"captions": json.dumps(list(captions))}, len(ends), first=first, bucket=list(bucket), latent=list(ends.shape[2:]))
+
+
+def chain_noise(seed: int, chain: int, shape: Sequence[int]) -> Tensor:
+    """The state of a chain at t = 1, float32, on the CPU."""
+    return torch.randn(tuple(shape), generator=step_generator(seed, 0, chain, purpose="chain"))
+
+
+class ChainStore:
+    """A store to train from.
+
+    folder: Where it is. origin: What its chains are. chains: Numbers of those that are whole, ascending.
+
+    Raises:
+        ValueError: see Shards.open.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._shards = Shards.open(folder, KIND, REMEDY)
+        names = {field.name for field in fields(Origin)}
+        self.origin = Origin(**{name: value for name, value in self._shards.header.items() if name in names})
+        self.windows = TimeWindows(self.origin.windows)
+        by_first = sorted((shard.about["first"], number) for number, shard in self._shards.shards.items())
+        self._firsts, self._numbers = [first for first, _ in by_first], [number for _, number in by_first]
+        self._seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self._shards.shards.values())
+
+    @cached_property
+    def chains(self) -> list[tuple[int, tuple[int, ...]]]:
+        """(number, bucket) of every chain, by number."""
+        shards = (self._shards.shards[number] for number in self._numbers)
+        return [
+            (chain, tuple(shard.about["bucket"]))
+            for shard in shards
+            for chain in range(shard.about["first"], shard.about["first"] + shard.rows)
+        ]
+
+    def caption(self, chain: int) -> str:
+        number, row = self._find(chain)
+        return json.loads(self._shards.file(number).metadata()["captions"])[row]
+
+    def latent_shape(self, chain: int) -> tuple[int, ...]:
+        """C, T, H, W."""
+        return tuple(self._shards.shards[self._find(chain)[0]].about["latent"])
+
+    def noise(self, chain: int) -> Tensor:
+        """A chain's state at t = 1, [C, T, H, W], float32.
+
+        Raises:
+            ValueError: this torch draws other numbers than the one that wrote the store.
+        """
+        noise = chain_noise(self.origin.seed, chain, self.latent_shape(chain))
+        number, row = self._find(chain)
+        if number not in self._seen:
+            kept = self._shards.file(number).get_slice("noise")[row]
+            # 1e-5: kinds of CPUs round the logarithm and the cosine in their last bits.
+            if not torch.allclose(kept, noise.flatten()[:SEEN], rtol=0, atol=1e-5):
+                raise ValueError(
+                    f"torch {torch.__version__} draws other noise for the store {str(self.folder)!r} than the torch that wrote "
+                    "the store; train with that version, or write the store anew"
+                )
+            self._seen.add(number)
+        return noise
+
+    def state(self, chain: int, place: int) -> Tensor:
+        """A chain's state at edge `place` of the store's windows, 0..K: [C, T, H, W], float32."""
+        if place == 0:
+            return self.noise(chain)
+        number, row = self._find(chain)
+        return self._shards.file(number).get_slice("ends")[row : row + 1, place - 1 : place][0, 0].float()
+
+    def states(self, chains: Tensor, places: Tensor) -> Tensor:
+        """`state` of each of B chains at a place of its own, [B, C, T, H, W]."""
+        return torch.stack([self.state(chain, place) for chain, place in zip(chains.tolist(), places.tolist(), strict=True)])
+
+    def scales(self, chains: Tensor) -> Tensor:
+        """Guidance by which each of B chains was solved, where it was drawn, [B], float64."""
+        found = (self._find(chain) for chain in chains.tolist())
+        return torch.stack([self._shards.file(number).get_slice("scales")[row] for number, row in found])
+
+    def places(self, windows: TimeWindows) -> Tensor:
+        """Which of the store's edges a training's edges are, [K + 1].
+
+        Raises:
+            ValueError: an edge that the store does not have.
+        """
+        return torch.tensor([self.origin.windows.index(edge) for edge in windows.edges])
+
+    def _find(self, chain: int) -> tuple[int, int]:
+        """Number of the shard that holds a chain, and the row there."""
+        place = bisect_right(self._firsts, chain) - 1
+        number = self._numbers[place] if place >= 0 else None
+        if number is None or chain >= self._firsts[place] + self._shards.shards[number].rows:
+            raise ValueError(f"the store {str(self.folder)!r} holds no chain {chain}; train with the dataset type perflow_stored")
+        return number, chain - self._firsts[place]
