@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import plan as plan_command
+    from opensora_perflow.tools import store as store_command
 
     parser = argparse.ArgumentParser(
         prog="opensora-perflow",
@@ -45,9 +46,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_embed(commands)
     _add_merge(commands)
     plan_command.add_commands(commands)
+    store_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
+    known |= {"encode": store_command.encode, "store": store_command.store}
     return known[args.pop("command")](args)
 
 

@@ -11,7 +11,6 @@ from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.state import StudentState
 
-
 PLACES = ("from_pretrained", "stored")
 """Keys of the teacher that may be a process's own."""
 

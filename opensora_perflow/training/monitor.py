@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opensora_perflow.conventions import shift_time
 from opensora_perflow.method.process import Bounds
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
@@ -24,7 +23,7 @@ from opensora_perflow.objectives import mean_over_frames, perflow
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance, WatchSettings
-from opensora_perflow.training.segments import Segments, held
+from opensora_perflow.training.segments import Segments, held, path_times, teacher_path
 from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
 
 FieldWithin = Callable[[Bounds], Velocity]
@@ -81,12 +80,9 @@ class HeldOutBatch:
 
     def _solve(self, grids: Tensor) -> Tensor:
         """The edges of each sample, [K + 1, B]; `states` hold the teacher's states there."""
-        times = shift_time(grids.to(self.start.device)[:, :, None].expand(-1, -1, len(self.start)), self.ratio)  # [K, S + 1, B]
+        times = path_times(grids, self.start, self.ratio)
         if self.states is None:
-            states = [self.start]
-            for k, window_times in enumerate(times):
-                states.append(self.solve(states[-1], window_times, k))
-            self.states = torch.stack(states)
+            self.states = teacher_path(self.start, times, self.solve)
         return torch.cat([times[:, 0], times[-1:, -1]])
 
     @staticmethod

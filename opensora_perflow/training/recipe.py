@@ -69,8 +69,8 @@ class TeacherSettings:
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
     stored: str | None = key(None, optional(file_name("the folder of a store or None")))
-    """A folder that `opensora-perflow store` wrote. Windows then start and end where the stored chains do; no teacher is held or
-    solved. Needs the dataset type perflow_stored. With `from_pretrained`: the store's teacher must have those weights."""
+    """A folder that `opensora-perflow store` wrote. Windows then start and end where the stored chains do; no teacher is held
+    or solved. Needs the dataset type perflow_stored. With `from_pretrained`: the store's teacher must have those weights."""
     steps_per_window: int | None = key(None, optional(whole(high=MOST_WINDOWS)))
     """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
     draws.grids), rounded up."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from opensora_perflow.conventions import shift_time
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.windows import TimeWindows
@@ -94,9 +96,30 @@ class Stored:
         return self.store.states(batch.chains, place.expand(len(x))).to(x)
 
 
-def _units(batch: Batch):
+def _units(batch: Batch) -> Callable[[Tensor], Tensor] | None:
+    """See Segment.units."""
     players, drawn = batch.players, batch.drawn
     return players.process.output_units(players.prediction, lambda t: (drawn.t_start, drawn.t_end))
+
+
+def path_times(grids: Tensor, like: Tensor, ratio: Tensor | None) -> Tensor:
+    """The teacher's steps [K, S + 1], untransformed -> flow times of each sample of `like` [B, ...]: [K, S + 1, B]."""
+    return shift_time(grids.to(like.device)[:, :, None].expand(-1, -1, len(like)), ratio)
+
+
+@torch.no_grad()
+def teacher_path(start: Tensor, times: Tensor, solve: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """The teacher's states at the window edges, [K + 1, B, ...].
+
+    Args:
+        start: States at t = 1, [B, ...].
+        times: See `path_times`.
+        solve: (x [B, ...], times [S + 1, B], k) -> the state at the last of those times in window k.
+    """
+    states = [start]
+    for k, window_times in enumerate(times):
+        states.append(solve(states[-1], window_times, k))
+    return torch.stack(states)
 
 
 def diffused(batch: Batch, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from opensora_perflow import __version__
 from opensora_perflow.atomic import replacing
+from opensora_perflow.checkpoints import read_metadata
 from opensora_perflow.checks import parse_json, read_bounded
 
 FORMAT = "opensora_perflow.shards/1"
@@ -74,7 +75,9 @@ class Shards:
             size = _size(folder / file_name(number))
             if size != shard.size:
                 found = "is missing" if size is None else f"has {size} bytes, and the index says {shard.size}"
-                raise ValueError(f"{str(folder / file_name(number))!r} {found}; remove the file, and run the command again that wrote it")
+                raise ValueError(
+                    f"{str(folder / file_name(number))!r} {found}; remove the file, and run the command again that wrote it"
+                )
         return cls(folder, header, shards)
 
     def file(self, number: int) -> Any:
@@ -84,6 +87,10 @@ class Shards:
             ValueError: the file is not what was written.
         """
         return _open_checked(str(self.folder / file_name(number)), self.shards[number].sha256)
+
+    def metadata(self, number: int) -> dict[str, str]:
+        """The strings that a shard keeps beside its tensors; its SHA-256 is not compared."""
+        return read_metadata(self.folder / file_name(number))
 
 
 class ShardWriter:
@@ -210,7 +217,7 @@ def _open_checked(path: str, expected: str) -> Any:
     return safe_open(path, framework="pt")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _check_sum(path: str, expected: str) -> None:
     if sha256(path) != expected:
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -66,8 +66,8 @@ class Origin:
                 'guidance=dict(mode="fixed", scale=7.0), or mode="range"'
             )
         return cls(
-            list(recipe.windows.edges), recipe.teacher.solver, recipe.teacher_steps, guidance_of(recipe.guidance), teacher, source,
-            stage, host, dtype, seed,
+            list(recipe.windows.edges), recipe.teacher.solver, recipe.teacher_steps, guidance_of(recipe.guidance), teacher,
+            source, stage, host, dtype, seed,
         )  # fmt: skip
 
     def check(self, recipe: Recipe, host: dict[str, Any], folder: str | os.PathLike) -> None:
@@ -84,7 +84,9 @@ class Origin:
             if different:
                 listed = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
                 what = "guidance" if name == "guidance" else "settings of the scheduler"
-                raise ValueError(f"the store {str(folder)!r} was solved with other {what} than this training has: {listed}; set them alike")
+                raise ValueError(
+                    f"the store {str(folder)!r} was solved with other {what} than this training has: {listed}; set them alike"
+                )
 
 
 def guidance_of(guidance: Guidance) -> dict[str, Any]:
@@ -103,14 +105,22 @@ class ChainWriter:
         self.origin = origin
         self.shards = ShardWriter(folder, KIND, {**asdict(origin), **plan}, rank, remedy)
 
-    def write(self, number: int, first: int, ends: Tensor, captions: Sequence[str], bucket: Sequence[int], scales: Tensor | None = None) -> None:
+    def write(
+        self,
+        number: int,
+        first: int,
+        ends: Tensor,
+        captions: Sequence[str],
+        told: Mapping[str, float],
+        scales: Tensor | None = None,
+    ) -> None:
         """Write the chains first, first + 1, ...
 
         Args:
             number: Of the shard.
             ends: States at the clean edges, [n, K, C, T, H, W].
             captions: What each was told.
-            bucket: (frames, height, width) of the videos, in pixels.
+            told: What else the teacher was told, the same of all: the video's sizes in pixels and frames, its rate.
             scales: Guidance [n], where each chain has its own.
 
         Raises:
@@ -125,7 +135,15 @@ class ChainWriter:
         chains = range(first, first + len(ends))
         seen = torch.stack([chain_noise(self.origin.seed, chain, ends.shape[2:]).flatten()[:SEEN] for chain in chains])
         tensors = {"ends": stored, "noise": seen} | ({} if scales is None else {"scales": scales.double()})
-        self.shards.write(number, tensors, {"captions": json.dumps(list(captions))}, len(ends), first=first, bucket=list(bucket), latent=list(ends.shape[2:]))
+        self.shards.write(
+            number,
+            tensors,
+            {"captions": json.dumps(list(captions))},
+            len(ends),
+            first=first,
+            told=dict(told),
+            latent=list(ends.shape[2:]),
+        )
 
 
 def chain_noise(seed: int, chain: int, shape: Sequence[int]) -> Tensor:
@@ -156,18 +174,18 @@ class ChainStore:
         return sum(shard.rows for shard in self._shards.shards.values())
 
     @cached_property
-    def chains(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(number, bucket) of every chain, by number."""
+    def chains(self) -> list[tuple[int, dict[str, float]]]:
+        """Number of every chain, ascending, and what its teacher was told besides the caption."""
         shards = (self._shards.shards[number] for number in self._numbers)
         return [
-            (chain, tuple(shard.about["bucket"]))
+            (chain, shard.about["told"])
             for shard in shards
             for chain in range(shard.about["first"], shard.about["first"] + shard.rows)
         ]
 
     def caption(self, chain: int) -> str:
         number, row = self._find(chain)
-        return json.loads(self._shards.file(number).metadata()["captions"])[row]
+        return json.loads(self._shards.metadata(number)["captions"])[row]
 
     def latent_shape(self, chain: int) -> tuple[int, ...]:
         """C, T, H, W."""
@@ -221,5 +239,7 @@ class ChainStore:
         place = bisect_right(self._firsts, chain) - 1
         number = self._numbers[place] if place >= 0 else None
         if number is None or chain >= self._firsts[place] + self._shards.shards[number].rows:
-            raise ValueError(f"the store {str(self.folder)!r} holds no chain {chain}; train with the dataset type perflow_stored")
+            raise ValueError(
+                f"the store {str(self.folder)!r} holds no chain {chain}; train with the dataset type perflow_stored"
+            )
         return number, chain - self._firsts[place]

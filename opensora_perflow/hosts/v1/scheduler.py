@@ -146,9 +146,7 @@ class PeRFlow:
             self.keys.say_what_has_no_effect()
             check_recipe(self.recipe, call.network, drawn_by_host)
             store = open_store(self.recipe, self.keys, process)
-            self.run = TrainingRun.begin(
-                self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys), store
-            )
+            self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys), store)
         check_call(call, self.run.store)
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
         windows = self.warped(call.model_args, x_start)

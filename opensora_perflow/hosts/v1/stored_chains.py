@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from opensora_perflow.hosts.v1.training_call import TrainingCall
 
 CHAIN = "perflow_chain"
-"""Name in a batch of each sample's chain, [B, 4]: the number's bytes, lowest first. train.py casts what a batch holds to bfloat16,
-which counts no further than 256."""
+"""Name in a batch of each sample's chain, [B, 4]: the number's bytes, lowest first. train.py casts what a batch holds to
+bfloat16, which counts no further than 256."""
 
 
 def chain_bytes(chain: int) -> Tensor:
@@ -64,11 +64,12 @@ def check_call(call: TrainingCall, store: ChainStore | None) -> None:
     """Raises ValueError where a batch and the run's store do not go together."""
     if (call.chains is None) != (store is None):
         raise ValueError(
-            "teacher.stored trains from stored chains, and this batch names none; use dataset=dict(type=\"perflow_stored\")"
+            'teacher.stored trains from stored chains, and this batch names none; use dataset=dict(type="perflow_stored")'
             if store is not None
             else 'the dataset type perflow_stored names stored chains; say which: scheduler=dict(teacher=dict(stored="DIR"))'
         )
     if store is not None and (call.mask is not None or call.references):
         raise ValueError(
-            "frames that stand still (mask_ratios, mask_types) move in stored chains; train without them, or without teacher.stored"
+            "frames that stand still (mask_ratios, mask_types) move in stored chains; train without those, or without "
+            "teacher.stored"
         )

@@ -160,8 +160,8 @@ class Translation:
         noise = self.run.store.states(call.chains, torch.zeros_like(call.chains))
         if noise.shape != data.shape:
             raise ValueError(
-                f"the batch has latents {list(data.shape)}, and its stored chains {list(noise.shape)}; train with the dataset type "
-                "perflow_stored, load_video_features=True and the network that the store was made for"
+                f"the batch has latents {list(data.shape)}, and its stored chains {list(noise.shape)}; train with the dataset "
+                "type perflow_stored, load_video_features=True and the network that the store was made for"
             )
         return noise.to(data.device)
 

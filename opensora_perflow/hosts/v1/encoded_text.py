@@ -1,0 +1,164 @@
+"""Captions that were encoded once: files of their embeddings, and a text encoder that looks them up.
+
+`EncodedText` answers Open-Sora's scripts as their T5 does, for the captions that it has, and holds no network. Only the tokens
+up to the last that a mask marks are kept: STDiT takes no others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opensora_perflow.checks import shown
+from opensora_perflow.training.shards import Shards, ShardWriter
+
+KIND = "encoded captions"
+REMEDY = "encode captions with `opensora-perflow encode CONFIG --out DIR`"
+ROWS = 256
+"""Captions of a shard."""
+Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Captions -> y [B, 1, L, D] and mask [B, L]."""
+
+
+class EncodedText:
+    """Encoded captions as the host's text encoder.
+
+    Args:
+        folder: What `opensora-perflow encode` wrote.
+        device, dtype: Where and as what embeddings are given out; dtype None: as they were encoded.
+        others: Taken and ignored, as other text encoders' settings in a config that changes `type` alone.
+
+    Raises:
+        ValueError: see Shards.open.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        **others: Any,
+    ) -> None:
+        self._shards = Shards.open(folder, KIND, REMEDY)
+        self.model_max_length, self.output_dim = (self._shards.header[name] for name in ("model_max_length", "output_dim"))
+        self.device, self.dtype = torch.device(device), dtype
+        self.y_embedder: nn.Module | None = None  # the host's scripts put the model's own here, for `null`
+        self._places: list[tuple[int, int]] = []
+        self._ids: dict[str, int] = {}
+        for number in self._shards.shards:
+            for row, caption in enumerate(json.loads(self._shards.metadata(number)["captions"])):
+                self._ids.setdefault(caption, len(self._places))
+                self._places.append((number, row))
+
+    def tokenize_fn(self, text: str | Sequence[str]) -> dict[str, Tensor]:
+        """Captions -> dict(input_ids, attention_mask), int64 [B, 1]: their numbers here (v1.3 calls this in the dataset)."""
+        captions = [text] if isinstance(text, str) else list(text)
+        ids = torch.tensor([self._id(caption) for caption in captions])[:, None]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def encode(
+        self,
+        text: Sequence[str] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """dict(y=[B, 1, L, D], mask=int64 [B, L]) of captions, or of what `tokenize_fn` gave.
+
+        Raises:
+            ValueError: a caption that was not encoded.
+        """
+        ids = text if input_ids is None else input_ids
+        ids = ids if isinstance(ids, Tensor) else self.tokenize_fn(ids)["input_ids"]
+        y, mask = zip(*map(self._embedding, ids.flatten().tolist()))
+        return {"y": torch.stack(y).to(self.device, self.dtype)[:, None], "mask": torch.stack(mask).to(self.device)}
+
+    def null(self, n: int) -> Tensor:
+        """The model's null text for n samples, [n, 1, L, D]."""
+        return self.y_embedder.y_embedding[None].repeat(n, 1, 1)[:, None]
+
+    def _id(self, caption: str) -> int:
+        found = self._ids.get(caption)
+        if found is None:
+            raise ValueError(
+                f"the text {shown(caption)} is none of the {len(self._ids)} captions that were encoded in "
+                f"{str(self._shards.folder)!r}; add it to their table, and run `opensora-perflow encode` again"
+            )
+        return found
+
+    def _embedding(self, caption_id: int) -> tuple[Tensor, Tensor]:
+        number, row = self._places[caption_id]
+        file = self._shards.file(number)
+        ends = [0, *file.get_slice("ends")[:].tolist()]
+        first, end = ends[row], ends[row + 1]
+        tokens, marks = file.get_slice("y")[first:end], file.get_slice("mask")[first:end]
+        y = tokens.new_zeros(self.model_max_length, self.output_dim)
+        mask = torch.zeros(self.model_max_length, dtype=torch.int64)
+        y[: end - first], mask[: end - first] = tokens, marks.long()
+        return y, mask
+
+
+def encode_captions(
+    folder: str | os.PathLike,
+    captions: Sequence[str],
+    encode: Encode,
+    header: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Callable[[int], Any] = lambda count: None,
+    batch_size: int = 16,
+) -> int:
+    """Encode the captions that a folder does not have yet; returns how many this process encoded.
+
+    Args:
+        header: model_max_length and output_dim of the text encoder, and what else tells it from others.
+        rank, world: Of the processes that share the work.
+        barrier: Waits for all of them.
+        progress: Told how many more captions are done.
+
+    Raises:
+        ValueError: see ShardWriter.
+    """
+    writer = ShardWriter(folder, KIND, header, rank, "encode into another folder")
+    done = {number for number in writer.done if writer.is_there(number)}
+    shards = Shards(writer.folder, writer.header, {number: writer.done[number] for number in done})
+    known = {caption for number in done for caption in json.loads(shards.metadata(number)["captions"])}
+    missing = [caption for caption in dict.fromkeys(captions) if caption not in known]
+    chunks = [missing[start : start + ROWS] for start in range(0, len(missing), ROWS)]
+    first = max(done, default=-1) + 1
+    barrier()  # all of them have seen the same
+    count = 0
+    for place, chunk in enumerate(chunks):
+        if place % world == rank:
+            rows = [
+                row
+                for start in range(0, len(chunk), batch_size)
+                for row in _rows(encode(chunk[start : start + batch_size]), progress)
+            ]
+            lengths = torch.tensor([len(mask) for _, mask in rows])
+            tensors = {
+                "y": torch.cat([y for y, _ in rows]),
+                "mask": torch.cat([mask for _, mask in rows]),
+                "ends": lengths.cumsum(0),
+            }
+            writer.write(first + place, tensors, {"captions": json.dumps(chunk)}, len(chunk))
+            count += len(chunk)
+    barrier()
+    return count
+
+
+def _rows(encoded: Mapping[str, Tensor], progress: Callable[[int], Any]) -> list[tuple[Tensor, Tensor]]:
+    """(y [n, D], mask uint8 [n]) of each caption, up to the last token that its mask marks."""
+    rows = []
+    for y, mask in zip(encoded["y"][:, 0].cpu(), encoded["mask"].cpu()):
+        length = int(mask.nonzero().max()) + 1
+        rows.append((y[:length], mask[:length].to(torch.uint8)))
+    progress(len(rows))
+    return rows
