@@ -1,5 +1,6 @@
 # Training from stored chains on a laptop.
-#   opensora-perflow store configs/opensora/perflow_tiny_data_free.py --data-path captions.csv --out store --open-sora ../Open-Sora
+#   opensora-perflow store configs/opensora/perflow_tiny_data_free.py --data-path captions.csv --out store \
+#       --open-sora ../Open-Sora
 #   python -m opensora_perflow.run ../Open-Sora/scripts/train.py configs/opensora/perflow_tiny_stored.py
 
 _base_ = ["perflow_tiny_data_free.py"]

@@ -99,7 +99,7 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
             allow one.
     """
     pretrained, resumed, source = host.first_weights(), host.resumed(), settings.from_pretrained
-    if source is None and resumed is not None and not kept and settings.stored is None:
+    if source is None and resumed is not None and not kept:
         suggestion = f'teacher=dict(from_pretrained="{pretrained or "<the checkpoint that the run started from>"}")'
         raise ValueError(
             f"this run resumes from {resumed[0]!r}, so its weights are already those of a student and must not become "
