@@ -36,9 +36,13 @@ def test_what_was_written_is_read(tmp_path):
     write(tmp_path, [1], rank=1)
     shards = read(tmp_path)
     assert list(shards.shards) == [0, 1, 2] and shards.header == {"size": 3, "edges": [1.0, 0.5]}
-    assert torch.equal(shards.file(1).get_slice("x")[1], numbers(1)["x"][1])
+    assert torch.equal(shards.tensor(1, "x")[1], numbers(1)["x"][1])
     assert shards.metadata(2) == {"said": "shard 2"} and shards.shards[2].about == {"first": 4}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*map(file_name, range(3)), "index-00000.json", "index-00001.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *map(file_name, range(3)),
+        "index-00000.json",
+        "index-00001.json",
+    ]
 
 
 def test_a_shard_without_an_entry_is_not_there_and_leftovers_go(tmp_path):
@@ -51,7 +55,7 @@ def test_a_shard_without_an_entry_is_not_there_and_leftovers_go(tmp_path):
     assert again.is_there(0) and not again.is_there(1)
     again.write(1, numbers(1), {}, 2, first=2)
     assert list(read(tmp_path).shards) == [0, 1] and not list(tmp_path.glob(".*"))
-    assert torch.equal(read(tmp_path).file(1).get_slice("x")[:], numbers(1)["x"])
+    assert torch.equal(read(tmp_path).tensor(1, "x"), numbers(1)["x"])
 
 
 def test_a_shard_that_was_cut_or_lost_is_refused_and_written_again(tmp_path):
@@ -68,7 +72,7 @@ def test_a_shard_that_was_cut_or_lost_is_refused_and_written_again(tmp_path):
     assert other.is_there(0) and not other.is_there(1)
     os.utime(tmp_path / "index-00000.json", ns=(0, 0))
     other.write(1, numbers(7), {}, 2)
-    assert torch.equal(read(tmp_path).file(1).get_slice("x")[:], numbers(7)["x"])
+    assert torch.equal(read(tmp_path).tensor(1, "x"), numbers(7)["x"])
 
 
 def test_a_shard_that_was_edited_is_refused(tmp_path):
@@ -78,7 +82,7 @@ def test_a_shard_that_was_edited_is_refused(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ValueError, match="is not what was written .its SHA-256 differs"):
-        read(tmp_path).file(0)
+        read(tmp_path).tensor(0, "x")
 
 
 def test_other_folders_are_refused(tmp_path):

@@ -114,7 +114,10 @@ def test_the_run_measures_itself_without_a_teacher(tmp_path, caplog, network):
     ("config", "message"),
     [
         (dict(windows=3), "window edges .* and this training's windows .* have others"),
-        (dict(guidance=dict(mode="fixed", scale=2.0)), "other guidance than this training has: scale is 3.0 there and 2.0 here"),
+        (
+            dict(guidance=dict(mode="fixed", scale=2.0)),
+            "other guidance than this training has: scale is 3.0 there and 2.0 here",
+        ),
         (dict(guidance=dict(mode="range", scale=(1.0, 5.0))), "mode is fixed there and range here"),
         (dict(use_timestep_transform=True), "other settings of the scheduler than this training has: transform is None there"),
     ],
@@ -196,7 +199,7 @@ def test_chains_are_found_by_number_across_shards(tmp_path, network):
     store = ChainStore(tmp_path)
     assert len(store) == 4 and [chain for chain, _ in store.chains] == [0, 1, 4, 5] and store.chains[2][1] == TOLD
     assert store.caption(5) == CAPTIONS[1] and store.latent_shape(4) == (4, 5, 4, 4)
-    assert torch.equal(store.state(1, 0), noise[1])
+    assert torch.equal(store.noise(1), noise[1])
     for chain in (2, 6):
         with pytest.raises(ValueError, match=f"holds no chain {chain}"):
-            store.state(chain, 1)
+            store.states(torch.tensor([chain]), torch.tensor([1]))

@@ -80,7 +80,7 @@ class Players(Protocol):
 class Batch:
     """What a host hands over for one step, in the method's own words.
 
-    data, noise: [B, ...], float32; noise is the state at t = 1.
+    data, noise: [B, ...], float32; noise is the state at t = 1, zeros where `chains` say it.
     windows: The student's windows, warped for each sample.
     drawn: This step's windows and times.
     players: See `Players`.

@@ -89,7 +89,7 @@ class Stored:
         return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
 
     def noise(self, batch: Batch, seed: int) -> Tensor:
-        return batch.noise
+        return self.store.states(batch.chains, torch.zeros_like(batch.chains)).to(batch.noise)
 
     def edge(self, batch: Batch, guidance: Guidance, x: Tensor, times: Tensor, k: int) -> Tensor:
         place = self.store.places(self.windows)[k + 1]

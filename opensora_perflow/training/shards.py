@@ -80,13 +80,13 @@ class Shards:
                 )
         return cls(folder, header, shards)
 
-    def file(self, number: int) -> Any:
-        """A shard, open: `get_slice(name)` and `metadata()` read it. Its SHA-256 is compared once in a process.
+    def tensor(self, number: int, name: str) -> Tensor:
+        """A tensor of a shard, mapped into memory and read where it is used. A file's SHA-256 is compared once in a process.
 
         Raises:
             ValueError: the file is not what was written.
         """
-        return _open_checked(str(self.folder / file_name(number)), self.shards[number].sha256)
+        return _open_checked(str(self.folder / file_name(number)), self.shards[number].sha256)[name]
 
     def metadata(self, number: int) -> dict[str, str]:
         """The strings that a shard keeps beside its tensors; its SHA-256 is not compared."""
@@ -212,9 +212,10 @@ def text_digest(texts: Iterable[str]) -> str:
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _open_checked(path: str, expected: str) -> Any:
+def _open_checked(path: str, expected: str) -> dict[str, Tensor]:
     _check_sum(path, expected)
-    return safe_open(path, framework="pt")
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 @cache

