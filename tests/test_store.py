@@ -190,7 +190,7 @@ def test_noise_that_another_torch_draws_is_refused(tmp_path, network):
     store = ChainStore(tmp_path)
     store.origin = replace(store.origin, seed=6)
     with pytest.raises(ValueError, match="draws other noise for the store"):
-        store.noise(0)
+        store.states(torch.tensor([0]), torch.tensor([0]))
 
 
 def test_chains_are_found_by_number_across_shards(tmp_path, network):
@@ -198,8 +198,8 @@ def test_chains_are_found_by_number_across_shards(tmp_path, network):
     _, noise, _ = write(tmp_path, network, first=0)
     store = ChainStore(tmp_path)
     assert len(store) == 4 and [chain for chain, _ in store.chains] == [0, 1, 4, 5] and store.chains[2][1] == TOLD
-    assert store.caption(5) == CAPTIONS[1] and store.latent_shape(4) == (4, 5, 4, 4)
-    assert torch.equal(store.noise(1), noise[1])
+    assert store.caption(5) == CAPTIONS[1] and store.latent_shape(torch.tensor([4, 0])) == (4, 5, 4, 4)
+    assert torch.equal(store.states(torch.tensor([1]), torch.tensor([0]))[0], noise[1])
     for chain in (2, 6):
         with pytest.raises(ValueError, match=f"holds no chain {chain}"):
             store.states(torch.tensor([chain]), torch.tensor([1]))

@@ -115,7 +115,7 @@ class StoredChains(VariableVideoTextDataset):
             )
         text = self.store.caption(chain)
         sample = {
-            "video": torch.zeros(self.store.latent_shape(chain)),
+            "video": torch.zeros(self.store.latent_shape(torch.tensor([chain]))),
             "text": text,
             "path": f"chain {chain}",  # v1.3's train.py takes it out of every batch
             CHAIN: chain_bytes(chain),

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -167,7 +166,10 @@ class ChainStore:
         self.origin = Origin(**{name: value for name, value in self._shards.header.items() if name in names})
         self.windows = TimeWindows(self.origin.windows)
         by_first = sorted((shard.about["first"], number) for number, shard in self._shards.shards.items())
-        self._firsts, self._numbers = [first for first, _ in by_first], [number for _, number in by_first]
+        self._numbers = [number for _, number in by_first]
+        self._firsts = torch.tensor([first for first, _ in by_first])
+        self._ends = self._firsts + torch.tensor([self._shards.shards[number].rows for number in self._numbers])
+        self._shapes = list({tuple(shard.about["latent"]) for shard in self._shards.shards.values()})
         self._seen: set[int] = set()
 
     def __len__(self) -> int:
@@ -184,53 +186,54 @@ class ChainStore:
         ]
 
     def caption(self, chain: int) -> str:
-        number, row = self._find(chain)
-        return json.loads(self._shards.metadata(number)["captions"])[row]
+        [(number, _, rows)] = self._found(torch.tensor([chain]))
+        return json.loads(self._shards.metadata(number)["captions"])[int(rows)]
 
-    def latent_shape(self, chain: int) -> tuple[int, ...]:
-        """C, T, H, W."""
-        return tuple(self._shards.shards[self._find(chain)[0]].about["latent"])
-
-    def noise(self, chain: int) -> Tensor:
-        """A chain's state at t = 1, [C, T, H, W], float32.
+    def latent_shape(self, chains: Tensor) -> tuple[int, ...]:
+        """C, T, H, W of chains [B].
 
         Raises:
-            ValueError: this torch draws other numbers than the one that wrote the store.
+            ValueError: they have different ones.
         """
-        noise = chain_noise(self.origin.seed, chain, self.latent_shape(chain))
-        number, row = self._find(chain)
-        if number not in self._seen:
-            kept = self._shards.tensor(number, "noise")[row]
-            # 1e-5: kinds of CPUs round the logarithm and the cosine in their last bits.
-            if not torch.allclose(kept, noise.flatten()[:SEEN], rtol=0, atol=1e-5):
-                raise ValueError(
-                    f"torch {torch.__version__} draws other noise for the store {str(self.folder)!r} than the torch that wrote "
-                    "the store; train with that version, or write the store anew"
-                )
-            self._seen.add(number)
-        return noise
+        if len(self._shapes) == 1:
+            return self._shapes[0]
+        shapes = {tuple(self._shards.shards[number].about["latent"]) for number, _, _ in self._found(chains)}
+        if len(shapes) > 1:
+            raise ValueError(f"one batch has chains with latents of different shapes, {sorted(shapes)}; use the host's buckets")
+        return shapes.pop()
 
     def states(self, chains: Tensor, places: Tensor) -> Tensor:
-        """States of B chains [B], each at an edge 0..K of its own of the store's windows, [B]: [B, C, T, H, W], float32."""
-        found, places = [self._find(chain) for chain in chains.tolist()], places.tolist()
-        states: list[Tensor] = [torch.empty(0)] * len(found)
-        rows_of: dict[int, list[int]] = {}
-        for sample, ((number, _), place) in enumerate(zip(found, places, strict=True)):
-            if place == 0:
-                states[sample] = self.noise(int(chains[sample]))
-            else:
-                rows_of.setdefault(number, []).append(sample)
-        for number, samples in rows_of.items():  # together: a file of small latents is asked once, not once a sample
-            ends = self._shards.tensor(number, "ends")
-            read = ends[[found[sample][1] for sample in samples], [places[sample] - 1 for sample in samples]].float()
-            for sample, state in zip(samples, read):
-                states[sample] = state
-        return torch.stack(states)
+        """States of B chains [B], each at an edge 0..K of its own of the store's windows, [B]: [B, C, T, H, W], float32.
+
+        Raises:
+            ValueError: no such chain, or noise that this torch draws otherwise than the torch that wrote the store.
+        """
+        states = torch.empty(len(chains), *self.latent_shape(chains))
+        for number, samples, rows in self._found(chains):  # a file is asked once, not once a sample
+            at = places[samples]
+            first, later = at == 0, at > 0
+            states[samples[later]] = self._shards.tensor(number, "ends")[rows[later], at[later] - 1].float()
+            for sample in samples[first].tolist():
+                states[sample] = chain_noise(self.origin.seed, int(chains[sample]), states.shape[1:])
+            if number not in self._seen and first.any():
+                self._check_noise(self._shards.tensor(number, "noise")[rows[first]], states[samples[first]])
+                self._seen.add(number)
+        return states
+
+    def _check_noise(self, kept: Tensor, drawn: Tensor) -> None:
+        # 1e-5: kinds of CPUs round the logarithm and the cosine in their last bits.
+        if not torch.allclose(kept, drawn.flatten(1)[:, :SEEN], rtol=0, atol=1e-5):
+            raise ValueError(
+                f"torch {torch.__version__} draws other noise for the store {str(self.folder)!r} than the torch that wrote "
+                "the store; train with that version, or write the store anew"
+            )
 
     def scales(self, chains: Tensor) -> Tensor:
         """Guidance by which each of B chains was solved, where it was drawn, [B], float64."""
-        found = (self._find(chain) for chain in chains.tolist())
-        return torch.stack([self._shards.tensor(number, "scales")[row] for number, row in found])
+        scales = torch.empty(len(chains), dtype=torch.float64)
+        for number, samples, rows in self._found(chains):
+            scales[samples] = self._shards.tensor(number, "scales")[rows]
+        return scales
 
     def places(self, windows: TimeWindows) -> Tensor:
         """Which of the store's edges a training's edges are, [K + 1].
@@ -240,12 +243,15 @@ class ChainStore:
         """
         return torch.tensor([self.origin.windows.index(edge) for edge in windows.edges])
 
-    def _find(self, chain: int) -> tuple[int, int]:
-        """Number of the shard that holds a chain, and the row there."""
-        place = bisect_right(self._firsts, chain) - 1
-        number = self._numbers[place] if place >= 0 else None
-        if number is None or chain >= self._firsts[place] + self._shards.shards[number].rows:
+    def _found(self, chains: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each shard that holds some of the chains [B]: its number, which of the B are there, and their rows."""
+        place = torch.bucketize(chains, self._firsts, right=True) - 1
+        lost = (place < 0) | (chains >= self._ends[place])
+        if lost.any():
             raise ValueError(
-                f"the store {str(self.folder)!r} holds no chain {chain}; train with the dataset type perflow_stored"
+                f"the store {str(self.folder)!r} holds no chain {int(chains[lost][0])}; train with the dataset type "
+                "perflow_stored"
             )
-        return number, chain - self._firsts[place]
+        for one in place.unique().tolist():
+            samples = (place == one).nonzero().flatten()
+            yield self._numbers[one], samples, chains[samples] - self._firsts[one]

@@ -73,10 +73,9 @@ def check_call(call: TrainingCall, store: ChainStore | None) -> None:
             "frames that stand still (mask_ratios, mask_types) move in stored chains; train without those, or without "
             "teacher.stored"
         )
-    shapes = set() if store is None else {store.latent_shape(chain) for chain in call.chains.tolist()}
-    if shapes - {tuple(call.x_start.shape[1:])}:
+    here = tuple(call.x_start.shape[1:])
+    if store is not None and store.latent_shape(call.chains) != here:
         raise ValueError(
-            f"the batch has latents {list(call.x_start.shape[1:])}, and its stored chains "
-            f"{', '.join(str(list(shape)) for shape in sorted(shapes))}; train with the dataset type perflow_stored and "
-            "load_video_features=True"
+            f"the batch has latents {list(here)}, and its stored chains {list(store.latent_shape(call.chains))}; train with "
+            "the dataset type perflow_stored and load_video_features=True"
         )
