@@ -12,7 +12,7 @@ MODELS (Open-Sora 1.2 and 1.3). `opensora-perflow store` and `encode` write the 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,9 @@ class StoredChains(VariableVideoTextDataset):
             )
         if config and not config.get("load_video_features"):
             raise ValueError("perflow_stored gives latents, not videos; set load_video_features=True in the config")
-        if config.get("bucket_config"):
-            config["bucket_config"] = {
-                name: {frames: (1.0, size) for frames, (_, size) in sizes.items()}
-                for name, sizes in config["bucket_config"].items()
-            }
         self.store, self.tokenize_fn = ChainStore(folder), tokenize_fn
+        if config.get("bucket_config"):
+            config["bucket_config"] = _whole_buckets(config["bucket_config"], self.store)
         told = [told for _, told in self.store.chains]
         # The host's buckets take videos that are longer than they are.
         frames = [one["num_frames"] + (one["num_frames"] > 1) for one in told]
@@ -131,3 +128,19 @@ class StoredChains(VariableVideoTextDataset):
     def get_path(self, index: str) -> str:
         """What v1.3's messages call a sample."""
         return f"chain {index}"
+
+
+def _whole_buckets(bucket_config: Mapping[str, Any], store: ChainStore) -> dict[str, Any]:
+    """The buckets of a config with all of their chains.
+
+    Raises:
+        ValueError: they are not those that the store was written for.
+    """
+    here = {name: sorted(map(int, sizes)) for name, sizes in bucket_config.items()}
+    there = {name: sorted(map(int, sizes)) for name, sizes in store.plan["buckets"].items()}
+    if here != there:
+        raise ValueError(
+            f"the store {str(store.folder)!r} was written for the buckets {there} (resolution: frames), and this config's "
+            f"bucket_config has {here}; use the one that the store was written with"
+        )
+    return {name: {frames: (1.0, one[1]) for frames, one in sizes.items()} for name, sizes in bucket_config.items()}

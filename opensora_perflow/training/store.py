@@ -153,7 +153,7 @@ def chain_noise(seed: int, chain: int, shape: Sequence[int]) -> Tensor:
 class ChainStore:
     """A store to train from.
 
-    folder: Where it is. origin: What its chains are. chains: Numbers of those that are whole, ascending.
+    folder: Where it is. origin: What its chains are. plan: What else its writer says of the whole.
 
     Raises:
         ValueError: see Shards.open.
@@ -164,7 +164,7 @@ class ChainStore:
         self._shards = Shards.open(folder, KIND, REMEDY)
         names = {field.name for field in fields(Origin)}
         self.origin = Origin(**{name: value for name, value in self._shards.header.items() if name in names})
-        self.windows = TimeWindows(self.origin.windows)
+        self.plan = {name: value for name, value in self._shards.header.items() if name not in names}
         by_first = sorted((shard.about["first"], number) for number, shard in self._shards.shards.items())
         self._numbers = [number for _, number in by_first]
         self._firsts = torch.tensor([first for first, _ in by_first])
