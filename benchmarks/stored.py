@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ STEPS = {"mixture": 1000, "video": 60}
 """Of the online training of part equal."""
 CHAINS = {"mixture": 16384, "video": 320}
 """Of the store of part equal."""
+REFERENCE_STEPS = {"mixture": 512, "video": 128}
+"""Guided Euler steps to the endpoints that errors are measured from."""
 AT_ONCE = {"mixture": 1024, "video": 16}
 """Chains that are solved together, and written as a shard."""
 RATES = (1.0, 3.0)
@@ -71,6 +74,11 @@ class Chains:
     def first(self, count: int) -> Chains:
         """A part of the store."""
         return Chains(self.folder, {name: value[:count] for name, value in self.told.items()}, self.names[:count])
+
+
+@cache
+def evaluation_of(world: World, num_samples: int, seed: int) -> Evaluation:
+    return Evaluation.of(world, num_samples, seed, floor=False, reference_steps=REFERENCE_STEPS[world.name])
 
 
 def settings(world: World, **others: Any) -> dict[str, Any]:
@@ -158,7 +166,7 @@ def stepper(student: Student) -> Callable[[], None]:
 
 def equal_seconds(world: World, scale: Scale, seed: int, steps: int, count: int) -> list[dict[str, Any]]:
     """Rows of the online students and of those that get as many CPU seconds for a store, its writing included."""
-    evaluation, rows = Evaluation.of(world, scale.num_samples, seed, floor=False), []
+    evaluation, rows = evaluation_of(world, scale.num_samples, seed), []
     for rate in RATES:
         student = Student(world, scale, seed)
         seconds = student.train(steps, rate, f"seed {seed}, online")
@@ -180,7 +188,7 @@ def equal_seconds(world: World, scale: Scale, seed: int, steps: int, count: int)
 
 def store_sizes(world: World, scale: Scale, seed: int, steps: int) -> list[dict[str, Any]]:
     """Rows of students of the first chains of one store, as many as SIZES says."""
-    evaluation, rows = Evaluation.of(world, scale.num_samples, seed, floor=False), []
+    evaluation, rows = evaluation_of(world, scale.num_samples, seed), []
     with tempfile.TemporaryDirectory() as folder:
         chains = solve(world, Path(folder), max(SIZES), seed + 1000)
         for size in SIZES:
@@ -213,7 +221,7 @@ def error_on_stored(student: Student, chains: Chains) -> float:
 def dtypes(world: World, scale: Scale, seed: int, steps: int, count: int) -> list[dict[str, Any]]:
     """Rows of students of the same chains in each dtype; float32 first."""
     names = sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize)
-    evaluation, rows = Evaluation.of(world, scale.num_samples, seed, floor=False), []
+    evaluation, rows = evaluation_of(world, scale.num_samples, seed), []
     with tempfile.TemporaryDirectory() as folder:
         chains = solve(world, Path(folder), count, seed + 1000, names)
         numbers = torch.arange(min(count, 256)).repeat_interleave(4)
