@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensora_perflow.hosts.v1 import encoded_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, read_latent_sizes, write_latent_sizes
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 CAPTIONS = ["a red circle moving right", "a blue square", "a very long caption of more than ten words that is cut there"]
@@ -51,3 +51,13 @@ def test_other_captions_are_refused(tmp_path):
         EncodedText(tmp_path).encode(["a white star"])
     with pytest.raises(ValueError, match="was begun with other settings: output_dim is 32 there and 64 here"):
         encode_captions(tmp_path, CAPTIONS, TinyTextEncoder().encode, {**HEADER, "output_dim": 64})
+
+
+def test_latents_have_the_sizes_that_were_written(tmp_path):
+    with pytest.raises(ValueError, match="latents.json' says no sizes of latents"):
+        read_latent_sizes(tmp_path)
+    write_latent_sizes(tmp_path, {(17, 192, 192): (4, 5, 8, 8)})
+    latent_size = read_latent_sizes(tmp_path)
+    assert latent_size(17, 192, 192) == (4, 5, 8, 8)
+    with pytest.raises(ValueError, match="does not have the latents of 1 frames of 192 x 192"):
+        latent_size(1, 192, 192)

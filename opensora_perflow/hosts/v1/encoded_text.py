@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.checks import shown
+from opensora_perflow.atomic import replacing
+from opensora_perflow.checks import parse_json, read_bounded, shown
 from opensora_perflow.training.shards import Shards, ShardWriter
 
 KIND = "encoded captions"
 REMEDY = "encode captions with `opensora-perflow encode CONFIG --out DIR`"
 ROWS = 256
 """Captions of a shard."""
+SIZES = "latents.json"
+"""In a folder of captions: "frames x height x width" of videos -> shape C, T, H, W of their latents."""
 Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions -> y [B, 1, L, D] and mask [B, L]."""
 
@@ -151,6 +155,39 @@ def encode_captions(
             count += len(chunk)
     barrier()
     return count
+
+
+def write_latent_sizes(folder: str | os.PathLike, sizes: Mapping[Sequence[int], Sequence[int]]) -> None:
+    """Write SIZES: (frames, height, width) -> C, T, H, W."""
+    with replacing(Path(folder) / SIZES) as temporary:
+        temporary.write_text(json.dumps({_size(*size): list(latent) for size, latent in sizes.items()}) + "\n")
+
+
+def read_latent_sizes(folder: str | os.PathLike) -> Callable[[int, int, int], tuple[int, ...]]:
+    """(frames, height, width) -> C, T, H, W, as SIZES in a folder says.
+
+    Raises:
+        ValueError: no such file, or another; later, a size that it does not have.
+    """
+    path = Path(folder) / SIZES
+    try:
+        known = {str(size): tuple(map(int, latent)) for size, latent in parse_json(read_bounded(path)).items()}
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} says no sizes of latents ({error}); {REMEDY}") from error
+
+    def latent_size(num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        if _size(num_frames, height, width) not in known:
+            raise ValueError(
+                f"{str(path)!r} does not have the latents of {num_frames} frames of {height} x {width}; run `opensora-perflow "
+                "encode` again with the bucket_config of this training"
+            )
+        return known[_size(num_frames, height, width)]
+
+    return latent_size
+
+
+def _size(num_frames: int, height: int, width: int) -> str:
+    return f"{num_frames} x {height} x {width}"
 
 
 def _rows(encoded: Mapping[str, Tensor], progress: Callable[[int], Any]) -> list[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from opensora_perflow import portable
 from opensora_perflow.hosts.v1.chain_solver import ChainSolver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainWriter, Origin
@@ -58,6 +58,8 @@ class Workers:
 def encode(config: Path, out: Path, progress: Progress, open_sora: Path | None = None, data_path: Path | None = None) -> int:
     """Encode the captions of a training config's data set that the folder `out` lacks; how many this process encoded.
 
+    The sizes of latents in all buckets are written beside them, so that the training needs no VAE either.
+
     Args:
         open_sora: Checkout that `opensora` is imported from; None: the installed one.
         data_path: The table of captions; None: the config's.
@@ -65,8 +67,11 @@ def encode(config: Path, out: Path, progress: Progress, open_sora: Path | None =
     Raises:
         ValueError: see `read_training_config` and encoded_text.encode_captions.
     """
-    cfg = read_training_config(config, open_sora, data_path)
-    return _encode(cfg, _build(cfg.dataset, "DATASETS"), out, Workers.started(), progress)
+    cfg, workers = read_training_config(config, open_sora, data_path), Workers.started()
+    count = _encode(cfg, _build(cfg.dataset, "DATASETS"), out, workers, progress)
+    if workers.rank == 0:
+        write_latent_sizes(out, _latent_sizes(cfg.bucket_config, _build(cfg.vae, "MODELS")))
+    return count
 
 
 def store(
@@ -167,6 +172,17 @@ def _encode(cfg: Any, dataset: Any, out: Path, workers: Workers, progress: Progr
         out, captions, encoded, header,
         rank=workers.rank, world=workers.world, barrier=workers.barrier, progress=progress(len(captions), "captions"),
     )  # fmt: skip
+
+
+def _latent_sizes(bucket_config: Mapping[str, Any], vae: Any) -> dict[tuple[int, int, int], tuple[int, ...]]:
+    from opensora.datasets.bucket import Bucket
+
+    return {
+        (num_frames, height, width): (vae.out_channels, *vae.get_latent_size((num_frames, height, width)))
+        for lengths in Bucket(bucket_config).ar_criteria.values()
+        for num_frames, ratios in lengths.items()
+        for height, width in ratios.values()
+    }
 
 
 def _check_recipe(scheduler: PeRFlow) -> None:
