@@ -45,7 +45,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "captions' embeddings beside them in OUT/text. Of the data set only captions and sizes are used; chains are\n"
             "spread over bucket_config as videos are. The training then needs no teacher, no T5 and no VAE:\n"
             '    scheduler = dict(teacher=dict(stored="OUT"), ...)\n'
-            "A chain of 4 windows takes 1 MiB at 144p x 51 frames and 3.3 MiB at 360p x 102. Guidance must be folded in\n"
+            "A chain of 4 windows takes .26 MiB at 144p x 51 frames and 3.3 MiB at 360p x 102. Guidance must be folded in\n"
             '(mode="fixed" or "range").'
         ),
         epilog=_EXAMPLE,
