@@ -25,16 +25,25 @@ class Player:
     process: The noising process that the network was trained on.
     prediction: What a student's output stands for, one of process.predictions.
     moving: bool [B, T]; False marks frames that stand still. None: all move.
+    two_time: Is the network also told how long the step is that begins at t: to the clean edge of its window?
     """
 
     output: Output
     process: Process
     prediction: str
     moving: Tensor | None = None
+    two_time: bool = False
 
     def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
-        return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
+        if not self.two_time:
+            return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            output = partial(self.output, step=t - bounds(t)[1])
+            return self.process.velocity(output, self.prediction, bounds, x, t)
+
+        return hold_frames(velocity, self.moving)
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
     def trajectory(self, x: Tensor, times: Tensor, solver: str, source: str) -> Tensor:

@@ -192,9 +192,17 @@ class Draws:
     """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`. The student
     is trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
     sampling_grid="uniform"."""
+    two_time: bool = key(False, switch)
+    """Tell the network where its step ends, as an input: a flow map u(x, t, s), so that the steps of all `grids` can be learned
+    by one student. Open-Sora 1.x and prediction="velocity" only."""
 
     def __post_init__(self) -> None:
         check_keys(self, "draws.")
+        if self.two_time and not self.grids:
+            raise ValueError(
+                "draws.two_time tells the steps of several grids apart, and draws.grids names none; write windows=8 and "
+                "draws=dict(grids=[1, 2, 4], two_time=True)"
+            )
         if self.edge_mass == 1 and (self.per_solve or 1) > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
@@ -324,7 +332,6 @@ class Recipe:
     def _check_stored(self) -> None:
         other = {
             'draws.starts="diffused"': self.draws.starts == "diffused",
-            "draws.grids": bool(self.draws.grids),
             'curriculum.teacher="previous"': self.curriculum is not None and self.curriculum.teacher == "previous",
         }
         found = [name for name, is_set in other.items() if is_set]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from opensora_perflow.conventions import shift_time
+from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.windows import TimeWindows
@@ -83,9 +83,9 @@ class Stored:
     windows: TimeWindows
 
     def of(self, batch: Batch) -> Segment:
-        drawn, places = batch.drawn, self.store.places(self.windows)
-        index = drawn.window_idx.cpu()
-        ends = [self.store.states(batch.chains, places[index + after]).to(batch.noise) for after in (0, 1)]
+        drawn, ratio = batch.drawn, batch.windows.ratio
+        places = [self.store.nearest(unshift_time(t, ratio)) for t in (drawn.t_start, drawn.t_end)]
+        ends = [self.store.states(batch.chains, place).to(batch.noise) for place in places]
         return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
 
     def noise(self, batch: Batch, seed: int) -> Tensor:

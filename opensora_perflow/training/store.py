@@ -71,11 +71,12 @@ class Origin:
 
     def check(self, recipe: Recipe, host: dict[str, Any], folder: str | os.PathLike) -> None:
         """Raises ValueError where a training would not fit the chains."""
-        places = [edge for edge in recipe.windows.edges if edge not in self.windows]
-        if places:
+        trained = [recipe.windows, *map(TimeWindows.uniform, recipe.draws.grids)]
+        if any(edge not in self.windows for windows in trained for edge in windows.edges):
             raise ValueError(
                 f"the store {str(folder)!r} has chains with the window edges {list(self.windows)}, and this training's windows "
-                f"{list(recipe.windows.edges)} have others; set windows to edges of the store, or write another store"
+                f"{' and '.join(str(list(windows.edges)) for windows in trained)} have others; set windows and draws.grids to "
+                "edges of the store, or write another store"
             )
         for name, here in {"guidance": guidance_of(recipe.guidance), "host": host}.items():
             there = getattr(self, name)
@@ -242,6 +243,11 @@ class ChainStore:
             ValueError: an edge that the store does not have.
         """
         return torch.tensor([self.origin.windows.index(edge) for edge in windows.edges])
+
+    def nearest(self, u: Tensor) -> Tensor:
+        """Which of the store's edges each untransformed time [B] is, [B], on the CPU."""
+        edges = torch.tensor(self.origin.windows, dtype=torch.float64)
+        return (edges[:, None] - u.cpu()[None]).abs().argmin(dim=0)
 
     def _found(self, chains: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each shard that holds some of the chains [B]: its number, which of the B are there, and their rows."""

@@ -225,7 +225,7 @@ class PeRFlow:
         oscillate = (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         scales = self.step_scales(guidance_scale)
         guidance = StepGuidance.of(settings.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
-        return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction)
+        return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction, settings.two_time)
 
     def take_from(self, weights: str | None, network: nn.Module) -> None:
         """Sample from here on as the student in `weights` was trained, where the config says nothing else.
@@ -247,7 +247,7 @@ class PeRFlow:
         """What the sampler goes by: the config, the curriculum's stage, or what `take_from` found."""
         recipe = self.recipe
         windows = recipe.windows if self.curriculum is None else self.curriculum.current
-        return self._trained or SamplingSettings(recipe, self.keys, windows, recipe.draws.grids)
+        return self._trained or SamplingSettings(recipe, self.keys, windows, recipe.draws.grids, None, recipe.draws.two_time)
 
     @property
     def windows(self) -> TimeWindows:

@@ -151,6 +151,7 @@ class Translation:
             student.separable(len(data)),
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
+            route=drawn.route if run.recipe.draws.two_time else None,
         )
         told = partial(self._told, student, teacher)
         batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, call.chains, told)
