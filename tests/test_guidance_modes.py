@@ -341,12 +341,13 @@ def test_the_scale_of_a_window():
     assert Guidance("fixed", (9, 7, 5)).scale_in(torch.tensor([2, 0])).tolist() == [5.0, 9.0]
 
 
-def test_no_timestep_uses_the_direction_of_the_scale():
-    for channels, bound in (256, 3e-5), (64, 2e-3):
-        plain = Features(channels).plain(torch.linspace(0, 1000, 2001)).double()
-        toward = direction(channels)
-        cosine = (plain @ toward) / plain.norm(dim=1) / toward.norm()
-        assert cosine.abs().max() < bound
+@pytest.mark.parametrize(("which", "channels", "bound"), [(0, 256, 3e-5), (1, 256, 2e-4), (0, 64, 2e-3), (1, 64, 4e-2)])
+def test_no_timestep_uses_the_directions_of_further_inputs(which, channels, bound):
+    plain = Features(channels).plain(torch.linspace(0, 1000, 2001)).double()
+    toward = direction(channels, which)
+    assert abs(toward @ direction(channels, 1 - which)) < 1e-12
+    cosine = (plain @ toward) / plain.norm(dim=1) / toward.norm()
+    assert cosine.abs().max() < bound
 
 
 def test_scale_one_is_the_network_as_it_was_and_others_are_not():

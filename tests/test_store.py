@@ -164,7 +164,6 @@ def test_batches_and_stores_have_to_go_together(tmp_path, network):
     ("config", "message"),
     [
         (dict(draws=dict(starts="diffused")), 'draws.starts="diffused" wants a teacher'),
-        (dict(draws=dict(grids=[5])), "draws.grids wants a teacher"),
         (dict(windows=2, curriculum=dict(windows=[2, 1], teacher="previous")), 'curriculum.teacher="previous" wants a teacher'),
     ],
 )

@@ -76,6 +76,10 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
             f'draws.overlap={recipe.draws.overlap:g} with starts="diffused": Open-Sora 2.0 hands over noised data, which may '
             'have more noise than the start of an overlapping window; use starts="student", or overlap=0'
         )
+    if recipe.draws.two_time:
+        raise ValueError(
+            "draws.two_time=True is for Open-Sora 1.x, whose networks can be told one more number; leave the key out"
+        )
     as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
     if recipe.needs_one_scale:
         refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)
