@@ -58,7 +58,7 @@ def solve(world: World, folder: Path, count: int, seed: int) -> Chains:
         _, args = world.batch(rows, generator)
         told.append(args)
         noise = torch.stack([chain_noise(seed, first + row, world.latent_shape) for row in range(rows)])
-        writer.write(number, first, solver.ends(noise, args, first)[0], [""] * rows, {})
+        writer.write(number, first, solver.ends(noise.to(world.device), args, first)[0], [""] * rows, {})
     names = torch.stack([chain_bytes(chain) for chain in range(count)])
     return Chains(folder, {name: torch.cat([args[name] for args in told]) for name in told[0]}, names)
 
@@ -74,7 +74,7 @@ def train(world: World, chains: Chains, name: str, seed: int, iterations: int, e
 
     def loss() -> Tensor:
         rows = torch.randint(len(chains.names), (scale.batch_size,), generator=generator)
-        data = torch.zeros(len(rows), *world.latent_shape)
+        data = torch.zeros(len(rows), *world.latent_shape, device=world.device)
         return scheduler.training_losses(student, data, chains.batch(rows))["loss"].mean()
 
     began = time.process_time()
