@@ -16,7 +16,7 @@ from mmengine.registry import Registry
 
 from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.script import before_builds, main_variable
-from opensora_perflow.hosts.v1 import lora
+from opensora_perflow.hosts.v1 import lora, small_decoder
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.hosts.v1.stored_chains import open_store
@@ -28,7 +28,7 @@ SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "m
 
 
 def check_early() -> None:
-    """Have `check_run` called before anything is built with the host's MODELS and DATASETS, and enter perflow_lora in MODELS.
+    """Have `check_run` called before anything is built with the host's MODELS and DATASETS, and enter our models in MODELS.
 
     Does nothing without a 1.x host.
     """
@@ -43,6 +43,7 @@ def check_early() -> None:
     before_builds(registries.values(), partial(check_run, registries))
     if "model" in registries:
         lora.register(registries["model"])
+        small_decoder.register(registries["model"])
 
 
 def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> None:
