@@ -119,6 +119,7 @@ def test_the_run_measures_itself_without_a_teacher(tmp_path, caplog, network):
             "other guidance than this training has: scale is 3.0 there and 2.0 here",
         ),
         (dict(guidance=dict(mode="range", scale=(1.0, 5.0))), "mode is fixed there and range here"),
+        (dict(objective=["perflow", dict(type="perflow_consistency")]), "perflow_consistency needs those between"),
         (dict(use_timestep_transform=True), "other settings of the scheduler than this training has: transform is None there"),
     ],
 )
