@@ -150,8 +150,8 @@ def read_training_config(config: Path, open_sora: Path | None, data_path: Path |
         raise ValueError(f"{str(config)!r} has {what}; name the config of a training, such as perflow_data_free.py")
     if found.vae.type == "perflow_latents":
         raise ValueError(
-            f"{str(config)!r} trains without a VAE, whose sizes of latents are needed here; name the config that it is based on, "
-            "such as perflow_data_free.py"
+            f"{str(config)!r} trains without a VAE, whose sizes of latents are needed here; name the config that it is based "
+            "on, such as perflow_data_free.py"
         )
     if data_path is not None:
         found.dataset.data_path = str(data_path)

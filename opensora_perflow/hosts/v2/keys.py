@@ -73,8 +73,8 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
         )
     if recipe.teacher.stored is not None:
         raise ValueError(
-            f"teacher.stored={recipe.teacher.stored!r}: stores are written and trained from under Open-Sora 1.2 and 1.3; leave the "
-            "key out"
+            f"teacher.stored={recipe.teacher.stored!r}: stores are written and trained from under Open-Sora 1.2 and 1.3; leave "
+            "the key out"
         )
     if recipe.draws.starts == "diffused" and recipe.draws.overlap > 0:
         raise ValueError(
