@@ -85,7 +85,8 @@ class Stored:
     def of(self, batch: Batch) -> Segment:
         drawn, places = batch.drawn, self.store.places(self.windows)
         index = drawn.window_idx.cpu()
-        ends = [self.store.states(batch.chains, places[index + after]).to(batch.noise) for after in (0, 1)]
+        wanted = places[torch.cat([index, index + 1])]  # starts and ends together: each file is asked once
+        ends = self.store.states(batch.chains.repeat(2), wanted).to(batch.noise).chunk(2)
         return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
 
     def noise(self, batch: Batch, seed: int) -> Tensor:
