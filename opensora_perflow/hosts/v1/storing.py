@@ -20,7 +20,7 @@ import torch.distributed as dist
 from opensora_perflow import portable
 from opensora_perflow.hosts.v1.chain_solver import ChainSolver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, are_encoded, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainWriter, Origin
@@ -161,14 +161,13 @@ def read_training_config(config: Path, open_sora: Path | None, data_path: Path |
 def _encode(cfg: Any, dataset: Any, out: Path, workers: Workers, progress: Progress) -> int:
     # T5's shardformer is for training in many processes, as in embed.py.
     settings = {name: value for name, value in cfg.text_encoder.items() if name != "shardformer"}
-    encoder = _build(settings, "MODELS", device=workers.device, dtype=_dtype(cfg))
     captions = list(dict.fromkeys(map(str, dataset.data["text"])))
-    header = {
-        "text_encoder": {name: settings.get(name) for name in ("type", "from_pretrained")},
-        "model_max_length": encoder.model_max_length,
-        "output_dim": encoder.output_dim,
-        "dtype": str(_dtype(cfg)),
-    }
+    kind = {"type": settings["type"], "from_pretrained": settings.get("from_pretrained"), "dtype": str(_dtype(cfg))}
+    if are_encoded(out, captions, kind):  # no text encoder of 19 GB is loaded to find nothing to do
+        workers.barrier()
+        return 0
+    encoder = _build(settings, "MODELS", device=workers.device, dtype=_dtype(cfg))
+    header = {"text_encoder": kind, "model_max_length": encoder.model_max_length, "output_dim": encoder.output_dim}
 
     @torch.no_grad()
     def encoded(texts: Sequence[str]) -> Mapping[str, Any]:
