@@ -133,10 +133,8 @@ def encode_captions(
     missing, whole = _missing(writer, captions)
     chunks = [missing[start : start + ROWS] for start in range(0, len(missing), ROWS)]
     # Numbers of lost shards first: an index that names one is right again.
-    numbers = [
-        *sorted(writer.done.keys() - whole),
-        *range(max(writer.done, default=-1) + 1, len(chunks) + len(writer.done) + 1),
-    ]
+    first = max(writer.done, default=-1) + 1
+    numbers = [*sorted(writer.done.keys() - whole), *range(first, first + len(chunks))]
     barrier()  # all of them have seen the same
     count = 0
     for place, chunk in enumerate(chunks):
