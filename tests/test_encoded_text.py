@@ -1,14 +1,22 @@
 """Encoded captions: what the text encoder said, looked up."""
 
+import os
+
 import pytest
 import torch
 
 from opensora_perflow.hosts.v1 import encoded_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, read_latent_sizes, write_latent_sizes
+from opensora_perflow.hosts.v1.encoded_text import (
+    EncodedText,
+    are_encoded,
+    encode_captions,
+    read_latent_sizes,
+    write_latent_sizes,
+)
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 CAPTIONS = ["a red circle moving right", "a blue square", "a very long caption of more than ten words that is cut there"]
-HEADER = {"model_max_length": 10, "output_dim": 32}
+HEADER = {"text_encoder": {"type": "tiny"}, "model_max_length": 10, "output_dim": 32}
 
 
 def encode(folder, captions=CAPTIONS, **others):
@@ -35,6 +43,19 @@ def test_only_missing_captions_are_encoded(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["000000.safetensors", "000001.safetensors"]
     y = EncodedText(tmp_path).encode(CAPTIONS)["y"]
     assert torch.equal(y, TinyTextEncoder().encode(CAPTIONS)["y"])
+
+
+def test_a_lost_shard_is_encoded_again_by_any_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded_text, "ROWS", 1)
+    encode(tmp_path)
+    (tmp_path / "000001.safetensors").unlink()
+    assert not are_encoded(tmp_path, CAPTIONS, HEADER["text_encoder"])
+    assert encode(tmp_path, [*CAPTIONS, "a fourth"], rank=3, world=1) == 0  # of process 3 in a run of one there is no work
+    os.utime(tmp_path / "index-00000.json", ns=(0, 0))
+    encoded_text.encode_captions(tmp_path, [*CAPTIONS, "a fourth"], TinyTextEncoder().encode, HEADER, rank=1, world=2)
+    encoded_text.encode_captions(tmp_path, [*CAPTIONS, "a fourth"], TinyTextEncoder().encode, HEADER)
+    assert torch.equal(EncodedText(tmp_path).encode(CAPTIONS)["y"], TinyTextEncoder().encode(CAPTIONS)["y"])
+    assert are_encoded(tmp_path, CAPTIONS, HEADER["text_encoder"]) and not are_encoded(tmp_path, CAPTIONS, {"type": "t5"})
 
 
 def test_processes_share_the_work(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Stored chains: losses equal to those of a teacher that solves now, and what is refused."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,7 @@ def test_the_run_measures_itself_without_a_teacher(tmp_path, caplog, network):
             "other guidance than this training has: scale is 3.0 there and 2.0 here",
         ),
         (dict(guidance=dict(mode="range", scale=(1.0, 5.0))), "mode is fixed there and range here"),
+        (dict(objective=["perflow", dict(type="perflow_consistency")]), "perflow_consistency needs those between"),
         (dict(use_timestep_transform=True), "other settings of the scheduler than this training has: transform is None there"),
     ],
 )
@@ -202,3 +204,16 @@ def test_chains_are_found_by_number_across_shards(tmp_path, network):
     for chain in (2, 6):
         with pytest.raises(ValueError, match=f"holds no chain {chain}"):
             store.states(torch.tensor([chain]), torch.tensor([1]))
+
+
+@pytest.mark.gpu
+def test_chains_are_solved_on_a_gpu(network):
+    """As on a CPU. Two float32 devices differ by some 1e-6 an evaluation, of which there are 16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: run `pytest -m gpu` on a machine with one")
+    x, args = batch(network)
+    ends = []
+    for device in ("cpu", "cuda"):
+        solver = ChainSolver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
+        ends.append(solver.ends(x.to(device), {name: value.to(device) for name, value in args.items()}, 0)[0])
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-4, rtol=0)

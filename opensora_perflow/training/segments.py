@@ -84,8 +84,9 @@ class Stored:
 
     def of(self, batch: Batch) -> Segment:
         drawn, ratio = batch.drawn, batch.windows.ratio
-        places = [self.store.nearest(unshift_time(t, ratio)) for t in (drawn.t_start, drawn.t_end)]
-        ends = [self.store.states(batch.chains, place).to(batch.noise) for place in places]
+        u = unshift_time(torch.cat([drawn.t_start, drawn.t_end]), None if ratio is None else ratio.repeat(2))
+        # Starts and ends together: each file is asked once.
+        ends = self.store.states(batch.chains.repeat(2), self.store.nearest(u)).to(batch.noise).chunk(2)
         return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
 
     def noise(self, batch: Batch, seed: int) -> Tensor:

@@ -87,7 +87,8 @@ class ChainSolver:
         call = TrainingCall(
             network, network, torch.zeros_like(noise), model_args, None, False, noise, None, None, None, None, None, None, None
         )
-        windows, generator = self.scheduler.warped(model_args, noise), step_generator(self.seed, 0, first, purpose="scales")
+        windows = self.scheduler.warped(model_args, noise)
+        generator = step_generator(self.seed, 0, first, device=noise.device, purpose="scales")
         batch, _ = self.translation.batch(call, windows, generator)
         segments = self.run.segments
 

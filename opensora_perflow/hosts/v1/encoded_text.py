@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checks import parse_json, read_bounded, shown
-from opensora_perflow.training.shards import Shards, ShardWriter
+from opensora_perflow.training.shards import Shards, ShardWriter, read_indexes
 
 KIND = "encoded captions"
 REMEDY = "encode captions with `opensora-perflow encode CONFIG --out DIR`"
@@ -130,12 +130,11 @@ def encode_captions(
         ValueError: see ShardWriter.
     """
     writer = ShardWriter(folder, KIND, header, rank, "encode into another folder")
-    done = {number for number in writer.done if writer.is_there(number)}
-    shards = Shards(writer.folder, writer.header, {number: writer.done[number] for number in done})
-    known = {caption for number in done for caption in json.loads(shards.metadata(number)["captions"])}
-    missing = [caption for caption in dict.fromkeys(captions) if caption not in known]
+    missing, whole = _missing(writer, captions)
     chunks = [missing[start : start + ROWS] for start in range(0, len(missing), ROWS)]
-    first = max(done, default=-1) + 1
+    # Numbers of lost shards first: an index that names one is right again.
+    first = max(writer.done, default=-1) + 1
+    numbers = [*sorted(writer.done.keys() - whole), *range(first, first + len(chunks))]
     barrier()  # all of them have seen the same
     count = 0
     for place, chunk in enumerate(chunks):
@@ -151,10 +150,26 @@ def encode_captions(
                 "mask": torch.cat([mask for _, mask in rows]),
                 "ends": lengths.cumsum(0),
             }
-            writer.write(first + place, tensors, {"captions": json.dumps(chunk)}, len(chunk))
+            writer.write(numbers[place], tensors, {"captions": json.dumps(chunk)}, len(chunk))
             count += len(chunk)
     barrier()
     return count
+
+
+def are_encoded(folder: str | os.PathLike, captions: Sequence[str], text_encoder: Mapping[str, Any]) -> bool:
+    """Does a folder have all of these captions, encoded by a text encoder with these settings?"""
+    header, _ = read_indexes(Path(folder), KIND)
+    if header is None or header["text_encoder"] != text_encoder:
+        return False
+    return not _missing(ShardWriter(folder, KIND, header, 0, ""), captions)[0]
+
+
+def _missing(writer: ShardWriter, captions: Sequence[str]) -> tuple[list[str], set[int]]:
+    """Captions that a folder does not have, and the numbers of its whole shards."""
+    whole = {number for number in writer.done if writer.is_there(number)}
+    shards = Shards(writer.folder, writer.header, {number: writer.done[number] for number in whole})
+    known = {caption for number in whole for caption in json.loads(shards.metadata(number)["captions"])}
+    return [caption for caption in dict.fromkeys(captions) if caption not in known], whole
 
 
 def write_latent_sizes(folder: str | os.PathLike, sizes: Mapping[Sequence[int], Sequence[int]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,11 @@ def open_store(recipe: Recipe, keys: Keys, process: Process | None = None) -> Ch
         return None
     if not isinstance(process, (Linear, type(None))):
         raise ValueError('teacher.stored holds paths of rectified flows, path="linear", and this network has path="ddpm"')
+    if "perflow_consistency" in json.dumps(recipe.objective):
+        raise ValueError(
+            "teacher.stored has a teacher's states at window edges alone, and the objective perflow_consistency needs those "
+            "between; use another objective, or a teacher that solves"
+        )
     store = ChainStore(folder)
     store.origin.check(recipe, path_settings(keys), folder)
     return store

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from opensora_perflow import portable
 from opensora_perflow.hosts.v1.chain_solver import ChainSolver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, are_encoded, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainWriter, Origin
@@ -41,7 +42,7 @@ class Workers:
         """This process's place, after it has met the others."""
         found = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if found.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others may have hours of work left
         return found
 
     def barrier(self) -> None:
@@ -103,7 +104,7 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     folder = cfg.text_encoder.folder if cfg.text_encoder.type == "perflow_encoded" else out / "text"
     text = EncodedText(folder, workers.device, _dtype(cfg))
     vae = _build(cfg.vae, "MODELS")
-    solver = ChainSolver(scheduler, _network(cfg, text, vae, workers), text, int(cfg.get("seed") or 1024), _dtype(cfg))
+    solver = ChainSolver(scheduler, _network(cfg, text, vae, workers), text, int(cfg.get("seed", 1024)), _dtype(cfg))
     plan = {"captions": text_digest(map(str, dataset.data["text"])), "buckets": _plain(cfg.bucket_config)}
     writer = ChainWriter(out, solver.origin, workers.rank, **plan)
     wanted, first = len(dataset) if chains is None else chains, 0
@@ -147,6 +148,11 @@ def read_training_config(config: Path, open_sora: Path | None, data_path: Path |
     if missing or found.scheduler.get("type") != "perflow":
         what = f"no {', '.join(missing)}" if missing else 'no scheduler=dict(type="perflow", ...)'
         raise ValueError(f"{str(config)!r} has {what}; name the config of a training, such as perflow_data_free.py")
+    if found.vae.type == "perflow_latents":
+        raise ValueError(
+            f"{str(config)!r} trains without a VAE, whose sizes of latents are needed here; name the config that it is based "
+            "on, such as perflow_data_free.py"
+        )
     if data_path is not None:
         found.dataset.data_path = str(data_path)
     return found
@@ -155,14 +161,13 @@ def read_training_config(config: Path, open_sora: Path | None, data_path: Path |
 def _encode(cfg: Any, dataset: Any, out: Path, workers: Workers, progress: Progress) -> int:
     # T5's shardformer is for training in many processes, as in embed.py.
     settings = {name: value for name, value in cfg.text_encoder.items() if name != "shardformer"}
-    encoder = _build(settings, "MODELS", device=workers.device, dtype=_dtype(cfg))
     captions = list(dict.fromkeys(map(str, dataset.data["text"])))
-    header = {
-        "text_encoder": {name: settings.get(name) for name in ("type", "from_pretrained")},
-        "model_max_length": encoder.model_max_length,
-        "output_dim": encoder.output_dim,
-        "dtype": str(_dtype(cfg)),
-    }
+    kind = {"type": settings["type"], "from_pretrained": settings.get("from_pretrained"), "dtype": str(_dtype(cfg))}
+    if are_encoded(out, captions, kind):  # no text encoder of 19 GB is loaded to find nothing to do
+        workers.barrier()
+        return 0
+    encoder = _build(settings, "MODELS", device=workers.device, dtype=_dtype(cfg))
+    header = {"text_encoder": kind, "model_max_length": encoder.model_max_length, "output_dim": encoder.output_dim}
 
     @torch.no_grad()
     def encoded(texts: Sequence[str]) -> Mapping[str, Any]:
