@@ -33,7 +33,8 @@ if sys.argv[3] == "OpenSoraVAE_V1_2":
     seen = vae.spatial_vae.decode(x)
 else:
     seen = vae.decode(x)
-frames = [torch.stack([tiny.decode(x[b, :, t][None] / 0.18215 * 0.13025).sample[0] for t in range(x.shape[2])], 1) for b in range(2)]
+x = x / 0.18215 * 0.13025
+frames = [torch.stack([tiny.decode(x[b, :, t][None]).sample[0] for t in range(x.shape[2])], 1) for b in range(2)]
 torch.testing.assert_close(seen, torch.stack(frames), atol=1e-5, rtol=0)
 assert sum(p.numel() for p in kl.decoder.parameters()) == 0
 print("decoded")
