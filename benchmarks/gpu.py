@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -51,6 +51,7 @@ RECIPES: dict[str, Row | None] = {
     "defaults, mode sync": dict(windows=4),
     "defaults, mode fixed": dict(windows=4, guidance=FOLDED),
     "mode fixed, per_solve=1": dict(windows=4, guidance=FOLDED, draws=dict(per_solve=1)),
+    "mode fixed, adapters of rank 16": dict(windows=4, guidance=FOLDED, rank=16),
 }
 V64, V144, V360 = (64, 64, 17), (144, 256, 51), (360, 640, 51)
 SMALL = dict(hidden_size=96, depth=2, num_heads=4, caption_channels=32, model_max_length=10)
@@ -111,7 +112,7 @@ def run_sampler(scheduler: Any, network: nn.Module, z: Tensor, condition: Row) -
     return scheduler.sample(network, encoder, z, ["a"] * len(z), z.device.type, additional_args=sizes, progress=False)
 
 
-def timed(call: Callable[[], Any]) -> Row:
+def timed(call: Callable[[], Any], repeats: int = REPEATS) -> Row:
     """Seconds of a call that has been warmed up; on a GPU also memory before it, and its peak."""
     seconds, on_gpu = [], DEVICE == "cuda"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
@@ -119,7 +120,7 @@ def timed(call: Callable[[], Any]) -> Row:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     wait()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         call()
         wait()
@@ -176,11 +177,12 @@ def sample(size: Size) -> Iterator[Row]:
 
 
 class Optimizer:
-    """As the host's ZeRO and EMA in one process: float32 masters with Adam's moments, and their float32 average."""
+    """As the host's ZeRO and EMA in one process: float32 masters with Adam's moments, and their float32 average if wanted."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, averages: bool = True) -> None:
         self.working = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.masters, self.average = ([parameter.detach().float().clone() for parameter in self.working] for _ in range(2))
+        self.masters = [parameter.detach().float().clone() for parameter in self.working]
+        self.average = [master.clone() for master in self.masters] if averages else []
         # Fused where it can be, as the host's HybridAdam is: no temporaries of the weights' size.
         self.adam = torch.optim.AdamW(self.masters, lr=1e-5, weight_decay=0, fused=DEVICE == "cuda")
 
@@ -190,8 +192,9 @@ class Optimizer:
             master.grad, parameter.grad = parameter.grad.float(), None
         self.adam.step()
         self.adam.zero_grad()
-        for master, parameter, average in zip(self.masters, self.working, self.average):
+        for master, parameter in zip(self.masters, self.working):
             parameter.copy_(master)
+        for master, average in zip(self.masters, self.average):
             average.lerp_(master, 1e-4)
 
 
@@ -210,6 +213,12 @@ def training_costs(recipe: Row | None, config: dict[str, int], data: Tensor, con
 
     gc.collect()  # nothing of one measurement is in the next
     network = build_network(config, **THERE, enable_flash_attn=True, freeze_y_embedder=True).train()  # as the host's configs
+    recipe = None if recipe is None else dict(recipe)
+    rank = None if recipe is None else recipe.pop("rank", None)
+    if rank is not None:
+        from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
+
+        add_adapters(network, LoRA(rank))
     set_grad_checkpoint(network)
     optimizer = Optimizer(network)
     scheduler = build_scheduler("rflow") if recipe is None else build_scheduler("perflow", watch=None, **recipe)
@@ -256,13 +265,13 @@ def write(record: Row, folder: Path) -> None:
             path.write_text(text)
 
 
-def measure(part: str, size: Size, record: Row, out: Path) -> bool:
+def measure(part: str, rows_of: Callable[[], Iterator[Row]], record: Row, out: Path) -> bool:
     """Run one part; print and write each row. False: it failed, which should not keep a rented GPU from the other parts."""
     began, rows = time.perf_counter(), record["parts"].setdefault(part, [])
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as the host's scripts do
     try:
-        for row in PARTS[part](size):
+        for row in rows_of():
             rows.append(row)
             print(f"{part}: {', '.join(f'{name} {formatted(value)}' for name, value in row.items())}", flush=True)
             write(record, out)
@@ -273,15 +282,33 @@ def measure(part: str, size: Size, record: Row, out: Path) -> bool:
     return True
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--open-sora", type=Path, required=True, help="root of an Open-Sora v1.2.0 checkout")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default: all parts)")
-    parser.add_argument("--size", choices=SIZES, default="full", help="full: STDiT3-XL/2 (default); tiny: two layers")
+def command_line(doc: str, parts: Collection[str], tag: str) -> argparse.Namespace:
+    """Of a benchmark on a GPU.
+
+    Args:
+        doc: Its docstring. parts: What it can measure. tag: Open-Sora's, whose checkout it needs.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--open-sora", type=Path, required=True, help=f"root of an Open-Sora {tag} checkout")
+    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts), help="what is measured (default: all parts)")
+    sizes = "full: the real network (default); tiny: a small one"
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help=sizes)
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for gpu.json and gpu.md (default gpu)")
     args = parser.parse_args()
     if args.size == "full" and DEVICE == "cpu":
         parser.error("--size full needs a GPU and torch finds none; --size tiny runs on a CPU")
+    return args
+
+
+def run_parts(parts: Mapping[str, Callable[[], Iterator[Row]]], out: Path) -> int:
+    """Measure each; the number of those that failed."""
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    record = dict(card=card, torch=torch.__version__, command=shlex.join(["python", *sys.argv]), repeats=REPEATS, parts={})
+    return sum(not measure(part, rows_of, record, out) for part, rows_of in parts.items())
+
+
+def main() -> int:
+    args = command_line(__doc__, PARTS, "v1.2.0")
     sys.path.insert(0, str(args.open_sora.resolve()))
 
     from opensora_perflow import portable
@@ -291,9 +318,7 @@ def main() -> int:
 
     if find_spec("flash_attn") is None:
         use_torch_for_flash_attn()
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    record = dict(card=card, torch=torch.__version__, command=shlex.join(["python", *sys.argv]), repeats=REPEATS, parts={})
-    return sum(not measure(part, SIZES[args.size], record, args.out) for part in args.part)
+    return run_parts({part: partial(PARTS[part], SIZES[args.size]) for part in args.part}, args.out)
 
 
 if __name__ == "__main__":

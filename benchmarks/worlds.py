@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_mmdit import GUIDANCE, TinyOpenSora2, find_root
+from open_sora_2 import GUIDANCE, Scripts, find_root
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
@@ -147,7 +147,7 @@ class OpenSora2:
         guidance: Scale of networks that have none folded in.
     """
 
-    def __init__(self, host: TinyOpenSora2, steps: int, guidance: float) -> None:
+    def __init__(self, host: Scripts, steps: int, guidance: float) -> None:
         self.host, self.steps, self.guidance = host, steps, guidance
 
     def training_losses(self, network: nn.Module, data: Tensor, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class MMDiTWorld(World):
 
     def __init__(self, open_sora: Path | None, weights: Path, num_clips: int = 512, steps: int = TEACHER_STEPS) -> None:
         self._made_by = open_sora, weights, num_clips, steps
-        self.host, self.weights, self.device = TinyOpenSora2(find_root(open_sora)), weights, torch.device("cpu")
+        self.host, self.weights, self.device = Scripts(find_root(open_sora)), weights, torch.device("cpu")
         self.text, self._vae = None, TinyVAE().eval()
         self.prompts = sorted({content.caption for content in contents()})
         if not weights.is_file():

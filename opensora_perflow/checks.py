@@ -266,7 +266,7 @@ def _names(cls: type) -> list[str]:
 # --- files ---
 
 
-def read_bounded(file: str | os.PathLike) -> bytes:
+def read_bounded(file: str | os.PathLike, most: int = MOST_BYTES) -> bytes:
     """The start of a file, which is all of it unless `parse_json` refuses its size.
 
     Raises:
@@ -275,17 +275,17 @@ def read_bounded(file: str | os.PathLike) -> bytes:
     if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
         raise OSError("it is no file")
     with Path(file).open("rb") as opened:
-        return opened.read(MOST_BYTES + 1)
+        return opened.read(most + 1)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, most: int = MOST_BYTES) -> Any:
     """JSON in UTF-8, without its extensions NaN and Infinity.
 
     Raises:
-        ValueError: anything else, more than MOST_BYTES, or deep nesting.
+        ValueError: anything else, more than `most` bytes, or deep nesting.
     """
-    if len(text) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES} bytes")
+    if len(text) > most:
+        raise ValueError(f"it is larger than {most} bytes")
     try:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, parse_constant=_refuse_constant)
     except RecursionError as error:

@@ -107,6 +107,18 @@ def test_adapters_are_put_on_the_network_of_the_other_configs(name, like, load):
         assert config.scheduler.guidance == load(FOLDER / f"perflow_{like}.py").scheduler.guidance
 
 
+@pytest.mark.parametrize(
+    "name, solved_by", [("stored", "data_free"), ("stored_v1_3", "stage2_v1_3"), ("tiny_stored", "tiny_data_free")]
+)
+def test_stored_chains_are_trained_as_their_config_solves_them(name, solved_by, load):
+    stored, solving = (load(FOLDER / f"perflow_{one}.py") for one in (name, solved_by))
+    assert stored.bucket_config == solving.bucket_config and stored.model == solving.model
+    for key in ("windows", "guidance", "use_timestep_transform", "use_flaw_fix"):
+        assert stored.scheduler.get(key) == solving.scheduler.get(key)
+    assert stored.text_encoder.folder == f"{stored.scheduler.teacher.stored}/text" and stored.load_video_features
+    assert stored.vae.out_channels == (16 if name.endswith("v1_3") else 4)
+
+
 def test_the_data_free_config_is_data_free(load):
     config = load(FOLDER / "perflow_data_free.py")
     recipe = build_module(config.scheduler, SCHEDULERS).recipe

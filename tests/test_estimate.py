@@ -24,6 +24,7 @@ FIXED = dict(mode="fixed", scale=7.0)
         (None, (0, 0, 1), 4),  # the host's own
         (dict(guidance=FIXED), (1.5, 8, 2), 17.5),  # two midpoint steps, guided; half of three windows on the way
         (dict(), (3, 4, 2), 15),  # the student guided, the teacher not
+        (dict(guidance=FIXED, teacher=dict(stored="store")), (0, 0, 2), 8),  # nothing is solved
         (dict(guidance=dict(mode="fixed", scale=1.0)), (1.5, 4, 2), 13.5),  # a teacher that needs none
         (
             dict(

@@ -16,7 +16,7 @@ from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_dropout
-from opensora_perflow.hosts.v1.scale_input import direction, told_scale
+from opensora_perflow.hosts.v1.scale_input import direction, told
 from opensora_perflow.hosts.v1.stdit import without_text_dropout
 from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.teacher import copy_frozen, load_teacher
@@ -156,11 +156,11 @@ def test_a_new_scale_compiles_nothing():
     x, args = batch(network)
     model = compiled(network)
     with torch.no_grad():
-        with told_scale(network, torch.ones(2)):
+        with told(network, torch.ones(2)):
             model(x, TIMES, **args)
         with counted_compilations() as count:
             for scale in (1.5, 3.0, 9.0):
-                with told_scale(network, torch.full((2,), scale)):
+                with told(network, torch.full((2,), scale)):
                     model(x, TIMES, **args)
             model(x, TIMES, **args)
     assert count == [0]
@@ -171,7 +171,7 @@ def test_no_key_of_the_state_is_new(wrap):
     keys = list(network.state_dict())
     model = wrap(deepcopy(network))
     bare = list(model.state_dict())
-    with told_scale(model, torch.ones(2)):
+    with told(model, torch.ones(2)):
         assert list(model.state_dict()) == bare
     assert list(model.state_dict()) == bare and list(network.state_dict()) == keys
 

@@ -234,6 +234,11 @@ def test_no_keys_are_the_defaults(host, missing):
         (dict(guidance=dict(mode="fixed", scale=float("nan"))), {}, "guidance.scale"),
         (dict(guidance=dict(mode="range", scale=(8.0, 2.0))), {}, "low < high"),
         (dict(guidance=dict(mode="fixed", scale=3.0, negative="n.safetensors")), {}, "2.0 has two"),
+        (
+            dict(teacher=dict(stored="store")),
+            {},
+            "teacher.stored='store': stores are written and trained from under Open-Sora 1.2",
+        ),
         (dict(cfg_scale=[7.0, 4.0]), {}, "cfg_scale"),
         (dict(draws=dict(starts="diffused", overlap=0.5)), {}, 'overlap=0.5 with starts="diffused": .* use starts="student"'),
         (dict(prediction="ddim_eps"), {}, "prediction='ddim_eps' needs an epsilon network"),

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from opensora_perflow.checks import as_number, check_num_steps, file_name
+from opensora_perflow.hosts.script import running_config
+from opensora_perflow.hosts.v1.encoded_text import read_latent_sizes
 from opensora_perflow.worlds.tables import read_table
 
 try:
@@ -56,6 +58,8 @@ class Captions(VariableVideoTextDataset):
             than theirs.
         image_size: (height, width) in pixels, likewise.
         fps: What the network is told, > 0.
+        latents: A folder that `opensora-perflow encode` wrote, by which samples are latents of zeros in place of blank videos,
+            and no VAE is asked; goes with load_video_features=True. None: videos.
         others: As the host's VariableVideoTextDataset (v1.3 passes tokenize_fn).
 
     Raises:
@@ -69,8 +73,17 @@ class Captions(VariableVideoTextDataset):
         num_frames: int | None = None,
         image_size: Sequence[int | None] = (None, None),
         fps: float = 24,
+        latents: str | None = None,
         **others: Any,
     ) -> None:
+        config = running_config() or {}
+        if config and (latents is not None) != bool(config.get("load_video_features")):
+            raise ValueError(
+                f"perflow_captions gives {'videos' if latents is None else 'latents'} with latents={latents!r}, and the config "
+                f"says load_video_features={config.get('load_video_features')!r}; set both, with "
+                'vae=dict(type="perflow_latents"), or neither'
+            )
+        self._latent_size = None if latents is None else read_latent_sizes(latents)
         given = dict(zip(SIZES, (num_frames, *_two_sizes(image_size))))
         _check_settings(data_path, fps, given)
         # pandas reads a caption with a comma as two cells, and takes the first one for the row's name.
@@ -106,11 +119,12 @@ class Captions(VariableVideoTextDataset):
                 self.data[name] = int(value)
 
     def getitem(self, index: str) -> dict[str, Any]:
-        """The sample "row-frames-height-width": what the host's getitem returns, with zeros for the video [3, T, H, W]."""
-        row, num_frames, height, width = (int(value) for value in index.split("-"))
+        """The sample "row-frames-height-width": what the host's getitem returns, with zeros for the video or its latents."""
+        row, *sizes = (int(value) for value in index.split("-"))
+        (num_frames, height, width), latent_size = sizes, self._latent_size
         text = self.data.iloc[row]["text"]
         sample = {
-            "video": torch.zeros(3, num_frames, height, width),
+            "video": torch.zeros(3, num_frames, height, width) if latent_size is None else torch.zeros(latent_size(*sizes)),
             "num_frames": num_frames,
             "height": height,
             "width": width,

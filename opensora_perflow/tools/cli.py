@@ -35,6 +35,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import delta as delta_command
     from opensora_perflow.tools import estimate as estimate_command
     from opensora_perflow.tools import plan as plan_command
+    from opensora_perflow.tools import store as store_command
 
     parser = argparse.ArgumentParser(
         prog="opensora-perflow",
@@ -49,12 +50,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     delta_command.add_commands(commands)
     estimate_command.add_commands(commands)
     plan_command.add_commands(commands)
+    store_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    known = {
-        "plan": plan_command.plan, "curve": plan_command.curve, "delta": delta_command.run, "estimate": estimate_command.run,
-        **_COMMANDS,
-    }  # fmt: skip
+    known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
+    known |= {"encode": store_command.encode, "store": store_command.store}
+    known |= {"delta": delta_command.run, "estimate": estimate_command.run}
     return known[args.pop("command")](args)
 
 

@@ -60,8 +60,9 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
 
 def parts_of(plan: Outline, gpus: int) -> dict[str, int]:
     """Bytes on each GPU that do not depend on the bucket."""
+    taught = plan.recipe is not None and plan.recipe.teacher.stored is None
     return residents(
-        plan.network, gpus, copied_teacher=plan.recipe is not None and not plan.adapters, ema=plan.ema_on_gpu,
+        plan.network, gpus, copied_teacher=taught and not plan.adapters, ema=plan.ema_on_gpu,
         adapters=plan.adapters, sharded_gradients=plan.sharded_gradients,
     ) | {name: sum(tensor.nbytes for tensor in meta.tensors_of(module)) for name, module in plan.encoders.items()}  # fmt: skip
 

@@ -24,6 +24,8 @@ class Units:
         """None: the host's own training."""
         if recipe is None:
             return cls(0.0, 0.0, 1)
+        if recipe.teacher.stored is not None:
+            return cls(0.0, 0.0, recipe.times_a_solve)
         branches = 1 if recipe.guidance.mode == "sync" or recipe.guidance.scale == 1 else 2
         way = 0.0
         if recipe.draws.starts == "student":  # half of the windows before the drawn one, guided as sampled

@@ -11,14 +11,17 @@ from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.state import StudentState
 
+PLACES = ("from_pretrained", "stored")
+"""Keys of the teacher that may be a process's own."""
+
 
 def settings_of(recipe: Recipe, state: StudentState, host_keys: Mapping[str, Any]) -> dict[str, str]:
     """Name -> value in words of all that has to be the same in every process, the teacher's fingerprint included.
 
-    Not the seed and the teacher's path: both may be a process's own.
+    Not the seed and the teacher's places: all may be a process's own.
     """
     values = {**host_keys, **asdict(recipe), **asdict(state)}
-    values["teacher settings"] = {name: value for name, value in asdict(recipe.teacher).items() if name != "from_pretrained"}
+    values["teacher settings"] = {name: value for name, value in asdict(recipe.teacher).items() if name not in PLACES}
     values["draws"] = {name: value for name, value in asdict(recipe.draws).items() if name != "seed"}
     values["curriculum"] = [asdict(recipe)["curriculum"], state.curriculum]
     values["teacher"] = f"fingerprint {state.teacher}"

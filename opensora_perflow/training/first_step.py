@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from opensora_perflow.training.blame import TEXT, TEXT_MASK
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch, Player
-from opensora_perflow.training.step import held
+from opensora_perflow.training.segments import held
 
 BLANK = 1e-3
 """Standard deviation of latents below which there is nothing to compare with: data-free runs have zeros."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opensora_perflow.conventions import shift_time
 from opensora_perflow.method.process import Bounds
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
@@ -24,7 +23,7 @@ from opensora_perflow.objectives import mean_over_frames, perflow
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance, WatchSettings
-from opensora_perflow.training.step import Solved, held
+from opensora_perflow.training.segments import Segments, held, path_times, teacher_path
 from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
 
 FieldWithin = Callable[[Bounds], Velocity]
@@ -37,7 +36,7 @@ class HeldOutBatch:
 
     Args:
         start: States at t = 1, [B, ...].
-        solve: (x [B, ...], times [S + 1, B], k) -> the teacher's states at those times in window k, [S + 1, B, ...].
+        solve: (x [B, ...], times [S + 1, B], k) -> the teacher's state at the last of those times in window k, [B, ...].
         student: The student's field on this batch.
         untrained: The field that a student has which is still its teacher's copy.
         frame_weights: [B, T], see `objectives.mean_over_frames`.
@@ -81,12 +80,9 @@ class HeldOutBatch:
 
     def _solve(self, grids: Tensor) -> Tensor:
         """The edges of each sample, [K + 1, B]; `states` hold the teacher's states there."""
-        times = shift_time(grids.to(self.start.device)[:, :, None].expand(-1, -1, len(self.start)), self.ratio)  # [K, S + 1, B]
+        times = path_times(grids, self.start, self.ratio)
         if self.states is None:
-            states = [self.start]
-            for k, window_times in enumerate(times):
-                states.append(self.solve(states[-1], window_times, k)[-1])
-            self.states = torch.stack(states)
+            self.states = teacher_path(self.start, times, self.solve)
         return torch.cat([times[:, 0], times[-1:, -1]])
 
     @staticmethod
@@ -152,33 +148,22 @@ class Monitor:
             return not self.batches
         return sum(len(held.start) for held in self.batches) * self.shares < ENOUGH
 
-    def keep(self, batch: Batch, guidance: Guidance, segments: Callable[[], Solved]) -> None:
-        """Measure on this batch's conditions and shapes from now on, from noise of its own.
+    def keep(self, batch: Batch, guidance: Guidance, segments: Callable[[], Segments]) -> None:
+        """Measure on this batch's conditions and shapes from now on, from noise of its own, or on its stored chains.
 
         `segments()` is asked at every solution: a curriculum changes what a run's teacher is.
         """
         players = batch.players
-        # None of it from the generator that training draws from.
-        generator = torch.Generator().manual_seed(len(self.batches) + 1_000_003 * self.rank)
-        noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
-
-        def solve_window(x: Tensor, times: Tensor, k: int) -> Tensor:
-            # Scales of mode range hold in all windows; else each window has its own.
-            window_idx = torch.full((len(x),), k, device=x.device)
-            scale = batch.scale if guidance.mode == "range" else guidance.scale_in(window_idx)
-            how = segments()
-            return players.teacher(scale).trajectory(x, times, how.solver, how.source)
-
-        self.batches.append(
-            HeldOutBatch(
-                held(batch, noise),
-                solve=solve_window,
-                student=lambda bounds: players.student.velocity(bounds),
-                untrained=lambda bounds: players.untrained().velocity(bounds),
-                frame_weights=batch.frame_weights,
-                ratio=batch.windows.ratio,
-            )
+        noise = segments().noise(batch, len(self.batches) + 1_000_003 * self.rank)
+        held_out = HeldOutBatch(
+            held(batch, noise),
+            solve=lambda x, times, k: segments().edge(batch, guidance, x, times, k),
+            student=lambda bounds: players.student.velocity(bounds),
+            untrained=lambda bounds: players.untrained().velocity(bounds),
+            frame_weights=batch.frame_weights,
+            ratio=batch.windows.ratio,
         )
+        self.batches.append(held_out)
 
     def note_loss(self, loss: Tensor) -> None:
         """A step's losses [B], to tell later whether they rise. Not read now: that would wait for the GPU."""

@@ -25,16 +25,25 @@ class Player:
     process: The noising process that the network was trained on.
     prediction: What a student's output stands for, one of process.predictions.
     moving: bool [B, T]; False marks frames that stand still. None: all move.
+    two_time: Is the network also told how long the step is that begins at t: to the clean edge of its window?
     """
 
     output: Output
     process: Process
     prediction: str
     moving: Tensor | None = None
+    two_time: bool = False
 
     def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
-        return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
+        if not self.two_time:
+            return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            output = partial(self.output, step=t - bounds(t)[1])
+            return self.process.velocity(output, self.prediction, bounds, x, t)
+
+        return hold_frames(velocity, self.moving)
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
     def trajectory(self, x: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
@@ -80,12 +89,13 @@ class Players(Protocol):
 class Batch:
     """What a host hands over for one step, in the method's own words.
 
-    data, noise: [B, ...], float32; noise is the state at t = 1.
+    data, noise: [B, ...], float32; noise is the state at t = 1, zeros where `chains` say it.
     windows: The student's windows, warped for each sample.
     drawn: This step's windows and times.
     players: See `Players`.
     scale: The teacher's guidance in this step: one scale, or one a sample [B], float64.
     frame_weights: Loss weight of each frame, [B, T]; None: equal.
+    chains: Which stored chain each sample is, int64 [B], see store.py; None: they are none.
     inputs: Gives what else the networks are told, name in words -> tensor [B, ...] or number, for errors (see blame.py).
     """
 
@@ -96,4 +106,5 @@ class Batch:
     players: Players
     scale: float | Tensor
     frame_weights: Tensor | None = None
+    chains: Tensor | None = None
     inputs: Callable[[], Mapping[str, Any]] = dict

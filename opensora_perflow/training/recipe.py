@@ -68,6 +68,9 @@ class TeacherSettings:
     from_pretrained: str | None = key(None, optional(file_name("a path, a repository id or None")))
     """Checkpoint: an Open-Sora checkpoint folder, a .safetensors / .pt / .pth / .bin file, or a Hugging Face repository id.
     None: a copy of the student's own weights at the first training step (of a run that was not resumed)."""
+    stored: str | None = key(None, optional(file_name("the folder of a store or None")))
+    """A folder that `opensora-perflow store` wrote. Windows then start and end where the stored chains do; no teacher is held
+    or solved. Needs the dataset type perflow_stored. With `from_pretrained`: the store's teacher must have those weights."""
     steps_per_window: int | None = key(None, optional(whole(high=MOST_WINDOWS)))
     """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
     draws.grids), rounded up."""
@@ -189,9 +192,17 @@ class Draws:
     """Numbers of sampling steps whose uniform grids are windows of the student as well, each as often as `windows`. The student
     is trained for their steps too, wherever they cross an edge of `windows` (see overlap.py). Sample with
     sampling_grid="uniform"."""
+    two_time: bool = key(False, switch)
+    """Tell the network where its step ends, as an input: a flow map u(x, t, s), so that the steps of all `grids` can be learned
+    by one student. Open-Sora 1.x and prediction="velocity" only."""
 
     def __post_init__(self) -> None:
         check_keys(self, "draws.")
+        if self.two_time and not self.grids:
+            raise ValueError(
+                "draws.two_time tells the steps of several grids apart, and draws.grids names none; write windows=8 and "
+                "draws=dict(grids=[1, 2, 4], two_time=True)"
+            )
         if self.edge_mass == 1 and (self.per_solve or 1) > 1:
             raise ValueError(
                 f"draws.edge_mass=1 leaves one time in a window, got per_solve={self.per_solve!r}; use per_solve=1 or less mass"
@@ -259,6 +270,8 @@ class Recipe:
         check_keys(self)
         if self.curriculum is not None:
             self._check_curriculum()
+        if self.teacher.stored is not None:
+            self._check_stored()
         if self.guidance.mode == "fixed":
             as_scales("guidance.scale", self.guidance.scale, self.windows.num_windows)
             if self.needs_one_scale:
@@ -315,6 +328,18 @@ class Recipe:
                 f'with prediction="{prediction}" was not trained for; use prediction="ddim_eps", or teacher="original"'
             )
         return prediction
+
+    def _check_stored(self) -> None:
+        other = {
+            'draws.starts="diffused"': self.draws.starts == "diffused",
+            'curriculum.teacher="previous"': self.curriculum is not None and self.curriculum.teacher == "previous",
+        }
+        found = [name for name, is_set in other.items() if is_set]
+        if found:
+            raise ValueError(
+                f"teacher.stored trains the windows of stored chains from noise, and {found[0]} wants a teacher that solves "
+                "others; leave one of them out"
+            )
 
     def _check_curriculum(self) -> None:
         if self.draws.overlap > 0 or self.draws.grids:

@@ -26,9 +26,11 @@ from opensora_perflow.training.monitor import Monitor
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.randomness import TrainingRandomness
 from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.training.segments import Segments, Solved, Stored
 from opensora_perflow.training.state import StudentState, check_resumed, find_state, write_state
-from opensora_perflow.training.step import Objective, Solved, distil
-from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher
+from opensora_perflow.training.step import Objective, distil
+from opensora_perflow.training.store import ChainStore
+from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher, stored_teacher
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -55,8 +57,10 @@ class TrainingRun:
     A run exists from the first training step on. `TrainingRun.begin` makes it.
     """
 
-    def __init__(self, recipe: Recipe, host: Host, teacher: Teacher, curriculum: Curriculum | None) -> None:
-        self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
+    def __init__(
+        self, recipe: Recipe, host: Host, teacher: Teacher, curriculum: Curriculum | None, store: ChainStore | None = None
+    ) -> None:
+        self.recipe, self.host, self.teacher, self.curriculum, self.store = recipe, host, teacher, curriculum, store
         self.monitor = Monitor(recipe.watch)
         self.randomness: TrainingRandomness | None = None
         self.looked = False
@@ -73,6 +77,7 @@ class TrainingRun:
         curriculum: Curriculum | None,
         describe: Callable[[TrainingRun], StudentState],
         host_keys: Mapping[str, Any] = MappingProxyType({}),
+        store: ChainStore | None = None,
     ) -> TrainingRun:
         """The run that starts with this step, or goes on from a loaded checkpoint.
 
@@ -82,12 +87,15 @@ class TrainingRun:
             curriculum: The stages of the run, at their beginning.
             describe: What is kept beside each checkpoint, see state.py.
             host_keys: The host's own settings, which all processes have to share.
+            store: Chains that take the teacher's place; None: the teacher solves.
 
         Raises:
             ValueError: no teacher can be had (see teacher.first_teacher), the checkpoint was trained with other settings, or
                 the processes of this run have different ones.
         """
-        run = cls(recipe, host, first_teacher(recipe.teacher, model, host), curriculum)
+        settings = recipe.teacher
+        teacher = first_teacher(settings, model, host) if store is None else stored_teacher(settings, model, host, store)
+        run = cls(recipe, host, teacher, curriculum, store)
         run._resume(model, describe)
         run.shares = check_agreement(settings_of(recipe, describe(run), host_keys), host)
         run.monitor = Monitor(recipe.watch, run.randomness.rank, run.shares)
@@ -150,6 +158,8 @@ class TrainingRun:
             return
         self.looked = True
         check_trainable(model)
+        if self.store is not None:  # its teacher is not here
+            return
         report = check_teacher(batch, self.host, guided=self.teacher.is_student or self.recipe.teacher.allow_distilled)
         if self.randomness.rank == 0:
             logger.log(report.level, report.text)
@@ -169,6 +179,8 @@ class TrainingRun:
                 measures = self.monitor.watch is not None or self.curriculum is not None
                 if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
+                    if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
+                        self.monitor.batches[-1].squared_ends(self.solver_grids)
                 self._measure(model)
         return loss
 
@@ -181,8 +193,10 @@ class TrainingRun:
             raise explained(error, batch, self.randomness.steps, networks) from None
 
     @property
-    def segments(self) -> Solved:
+    def segments(self) -> Segments:
         """Where segments come from. A student of the stage before takes the Euler steps that it was trained for."""
+        if self.store is not None:
+            return Stored(self.store, self.windows)
         solver = "euler" if self.teacher.is_student else self.recipe.teacher.solver
         return Solved(self.recipe.draws.starts, solver, self.teacher.source)
 
@@ -203,6 +217,8 @@ class TrainingRun:
                 f"this run is taught by {self.teacher.source}, and the first teacher is gone; another curriculum needs a new "
                 "scheduler"
             )
+        if recipe.teacher.stored != self.recipe.teacher.stored:
+            raise ValueError(f"this run is taught by {self.teacher.source}; another store, or none, needs a new scheduler")
         measured_by = ("watch", "windows", "teacher", "guidance")
         changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
         if changed or curriculum is not self.curriculum:

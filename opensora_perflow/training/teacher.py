@@ -17,6 +17,7 @@ from opensora_perflow.training.adapters import base_state, remove_adapters
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.state import find_state
+from opensora_perflow.training.store import ChainStore
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -61,6 +62,29 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
     logger.info("PeRFlow teacher: %s (fingerprint %s)", teacher.source, teacher.fingerprint)
     return teacher
+
+
+def stored_teacher(settings: TeacherSettings, model: nn.Module, host: Host, store: ChainStore) -> Teacher:
+    """The teacher of a store's chains. Its network is not there; the student's own takes its place where one is asked.
+
+    Raises:
+        ValueError: the settings name other weights than the store's teacher had.
+    """
+    origin, network = store.origin, host.settled(model)
+    if settings.from_pretrained is not None:
+        dtypes = {name: value.dtype for name, value in base_state(network).items()}
+        named = host.weights(settings.from_pretrained, network)
+        found = digest({name: value.to(dtypes.get(name, value.dtype)) for name, value in named.items()})
+        if found != origin.teacher:
+            raise ValueError(
+                f"the store {str(store.folder)!r} was solved by a teacher with the fingerprint {origin.teacher} "
+                f"({origin.teacher_source}), and teacher.from_pretrained={settings.from_pretrained!r} has {found}; name the "
+                "store's teacher or none, or write another store"
+            )
+    source = f"{len(store)} stored chains in {store.folder} ({origin.teacher_source})"
+    begins = "that teacher's" if fingerprint(network) == origin.teacher else "others than that teacher's"
+    logger.info("PeRFlow trains from %s (fingerprint %s); the student has %s weights", source, origin.teacher, begins)
+    return Teacher(network, source, origin.teacher, origin.stage)
 
 
 def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> str:

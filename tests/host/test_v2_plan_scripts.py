@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _harness import run_python
 from _harness_v2 import inference_config_v2
-from tiny_mmdit import NETWORK
+from open_sora_2 import NETWORK
 
 from opensora_perflow.training.plan_file import windows_of
 
@@ -20,8 +20,8 @@ MAKE = """
 import sys, torch
 from pathlib import Path
 sys.path.append(sys.argv[3])
-from tiny_mmdit import TinyOpenSora2
-TinyOpenSora2(Path(sys.argv[1])).train_teacher(torch.zeros(1, 4, 3, 8, 8), ["a clip"], Path(sys.argv[2]), steps=1)
+from open_sora_2 import Scripts
+Scripts(Path(sys.argv[1])).train_teacher(torch.zeros(1, 4, 3, 8, 8), ["a clip"], Path(sys.argv[2]), steps=1)
 """
 
 COMPARE = """

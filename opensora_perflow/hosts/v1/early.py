@@ -16,9 +16,10 @@ from mmengine.registry import Registry
 
 from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.script import before_builds, main_variable
-from opensora_perflow.hosts.v1 import lora
+from opensora_perflow.hosts.v1 import lora, small_decoder
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.stored_chains import open_store
 from opensora_perflow.hosts.v1.weights import check_there
 from opensora_perflow.training.teacher import check_source
 
@@ -27,7 +28,7 @@ SECTIONS = {"dataset": "DATASETS", "text_encoder": "MODELS", "vae": "MODELS", "m
 
 
 def check_early() -> None:
-    """Have `check_run` called before anything is built with the host's MODELS and DATASETS, and enter perflow_lora in MODELS.
+    """Have `check_run` called before anything is built with the host's MODELS and DATASETS, and enter our models in MODELS.
 
     Does nothing without a 1.x host.
     """
@@ -42,6 +43,7 @@ def check_early() -> None:
     before_builds(registries.values(), partial(check_run, registries))
     if "model" in registries:
         lora.register(registries["model"])
+        small_decoder.register(registries["model"])
 
 
 def check_run(registries: Mapping[str, Registry], config: Mapping[str, Any]) -> None:
@@ -69,12 +71,13 @@ def check_script(config: Mapping[str, Any]) -> None:
     scheduler = PeRFlow(**{key: value for key, value in config["scheduler"].items() if key != "type"})
     teacher, host = scheduler.recipe.teacher, OpenSora()
     adapted = lora.check_config(config, scheduler.recipe)
-    if teacher.from_pretrained is None and host.resumed() is not None:
+    if teacher.from_pretrained is None and teacher.stored is None and host.resumed() is not None:
         check_source(teacher, host, kept=adapted)
     if main_variable("booster") is not None:  # train.py of every 1.x tag makes it first, and no other script does
         if teacher.from_pretrained is not None:
             check_there(teacher.from_pretrained)
         scheduler.negative_text()
+        open_store(scheduler.recipe, scheduler.keys)
 
 
 def check_batches() -> None:

@@ -14,6 +14,8 @@ from opensora_perflow.hosts.v1.keys import read_config
 from opensora_perflow.hosts.v1.lora import KEYS, LoRA, add_adapters, is_meant
 from opensora_perflow.hosts.v1.network import accepted_arguments
 
+ENCODED, LATENTS = "perflow_encoded", "perflow_latents"
+"""Types of what was encoded beforehand, see hosts/stored.py: nothing is held."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -29,9 +31,11 @@ def outline(config: Mapping[str, Any]) -> Outline:
         recipe = read_config(scheduler)[0]
     dtype = DTYPES[config.get("dtype", "bf16")]
     with unloaded():
-        text, vae = _text_encoder(config), _vae(config)
-        channels = config.get("vae_out_channels", 4) if vae is None else vae.out_channels
-        buckets = _buckets(config, vae, channels)
+        text, vae = _text_encoder(config), _vae(config.get("vae"))
+        channels = config.get("vae_out_channels", (config.get("vae") or {}).get("out_channels", 4))
+        channels = channels if vae is None else vae.out_channels
+        given = (config.get("vae") or {}).get("type") == LATENTS  # of the shape that the version's own VAE would give
+        buckets = _buckets(config, _vae(dict(_own_vae(), micro_frame_size=17)) if given else vae, channels)
         network = _network(config, text, buckets[0].latent, dtype)
         network = network.to("meta", dtype).train()  # tables from numpy are on the CPU
     for module in network.modules():  # the draw needs CUDA, and keeps nothing
@@ -60,7 +64,7 @@ def _text_encoder(config: Mapping[str, Any]) -> Any:
     from opensora.registry import MODELS
 
     settings = config.get("text_encoder")
-    if settings is None:
+    if settings is None or settings["type"] == ENCODED:
         return None
     settings = {name: value for name, value in settings.items() if name not in ("shardformer", "cache_dir")}
     if settings.get("type") == "t5":
@@ -68,11 +72,19 @@ def _text_encoder(config: Mapping[str, Any]) -> Any:
     return MODELS.build({**settings, "device": "meta"})
 
 
-def _vae(config: Mapping[str, Any]) -> nn.Module | None:
+def _own_vae() -> dict[str, Any]:
+    """The VAE of this version, 1.2 or 1.3, as its configs have it."""
     from opensora.registry import MODELS
 
-    settings = config.get("vae")
-    if settings is None:
+    if MODELS.get("OpenSoraVAE_V1_3") is None:
+        return {"type": "OpenSoraVAE_V1_2"}
+    return {"type": "OpenSoraVAE_V1_3", "z_channels": 16, "normalization": "video", "temporal_overlap": True}
+
+
+def _vae(settings: Mapping[str, Any] | None) -> nn.Module | None:
+    from opensora.registry import MODELS
+
+    if settings is None or settings["type"] == LATENTS:
         return None
     settings = dict(settings)
     if settings["type"].startswith("OpenSoraVAE"):

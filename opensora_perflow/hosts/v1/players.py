@@ -1,7 +1,7 @@
 """The players of one batch of Open-Sora 1.x: its STDiT networks under text, reference frames and guidance."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class TrainingPlayers:
     student_condition, teacher_condition: What each network is told, made with its own null text.
     guided: How the sampler that takes one step a window guides the student in each, as `network_output` takes it.
     told: Guidance scales [B] that the student gets as an input (mode range).
+    route: The steps by which the student comes to each window, [R + 1, B], where it is told their length; None: it is not.
     """
 
     run: TrainingRun
@@ -47,16 +48,22 @@ class TrainingPlayers:
     separable: bool
     moving: Tensor | None = None
     told: Tensor | None = None
+    route: Tensor | None = None
 
     @cached_property
     def student(self) -> Player:
-        return self._player(self.trained, self.network, self.student_condition, told=self.told)
+        player = self._player(self.trained, self.network, self.student_condition, told=self.told)
+        return replace(player, two_time=self.route is not None)
 
     def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         # Windows are cut to the rows when asked, which only epsilon networks are.
         bounds = self.windows.bounds if rows is None else lambda t: self.windows.take(rows).bounds(t)
         how = {"told": self.told, **self.guided[window]}
-        return self._player(self.sampled_by, self.network, self.student_condition, rows, **how).velocity(bounds)
+        player = self._player(self.sampled_by, self.network, self.student_condition, rows, **how)
+        if self.route is None:
+            return player.velocity(bounds)
+        step = self.route[window : window + 2] if rows is None else self.route[window : window + 2, rows]
+        return replace(player, two_time=True).velocity(lambda t: (step[0], step[1]))
 
     def teacher(self, scale: float | Tensor) -> Player:
         guidance, teacher, told = self.run.recipe.guidance, self.run.teacher, None

@@ -159,6 +159,7 @@ def sample_latents(
     guidance: StepGuidance,
     process: Process,
     prediction: str,
+    two_time: bool = False,
 ) -> Tensor:
     """Latents [B, C, T, H, W], float32, for a call.
 
@@ -168,10 +169,11 @@ def sample_latents(
         windows: The student's.
         guidance: Of each step.
         process, prediction: What the network was trained on, and what its output stands for.
+        two_time: See Player.
     """
     condition = call.condition(needs_null=not guidance.guidance.folded)
     channels = guided_channels(guidance.keys.cfg_channel) if isinstance(process, DDPM) else None
-    model = without_text_dropout(call.model, call.network)
+    model, times = without_text_dropout(call.model, call.network), windows.times(grid)
 
     def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
         output = network_output(
@@ -183,7 +185,8 @@ def sample_latents(
             told=guidance.told(step, len(call.x)),
             **guidance.at(step),
         )
-        return Player(output, process, prediction).velocity(windows.bounds)
+        bounds = (lambda t: (times[step], times[step + 1])) if two_time else windows.bounds
+        return Player(output, process, prediction, two_time=two_time).velocity(bounds)
 
     before_step = None
     if call.use_sdedit and call.reference is not None:
@@ -195,5 +198,5 @@ def sample_latents(
         kept = mask == 0
         mask = mask.masked_fill(kept, joint.edit)
     edit = None if mask is None else FrameEdit(mask, add_noise=process.add_noise)
-    clip = sample(field_at, call.x, windows.times(grid), edit=edit, before_step=before_step, progress=call.progress)
+    clip = sample(field_at, call.x, times, edit=edit, before_step=before_step, progress=call.progress)
     return clip if kept is None else fade_change(clip, given, kept, joint.frames)

@@ -19,6 +19,7 @@ class SamplingSettings:
     windows: The recipe's, or those of a curriculum's stage.
     grids: Numbers of steps whose uniform grids the student was trained for as well, see recipe.Draws.
     scale: Guidance by which the student came to its starts, see state.StudentState.cfg_scale; None: not known.
+    two_time: Is the network told the length of its step?
     """
 
     recipe: Recipe
@@ -26,6 +27,7 @@ class SamplingSettings:
     windows: TimeWindows
     grids: tuple[int, ...] = ()
     scale: float | tuple[float, ...] | None = None
+    two_time: bool = False
 
     @property
     def num_steps(self) -> int:
@@ -104,7 +106,7 @@ def as_trained(
     keys = replace(config.keys, path=path, cfg_scale=config.keys.cfg_scale if told_scale else scale)
     if "sampling_grid" not in given and keys.steps_over(windows) in grids:
         keys = replace(keys, sampling_grid="uniform")
-    return SamplingSettings(recipe, keys, windows, grids, scale)
+    return SamplingSettings(recipe, keys, windows, grids, scale, bool(state.draws.get("two_time")))
 
 
 def _trained_recipe(recipe: Recipe, guided: bool, state: StudentState, path: str, windows: TimeWindows) -> Recipe:

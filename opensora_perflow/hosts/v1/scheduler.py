@@ -15,6 +15,7 @@ from opensora_perflow.hosts.v1.lora import check_recipe, record_of
 from opensora_perflow.hosts.v1.negative_text import read_negative
 from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
 from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
+from opensora_perflow.hosts.v1.stored_chains import check_call, open_store, take_chains
 from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.training_call import TrainingCall, Translation
 from opensora_perflow.hosts.wrappers import unwrap
@@ -133,9 +134,10 @@ class PeRFlow:
         x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref = self.host.shared(
             x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref
         )
+        model_args, chains = take_chains(model_args or model_kwargs or {})
         call = TrainingCall(
-            model, unwrap(model), x_start, dict(model_args or model_kwargs or {}), t, drawn_by_host, noise, mask, weights,
-            mask_index, x_gt, noise_disable_threshold, text_uncond_prob, x_noisy_ref,
+            model, unwrap(model), x_start, model_args, t, drawn_by_host, noise, mask, weights,
+            mask_index, x_gt, noise_disable_threshold, text_uncond_prob, x_noisy_ref, chains,
         )  # fmt: skip
         if self.run is None:  # a run has its own settings, whatever was sampled before
             self._forget_trained()
@@ -143,7 +145,9 @@ class PeRFlow:
         if self.run is None:
             self.keys.say_what_has_no_effect()
             check_recipe(self.recipe, call.network, drawn_by_host)
-            self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys))
+            store = open_store(self.recipe, self.keys, process)
+            self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys), store)
+        check_call(call, self.run.store)
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
         windows = self.warped(call.model_args, x_start)
         generator = self.run.randomness.next_generator(x_start.device)
@@ -221,7 +225,7 @@ class PeRFlow:
         oscillate = (use_oscillation_guidance_for_text, use_oscillation_guidance_for_image)
         scales = self.step_scales(guidance_scale)
         guidance = StepGuidance.of(settings.recipe.guidance, self.keys, x.shape[2], scales, image_cfg_scale, oscillate)
-        return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction)
+        return sample_latents(call, self.grid, self.warped(sizes, x), guidance, process, prediction, settings.two_time)
 
     def take_from(self, weights: str | None, network: nn.Module) -> None:
         """Sample from here on as the student in `weights` was trained, where the config says nothing else.
@@ -243,7 +247,7 @@ class PeRFlow:
         """What the sampler goes by: the config, the curriculum's stage, or what `take_from` found."""
         recipe = self.recipe
         windows = recipe.windows if self.curriculum is None else self.curriculum.current
-        return self._trained or SamplingSettings(recipe, self.keys, windows, recipe.draws.grids)
+        return self._trained or SamplingSettings(recipe, self.keys, windows, recipe.draws.grids, None, recipe.draws.two_time)
 
     @property
     def windows(self) -> TimeWindows:

@@ -6,7 +6,6 @@ of forward.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.hosts.v1.conditions import Condition
 from opensora_perflow.hosts.v1.network import accepted_arguments, declares, forget_compiled, text_embedder
-from opensora_perflow.hosts.v1.scale_input import told_scale
+from opensora_perflow.hosts.v1.scale_input import told as told_inputs
 from opensora_perflow.hosts.wrappers import unwrap, weights_dtype
 from opensora_perflow.method.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.method.process import Linear, Output
@@ -67,7 +66,8 @@ def network_output(
         told: Guidance scales [B] that the network is told as an input, see hosts/scale_input.py; None: it takes none.
 
     Returns:
-        output(x, timestep): x [B, C, T, H, W], timestep [B] -> [B, C, T, H, W], float32.
+        output(x, timestep, step=None): x [B, C, T, H, W], timestep [B] -> [B, C, T, H, W], float32. `step`: Lengths of steps in
+        flow time [B], which the network is told as an input.
 
     Raises:
         ValueError: guidance without null text, an argument that this network's forward does not take, or a network that cannot
@@ -81,13 +81,16 @@ def network_output(
     else:
         branches = (FULL,)
     inputs = _network_inputs(network, condition, branches, frame_mask)
-    telling = nullcontext if told is None else partial(told_scale, network, told.repeat(len(branches)))
+    count = len(branches)
 
-    def output(x: Tensor, timestep: Tensor) -> Tensor:
-        timestep = timestep.to(x.device).repeat(len(branches))
-        with telling():
-            said = call(x.repeat(len(branches), *[1] * (x.dim() - 1)), timestep, **inputs)
-        parts = halves(said, x.shape[1])[0].chunk(len(branches))
+    def output(x: Tensor, timestep: Tensor, step: Tensor | None = None) -> Tensor:
+        rows, timestep = x.repeat(count, *[1] * (x.dim() - 1)), timestep.to(x.device).repeat(count)
+        if told is None and step is None:
+            said = call(rows, timestep, **inputs)
+        else:
+            with told_inputs(network, *(None if value is None else value.repeat(count) for value in (told, step))):
+                said = call(rows, timestep, **inputs)
+        parts = halves(said, x.shape[1])[0].chunk(count)
         if len(parts) == 3:
             return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
         if len(parts) == 2:

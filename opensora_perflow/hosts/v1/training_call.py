@@ -40,6 +40,7 @@ class TrainingCall:
     """The arguments of `PeRFlow.training_losses`, of whichever tag, in one form; the same in a sequence-parallel group.
 
     drawn_by_host: t is the draw of 1.0's and 1.1's train.py; else a given t is a question for the loss there.
+    chains: Stored chain of each sample, [B], see stored.py; None: there are none.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class TrainingCall:
     noise_disable_threshold: float | None
     text_uncond_prob: float | None
     x_noisy_ref: Tensor | None
+    chains: Tensor | None = None
 
     @property
     def references(self) -> bool:
@@ -124,11 +126,13 @@ class Translation:
         run, guidance = self.run, self.run.recipe.guidance
         drawn = self.draw(call, windows, generator)
         data = self._data(call, drawn)
-        noise = call.noise
+        noise = call.noise if call.chains is None else torch.zeros_like(data)  # a store gives it where a window starts there
         noise = torch.randn(data.shape, device=data.device, generator=generator) if noise is None else noise.float()
         model = without_text_dropout(call.model, call.network)
         student, teacher, frame_weights = self._conditions(call, generator)
         scale = guidance.draw_scale(drawn.window_idx, generator)
+        if call.chains is not None and guidance.mode == "range":
+            scale = run.store.scales(call.chains).to(data.device)
         trained = one_graph_a_step(model, call.network) if call.drawn_by_host else model
         keeps_variance = isinstance(self.process, DDPM) and self.prediction != "velocity" and self.keys.learn_sigma
         variance = VarianceMatch(trained, teacher_call(run.teacher.network, call.network)) if keeps_variance else None
@@ -147,9 +151,10 @@ class Translation:
             student.separable(len(data)),
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
+            route=drawn.route if run.recipe.draws.two_time else None,
         )
         told = partial(self._told, student, teacher)
-        batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, told)
+        batch = Batch(data, noise, windows, drawn, players, scale, frame_weights, call.chains, told)
         return batch, HostLosses(call, variance, frame_weights)
 
     def _guided(self, drawn: Drawn, student: Condition, num_frames: int) -> list[dict[str, Any]]:

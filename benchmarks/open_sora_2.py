@@ -66,28 +66,37 @@ def find_root(open_sora: Path | None) -> Path:
     )
 
 
-class TinyOpenSora2:
+class Scripts:
     """What Open-Sora 2.0's scripts have at hand: text encoders, networks by name, training's loss and sampling.
 
     Args:
         root: A checkout. From then on its modules are imported from there.
+        settings: Of the network. text_length: Tokens of a text, the demo's captions have up to 10.
+        device, dtype: Of networks and texts.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        settings: Mapping[str, Any] = NETWORK,
+        text_length: int = 10,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         prepare(str(root / "scripts" / "diffusion" / "train.py"))
         from opensora_perflow.hosts.v2.tiny import tiny_clip, tiny_t5
 
-        self.root = root
-        self.t5 = tiny_t5(max_length=10, output_dim=NETWORK["context_in_dim"], torch_dtype=torch.float32)
-        self.clip = tiny_clip(max_length=10, output_dim=NETWORK["vec_in_dim"], torch_dtype=torch.float32)
+        self.root, self.settings, self.there = root, dict(settings), {"device_map": device, "torch_dtype": dtype}
+        self.t5 = tiny_t5(max_length=text_length, output_dim=settings["context_in_dim"], **self.there)
+        self.clip = tiny_clip(max_length=text_length, output_dim=settings["vec_in_dim"], **self.there)
         self.null_txt, self.null_vec = self.t5(""), self.clip("")
 
     def network(self, weights: Path | None, perflow: Mapping[str, Any] | None = None) -> nn.Module:
         """Open-Sora's `flux`, or with `perflow` the student `perflow_flux`; weights None: random ones."""
         from opensora.models.mmdit.model import Flux
 
-        settings = {**NETWORK, "from_pretrained": None if weights is None else str(weights), "strict_load": True}
-        settings |= {"device_map": "cpu", "torch_dtype": torch.float32}
+        named = {"from_pretrained": None if weights is None else str(weights), "strict_load": True}
+        settings = {**self.settings, **named, **self.there}
         return Flux(**settings) if perflow is None else perflow_flux(perflow, **settings)
 
     def loss(self, network: nn.Module, data: Tensor, captions: Sequence[str], *, drop: bool) -> Tensor:
@@ -101,7 +110,7 @@ class TinyOpenSora2:
         from opensora.utils.train import dropout_condition
 
         shift_alpha = get_res_lin_function()((data.shape[-1] * data.shape[-2]) // 4) * math.sqrt(data.shape[-3])
-        t = time_shift(shift_alpha, torch.sigmoid(torch.randn(len(data))))
+        t = time_shift(shift_alpha, torch.sigmoid(torch.randn(len(data), device=data.device))).to(data)
         inp = prepare(self.t5, self.clip, data, prompt=list(captions), patch_size=PATCH)
         if drop:
             inp["txt"] = dropout_condition(DROPOUT, inp["txt"], self.null_txt)
@@ -111,7 +120,7 @@ class TinyOpenSora2:
         t_rev = (1 - t)[:, None, None]
         inp["img"] = t_rev * x_0 + (1 - (1 - SIGMA_MIN) * t_rev) * x_1
         inp["cond"] = x_0.new_zeros(*x_0.shape[:2], x_0.shape[2] + PATCH**2)
-        inp["guidance"] = torch.full((len(t),), 4.0)
+        inp["guidance"] = torch.full_like(t, 4.0)
         v_t = (1 - SIGMA_MIN) * x_1 - x_0
         return F.mse_loss(network(**inp, timesteps=t).float(), v_t.float(), reduction="mean")
 

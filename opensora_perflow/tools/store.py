@@ -1,0 +1,95 @@
+"""`opensora-perflow encode` and `store`: what of a training can be done once, and kept on disk."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from opensora_perflow.checks import check_num_steps
+
+_EXAMPLE = """
+examples (in the folder that the training will be started from):
+  opensora-perflow encode CONFIG --data-path captions.csv --out text --open-sora ../Open-Sora
+  opensora-perflow store CONFIG --data-path captions.csv --out store --chains 20000 --open-sora ../Open-Sora
+  torchrun --nproc_per_node 8 -m opensora_perflow store CONFIG --data-path captions.csv --out store
+Both go on where they were stopped or killed: the same command again does what is missing. More captions, or a larger --chains,
+are added to what is there.
+"""
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `encode` and `store` to the command line."""
+    encode_parser = commands.add_parser(
+        "encode",
+        help="encode captions once, so that training holds no T5 (Open-Sora 1.2, 1.3)",
+        description=(
+            "Encodes the captions of a training config's data set with the config's text encoder, and writes the embeddings\n"
+            "as safetensors. The training then takes them from there, and no T5 is loaded:\n"
+            '    custom_imports = dict(imports=[..., "opensora_perflow.hosts.stored"], allow_failed_imports=False)\n'
+            '    text_encoder = dict(_delete_=True, type="perflow_encoded", folder="OUT")\n'
+            "Sampling with such a config takes prompts that are among the captions. An embedding takes 8 kB a token."
+        ),
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    store_parser = commands.add_parser(
+        "store",
+        help="solve the teacher's paths once, so that training holds no teacher (Open-Sora 1.2, 1.3)",
+        description=(
+            "Draws noise and a caption for each chain, and lets the guided teacher of a training config carry the noise\n"
+            "through all windows. The states at the windows' clean edges are written as float16 safetensors, and the\n"
+            "captions' embeddings beside them in OUT/text. Of the data set only captions and sizes are used; chains are\n"
+            "spread over bucket_config as videos are. The training then needs no teacher, no T5 and no VAE:\n"
+            '    scheduler = dict(teacher=dict(stored="OUT"), ...)\n'
+            "A chain of 4 windows takes .26 MiB at 144p x 51 frames and 3.3 MiB at 360p x 102. Guidance must be folded in\n"
+            '(mode="fixed" or "range").'
+        ),
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    store_parser.add_argument(
+        "--chains", type=int, help="chains that OUT is to have at least (default: one a row of the table)"
+    )
+    for parser in (encode_parser, store_parser):
+        parser.add_argument("config", type=Path, metavar="CONFIG", help="config of the training, whose teacher solves")
+        parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to write, or to go on with")
+        parser.add_argument("--data-path", type=Path, metavar="TABLE", help="table of captions (default: the config's)")
+        parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
+
+
+def encode(args: dict[str, Any]) -> int:
+    """Run `encode` with parsed arguments; returns the exit status."""
+    from opensora_perflow.hosts.v1 import storing
+
+    storing.encode(progress=_bar, **args)
+    if _is_first():
+        print(f'written to {args["out"]}: text_encoder = dict(_delete_=True, type="perflow_encoded", folder="{args["out"]}")')
+    return 0
+
+
+def store(args: dict[str, Any]) -> int:
+    """Run `store` with parsed arguments; returns the exit status.
+
+    Raises:
+        ValueError: --chains below 1.
+    """
+    from opensora_perflow.hosts.v1 import storing
+
+    if args["chains"] is not None:
+        check_num_steps(args["chains"], "--chains")
+    count = storing.store(progress=_bar, **args)
+    if _is_first():
+        print(f'{count} chains are in {args["out"]}: scheduler = dict(teacher=dict(stored="{args["out"]}"), ...)')
+    return 0
+
+
+def _bar(total: int, what: str) -> Any:
+    return tqdm(total=total, desc=what, unit=f" {what}", disable=not _is_first()).update
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,263 @@
+"""Chains on disk: the guided teacher's way from noise through all windows, solved once, trained from many times.
+
+A chain is one sample's states at the edges 1 = e_0 > e_1 > ... > e_K = 0. The noise at e_0 is not kept: it follows from the
+store's seed and the chain's number. The K states at the clean edges are, in a shard as `ends` [n, K, C, T, H, W].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.training.randomness import step_generator
+from opensora_perflow.training.recipe import Guidance, Recipe
+from opensora_perflow.training.shards import Shards, ShardWriter, sha256
+
+KIND = "stored chains"
+REMEDY = "write a store with `opensora-perflow store CONFIG --out DIR`"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD_BYTES = 2**26
+"""Of a shard: what a killed writer loses, at most."""
+SEEN = 4
+"""Values of a chain's noise that are kept, to tell a torch that draws other numbers."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What chains were made by and for; the header of a store.
+
+    windows: Edges, untransformed. solver, steps: The teacher's ODE steps in each window. guidance: The keys of
+    recipe.Guidance, a negative prompt as its file's SHA-256. teacher, teacher_source, stage: See state.StudentState.
+    host: What of the host's settings a path depends on: the warp, sizes of time ranges. dtype: Of the ends on disk.
+    seed: Of the noise.
+    """
+
+    windows: Sequence[float]
+    solver: str
+    steps: int
+    guidance: dict[str, Any]
+    teacher: str
+    teacher_source: str
+    stage: int
+    host: dict[str, Any]
+    dtype: str
+    seed: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, host: dict[str, Any], teacher: str, source: str, stage: int, dtype: str, seed: int) -> Origin:
+        """Of chains that a recipe's teacher is to solve.
+
+        Raises:
+            ValueError: a recipe whose teacher's path is not one from noise.
+        """
+        if recipe.guidance.mode == "sync":
+            raise ValueError(
+                'a store holds guided paths, and guidance mode "sync" drops texts and guides the student alone; use '
+                'guidance=dict(mode="fixed", scale=7.0), or mode="range"'
+            )
+        return cls(
+            list(recipe.windows.edges), recipe.teacher.solver, recipe.teacher_steps, guidance_of(recipe.guidance), teacher,
+            source, stage, host, dtype, seed,
+        )  # fmt: skip
+
+    def check(self, recipe: Recipe, host: dict[str, Any], folder: str | os.PathLike) -> None:
+        """Raises ValueError where a training would not fit the chains."""
+        trained = [recipe.windows, *map(TimeWindows.uniform, recipe.draws.grids)]
+        if any(edge not in self.windows for windows in trained for edge in windows.edges):
+            raise ValueError(
+                f"the store {str(folder)!r} has chains with the window edges {list(self.windows)}, and this training's windows "
+                f"{' and '.join(str(list(windows.edges)) for windows in trained)} have others; set windows and draws.grids to "
+                "edges of the store, or write another store"
+            )
+        for name, here in {"guidance": guidance_of(recipe.guidance), "host": host}.items():
+            there = getattr(self, name)
+            different = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+            if different:
+                listed = "; ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
+                what = "guidance" if name == "guidance" else "settings of the scheduler"
+                raise ValueError(
+                    f"the store {str(folder)!r} was solved with other {what} than this training has: {listed}; set them alike"
+                )
+
+
+def guidance_of(guidance: Guidance) -> dict[str, Any]:
+    """The keys of a guidance, plain; a negative prompt as its file's SHA-256."""
+    found = asdict(guidance)
+    if guidance.negative is not None:
+        found["negative"] = sha256(guidance.negative)
+    return json.loads(json.dumps(found))
+
+
+class ChainWriter:
+    """Adds chains to a store; arguments and errors as ShardWriter."""
+
+    def __init__(self, folder: str | os.PathLike, origin: Origin, rank: int = 0, **plan: Any) -> None:
+        remedy = "write to another folder, or with the settings of this one"
+        self.origin = origin
+        self.shards = ShardWriter(folder, KIND, {**asdict(origin), **plan}, rank, remedy)
+
+    def write(
+        self,
+        number: int,
+        first: int,
+        ends: Tensor,
+        captions: Sequence[str],
+        told: Mapping[str, float],
+        scales: Tensor | None = None,
+    ) -> None:
+        """Write the chains first, first + 1, ...
+
+        Args:
+            number: Of the shard.
+            ends: States at the clean edges, [n, K, C, T, H, W].
+            captions: What each was told.
+            told: What else the teacher was told, the same of all: the video's sizes in pixels and frames, its rate.
+            scales: Guidance [n], where each chain has its own.
+
+        Raises:
+            ValueError: states that are not finite, or too large for the store's dtype.
+        """
+        stored = ends.to(DTYPES[self.origin.dtype])
+        if not bool(stored.isfinite().all()):
+            raise ValueError(
+                f"the teacher's states reach {ends.abs().max().item():.4g}, which is not finite or too large for "
+                f"{self.origin.dtype}; check the teacher's weights and guidance"
+            )
+        chains = range(first, first + len(ends))
+        seen = torch.stack([chain_noise(self.origin.seed, chain, ends.shape[2:]).flatten()[:SEEN] for chain in chains])
+        tensors = {"ends": stored, "noise": seen} | ({} if scales is None else {"scales": scales.double()})
+        self.shards.write(
+            number,
+            tensors,
+            {"captions": json.dumps(list(captions))},
+            len(ends),
+            first=first,
+            told=dict(told),
+            latent=list(ends.shape[2:]),
+        )
+
+
+def chain_noise(seed: int, chain: int, shape: Sequence[int]) -> Tensor:
+    """The state of a chain at t = 1, float32, on the CPU."""
+    return torch.randn(tuple(shape), generator=step_generator(seed, 0, chain, purpose="chain"))
+
+
+class ChainStore:
+    """A store to train from.
+
+    folder: Where it is. origin: What its chains are. plan: What else its writer says of the whole.
+
+    Raises:
+        ValueError: see Shards.open.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder)
+        self._shards = Shards.open(folder, KIND, REMEDY)
+        names = {field.name for field in fields(Origin)}
+        self.origin = Origin(**{name: value for name, value in self._shards.header.items() if name in names})
+        self.plan = {name: value for name, value in self._shards.header.items() if name not in names}
+        by_first = sorted((shard.about["first"], number) for number, shard in self._shards.shards.items())
+        self._numbers = [number for _, number in by_first]
+        self._firsts = torch.tensor([first for first, _ in by_first])
+        self._ends = self._firsts + torch.tensor([self._shards.shards[number].rows for number in self._numbers])
+        self._shapes = list({tuple(shard.about["latent"]) for shard in self._shards.shards.values()})
+        self._seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self._shards.shards.values())
+
+    @cached_property
+    def chains(self) -> list[tuple[int, dict[str, float]]]:
+        """Number of every chain, ascending, and what its teacher was told besides the caption."""
+        shards = (self._shards.shards[number] for number in self._numbers)
+        return [
+            (chain, shard.about["told"])
+            for shard in shards
+            for chain in range(shard.about["first"], shard.about["first"] + shard.rows)
+        ]
+
+    def caption(self, chain: int) -> str:
+        [(number, _, rows)] = self._found(torch.tensor([chain]))
+        return json.loads(self._shards.metadata(number)["captions"])[int(rows)]
+
+    def latent_shape(self, chains: Tensor) -> tuple[int, ...]:
+        """C, T, H, W of chains [B].
+
+        Raises:
+            ValueError: they have different ones.
+        """
+        if len(self._shapes) == 1:
+            return self._shapes[0]
+        shapes = {tuple(self._shards.shards[number].about["latent"]) for number, _, _ in self._found(chains)}
+        if len(shapes) > 1:
+            raise ValueError(f"one batch has chains with latents of different shapes, {sorted(shapes)}; use the host's buckets")
+        return shapes.pop()
+
+    def states(self, chains: Tensor, places: Tensor) -> Tensor:
+        """States of B chains [B], each at an edge 0..K of its own of the store's windows, [B]: [B, C, T, H, W], float32.
+
+        Raises:
+            ValueError: no such chain, or noise that this torch draws otherwise than the torch that wrote the store.
+        """
+        states = torch.empty(len(chains), *self.latent_shape(chains))
+        for number, samples, rows in self._found(chains):  # a file is asked once, not once a sample
+            at = places[samples]
+            first, later = at == 0, at > 0
+            states[samples[later]] = self._shards.tensor(number, "ends")[rows[later], at[later] - 1].float()
+            for sample in samples[first].tolist():
+                states[sample] = chain_noise(self.origin.seed, int(chains[sample]), states.shape[1:])
+            if number not in self._seen and first.any():
+                self._check_noise(self._shards.tensor(number, "noise")[rows[first]], states[samples[first]])
+                self._seen.add(number)
+        return states
+
+    def _check_noise(self, kept: Tensor, drawn: Tensor) -> None:
+        # 1e-5: kinds of CPUs round the logarithm and the cosine in their last bits.
+        if not torch.allclose(kept, drawn.flatten(1)[:, :SEEN], rtol=0, atol=1e-5):
+            raise ValueError(
+                f"torch {torch.__version__} draws other noise for the store {str(self.folder)!r} than the torch that wrote "
+                "the store; train with that version, or write the store anew"
+            )
+
+    def scales(self, chains: Tensor) -> Tensor:
+        """Guidance by which each of B chains was solved, where it was drawn, [B], float64."""
+        scales = torch.empty(len(chains), dtype=torch.float64)
+        for number, samples, rows in self._found(chains):
+            scales[samples] = self._shards.tensor(number, "scales")[rows]
+        return scales
+
+    def places(self, windows: TimeWindows) -> Tensor:
+        """Which of the store's edges a training's edges are, [K + 1].
+
+        Raises:
+            ValueError: an edge that the store does not have.
+        """
+        return torch.tensor([self.origin.windows.index(edge) for edge in windows.edges])
+
+    def nearest(self, u: Tensor) -> Tensor:
+        """Which of the store's edges each untransformed time [B] is, [B], on the CPU."""
+        edges = torch.tensor(self.origin.windows, dtype=torch.float64)
+        return (edges[:, None] - u.cpu()[None]).abs().argmin(dim=0)
+
+    def _found(self, chains: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """For each shard that holds some of the chains [B]: its number, which of the B are there, and their rows."""
+        place = torch.bucketize(chains, self._firsts, right=True) - 1
+        lost = (place < 0) | (chains >= self._ends[place])
+        if lost.any():
+            raise ValueError(
+                f"the store {str(self.folder)!r} holds no chain {int(chains[lost][0])}; train with the dataset type "
+                "perflow_stored"
+            )
+        for one in place.unique().tolist():
+            samples = (place == one).nonzero().flatten()
+            yield self._numbers[one], samples, chains[samples] - self._firsts[one]

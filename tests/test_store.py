@@ -1,0 +1,219 @@
+"""Stored chains: losses equal to those of a teacher that solves now, and what is refused."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from networks import batch, tiny_network
+
+from opensora_perflow import PeRFlow
+from opensora_perflow.hosts.v1.chain_solver import ChainSolver
+from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.training import segments
+from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
+from opensora_perflow.training.teacher import fingerprint
+
+TOLD = {"num_frames": 17, "height": 64, "width": 64, "ar": 1.0, "fps": 24}
+FIXED = dict(guidance=dict(mode="fixed", scale=3.0), watch=None)
+CAPTIONS = ["a red circle moving right", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny_network()
+
+
+def write(folder, network, dtype="float32", first=0, **config):
+    """A store of two chains on the batch of networks.py; (its writer, noise [2, ...], model_args)."""
+    _, args = batch(network)
+    solver = ChainSolver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
+    noise = torch.stack([chain_noise(5, first + row, (4, 5, 4, 4)) for row in range(2)])
+    ends, scales = solver.ends(noise, args, first)
+    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype))
+    writer.write(first // 2, first, ends, CAPTIONS, TOLD, scales)
+    return writer, noise, args
+
+
+def stored_losses(folder, network, args, steps=4, **config):
+    """Losses of some steps from the store in a folder."""
+    scheduler = PeRFlow(**{**FIXED, **config}, draws=dict(seed=3), teacher=dict(stored=str(folder)))
+    chains = {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)]).bfloat16()}
+    x = torch.zeros(2, 4, 5, 4, 4)
+    return torch.stack([scheduler.training_losses(network, x, {**args, **chains})["loss"] for _ in range(steps)]).detach()
+
+
+def online_losses(monkeypatch, network, noise, args, steps=4, **config):
+    """The same steps of a teacher that solves now, where windows start on its own path from the noise."""
+
+    def on_the_path(batch, way):
+        path = segments.path_times(scheduler.run.solver_grids, batch.noise, batch.windows.ratio)
+        solved, guidance = scheduler.run.segments, scheduler.recipe.guidance
+        states = segments.teacher_path(batch.noise, path, lambda x, t, k: solved.edge(batch, guidance, x, t, k))
+        return states[batch.drawn.window_idx, torch.arange(len(batch.noise))]
+
+    monkeypatch.setattr(segments, "reached", on_the_path)
+    scheduler = PeRFlow(**{**FIXED, **config}, draws=dict(seed=3))
+    x = torch.zeros_like(noise)
+    return torch.stack([scheduler.training_losses(network, x, args, noise=noise)["loss"] for _ in range(steps)]).detach()
+
+
+@pytest.mark.parametrize("config", [{}, dict(use_timestep_transform=True, windows=[1.0, 0.6, 0.0])])
+def test_losses_are_those_of_a_teacher_that_solves_now(tmp_path, monkeypatch, network, config):
+    _, noise, args = write(tmp_path / "float32", network, **config)
+    online = online_losses(monkeypatch, network, noise, args, **config)
+    assert torch.equal(stored_losses(tmp_path / "float32", network, args, **config), online)
+    for dtype, rounding in (("float16", 2.0**-11), ("bfloat16", 2.0**-8)):
+        write(tmp_path / dtype, network, dtype, **config)
+        loss = stored_losses(tmp_path / dtype, network, args, **config)
+        # States below 8 are off by `rounding` times 8, and slopes by twice that over the window's length, at least a quarter.
+        # The loss is a mean square: |a^2 - b^2| <= |a - b| (2 |b| + |a - b|).
+        slope = 2 * 8 * rounding / 0.25
+        assert ((loss - online).abs() <= slope * (2 * online.sqrt() + slope)).all() and not torch.equal(loss, online)
+
+
+def test_scales_of_mode_range_are_the_chains_own(tmp_path, monkeypatch, network):
+    guidance = dict(guidance=dict(mode="range", scale=(1.0, 5.0)))
+    _, noise, args = write(tmp_path, network, **guidance)
+    scales = ChainStore(tmp_path).scales(torch.tensor([0, 1]))
+    assert ((scales >= 1) & (scales <= 5)).all() and scales[0] != scales[1]
+    monkeypatch.setattr("opensora_perflow.training.recipe.draw_scales", lambda *a, **k: scales)
+    online = online_losses(monkeypatch, network, noise, args, **guidance)
+    assert torch.equal(stored_losses(tmp_path, network, args, **guidance), online)
+
+
+def test_windows_may_be_edges_of_the_store(tmp_path, monkeypatch, network):
+    _, noise, args = write(tmp_path, network, windows=4)
+    coarse = dict(windows=2, curriculum=None)
+    scheduler, path = ChainStore(tmp_path), []
+    for place in (0, 2, 4):
+        path.append(scheduler.states(torch.tensor([0, 1]), torch.tensor([place, place])))
+    found = []
+    monkeypatch.setattr(segments.Stored, "of", lambda self, batch: found.append(of(self, batch)) or found[-1])
+    stored_losses(tmp_path, network, args, steps=6, **coarse)
+    for segment in found:
+        index = (segment.t_start == 0.5).long()
+        for row in range(2):
+            assert torch.equal(segment.x_start[row], path[index[row]][row])
+            assert torch.equal(segment.x_end[row], path[index[row] + 1][row])
+
+
+of = segments.Stored.of
+
+
+def test_the_run_measures_itself_without_a_teacher(tmp_path, caplog, network):
+    caplog.set_level("INFO")
+    _, _, args = write(tmp_path, network)
+    stored_losses(tmp_path, network, args, steps=12, watch=dict(every=4))
+    said = [record.message for record in caplog.records if "held-out error" in record.message]
+    # Nothing was trained: the student is the untrained network, and its end is known from the store alone.
+    first, second = said[0].split("held-out error ")[1].split(" ± ")[0], said[0].split("untrained network ")[1].split(" ± ")[0]
+    assert first == second and float(first) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(windows=3), "window edges .* and this training's windows .* have others"),
+        (
+            dict(guidance=dict(mode="fixed", scale=2.0)),
+            "other guidance than this training has: scale is 3.0 there and 2.0 here",
+        ),
+        (dict(guidance=dict(mode="range", scale=(1.0, 5.0))), "mode is fixed there and range here"),
+        (dict(objective=["perflow", dict(type="perflow_consistency")]), "perflow_consistency needs those between"),
+        (dict(use_timestep_transform=True), "other settings of the scheduler than this training has: transform is None there"),
+    ],
+)
+def test_a_store_that_does_not_fit_is_refused(tmp_path, network, config, message):
+    _, _, args = write(tmp_path, network)
+    with pytest.raises(ValueError, match=message):
+        stored_losses(tmp_path, network, args, **config)
+
+
+def test_another_teacher_than_the_stores_is_refused(tmp_path, network):
+    from opensora_perflow.checkpoints import write_state_dict
+
+    writer, _, args = write(tmp_path / "store", network)
+    assert writer.origin.teacher == fingerprint(network)
+    for name, other in (("own", network), ("other", tiny_network(seed=1))):
+        write_state_dict(tmp_path / f"{name}.safetensors", other.state_dict())
+    chains = {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)])}
+    for name, raises in (("own", False), ("other", True)):
+        teacher = dict(stored=str(tmp_path / "store"), from_pretrained=str(tmp_path / f"{name}.safetensors"))
+        scheduler = PeRFlow(**FIXED, teacher=teacher)
+        if raises:
+            with pytest.raises(ValueError, match="was solved by a teacher with the fingerprint"):
+                scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})
+        else:
+            scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})
+
+
+def test_batches_and_stores_have_to_go_together(tmp_path, network):
+    _, _, args = write(tmp_path, network)
+    x, chains = torch.zeros(2, 4, 5, 4, 4), {CHAIN: torch.stack([chain_bytes(0), chain_bytes(9)])}
+    stored = PeRFlow(**FIXED, teacher=dict(stored=str(tmp_path)))
+    with pytest.raises(ValueError, match="this batch names none; use dataset"):
+        stored.training_losses(network, x, args)
+    with pytest.raises(ValueError, match="holds no chain 9"):
+        stored.training_losses(network, x, {**args, **chains})
+    with pytest.raises(ValueError, match="names stored chains; say which"):
+        PeRFlow(**FIXED).training_losses(network, x, {**args, **chains})
+    with pytest.raises(ValueError, match="frames that stand still"):
+        stored.training_losses(network, x, {**args, **chains}, mask=torch.ones(2, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(draws=dict(starts="diffused")), 'draws.starts="diffused" wants a teacher'),
+        (dict(windows=2, curriculum=dict(windows=[2, 1], teacher="previous")), 'curriculum.teacher="previous" wants a teacher'),
+    ],
+)
+def test_what_needs_a_teacher_that_solves_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        PeRFlow(teacher=dict(stored="store"), **config)
+
+
+def test_paths_that_are_not_guided_are_not_stored(network):
+    with pytest.raises(ValueError, match='mode "sync" drops texts'):
+        Origin.of(PeRFlow().recipe, {}, "", "", 1, "float16", 0)
+
+
+def test_states_that_float16_does_not_hold_are_refused(tmp_path, network):
+    writer, _, _ = write(tmp_path, network, "float16")
+    for bad in (1e5, float("nan")):
+        with pytest.raises(ValueError, match="not finite or too large for float16"):
+            writer.write(1, 2, torch.full((2, 4, 4, 5, 4, 4), bad), CAPTIONS, TOLD)
+
+
+def test_noise_that_another_torch_draws_is_refused(tmp_path, network):
+    write(tmp_path, network)
+    store = ChainStore(tmp_path)
+    store.origin = replace(store.origin, seed=6)
+    with pytest.raises(ValueError, match="draws other noise for the store"):
+        store.states(torch.tensor([0]), torch.tensor([0]))
+
+
+def test_chains_are_found_by_number_across_shards(tmp_path, network):
+    write(tmp_path, network, first=4)
+    _, noise, _ = write(tmp_path, network, first=0)
+    store = ChainStore(tmp_path)
+    assert len(store) == 4 and [chain for chain, _ in store.chains] == [0, 1, 4, 5] and store.chains[2][1] == TOLD
+    assert store.caption(5) == CAPTIONS[1] and store.latent_shape(torch.tensor([4, 0])) == (4, 5, 4, 4)
+    assert torch.equal(store.states(torch.tensor([1]), torch.tensor([0]))[0], noise[1])
+    for chain in (2, 6):
+        with pytest.raises(ValueError, match=f"holds no chain {chain}"):
+            store.states(torch.tensor([chain]), torch.tensor([1]))
+
+
+@pytest.mark.gpu
+def test_chains_are_solved_on_a_gpu(network):
+    """As on a CPU. Two float32 devices differ by some 1e-6 an evaluation, of which there are 16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device: run `pytest -m gpu` on a machine with one")
+    x, args = batch(network)
+    ends = []
+    for device in ("cpu", "cuda"):
+        solver = ChainSolver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
+        ends.append(solver.ends(x.to(device), {name: value.to(device) for name, value in args.items()}, 0)[0])
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-4, rtol=0)
