@@ -49,3 +49,5 @@ class Outline:
     """Does each GPU hold a share of the gradients alone (ZeRO-2)?"""
     sequence_parallel: int
     """GPUs that share one sample."""
+    tflops: float
+    """TFLOP/s that an H200 reached with such a network in bf16, see benchmarks/README.md."""

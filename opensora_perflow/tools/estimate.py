@@ -20,8 +20,6 @@ from opensora_perflow.tools.step_units import Units
 GIB = 2**30
 MARGIN = 0.95
 """Of a card's memory that tensors may take: the rest is CUDA's own, and gaps of the allocator."""
-ACHIEVED = 175.0
-"""TFLOP/s that an H200 reached with STDiT3-XL/2 at 360p, see benchmarks/README.md."""
 
 
 def outline_of(config: Path, open_sora: Path | None) -> Outline:
@@ -87,8 +85,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="that train together (default 1)")
     parser.add_argument("--memory", type=float, metavar="GiB", help="of one GPU: say what fits, and what to change")
     parser.add_argument(
-        "--tflops", type=float, default=ACHIEVED, metavar="X",
-        help=f"TFLOP/s that a GPU reaches, not its data sheet's (default {ACHIEVED:g}: an H200 in bf16)",
+        "--tflops", type=float, metavar="X",
+        help="TFLOP/s that a GPU reaches, not its data sheet's (default: an H200 in bf16, 175 for STDiT and 450 for MMDiT)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=4000, help="training steps, for the hours (default 4000)")
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
@@ -107,7 +105,7 @@ def run(args: dict[str, Any]) -> int:
         raise ValueError(f"--gpus must be a multiple of the config's sp_size {plan.sequence_parallel}, got {gpus}")
     parts = parts_of(plan, gpus)
     _print_parts(plan, parts, gpus)
-    return _print_buckets(plan, parts, gpus, args["tflops"], steps, None if limit is None else limit * GIB)
+    return _print_buckets(plan, parts, gpus, args["tflops"] or plan.tflops, steps, None if limit is None else limit * GIB)
 
 
 def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:

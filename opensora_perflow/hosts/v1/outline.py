@@ -56,7 +56,7 @@ def outline(config: Mapping[str, Any]) -> Outline:
     return Outline(
         network, encoders, buckets, forward, None if vae is None else lambda bucket: _encode(vae, bucket, dtype), recipe,
         adapters=is_meant(config), checkpointing=bool(config.get("grad_checkpoint")), rows_together=False, ema_on_gpu=True,
-        sharded_gradients="zero2" in config.get("plugin", "zero2"), sequence_parallel=config.get("sp_size", 1),
+        sharded_gradients="zero2" in config.get("plugin", "zero2"), sequence_parallel=config.get("sp_size", 1), tflops=175.0,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def outline(config: Mapping[str, Any]) -> Outline:
         network, encoders, _buckets(config), forward, None if vae is None else encode, recipe,
         adapters=adapted, checkpointing=bool(config.get("grad_checkpoint", True)), rows_together=True, ema_on_gpu=False,
         sharded_gradients=config.get("plugin") == "zero2" or plugin.get("zero_stage") == 2,
-        sequence_parallel=plugin.get("sp_size", 1),
+        sequence_parallel=plugin.get("sp_size", 1), tflops=450.0,
     )  # fmt: skip
 
 
