@@ -1,4 +1,4 @@
-"""Bytes that a training keeps for networks and optimizer: three copies of the network, or one with adapters (LoRA).
+"""Bytes that a training keeps for networks and optimizer: three copies of the network, two, or one with adapters (LoRA).
 
     python benchmarks/memory.py [--open-sora ROOT] [--rank 16] [--json out.json]
 
@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -27,8 +28,11 @@ from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module, portable
 from opensora_perflow.hosts import meta
+from opensora_perflow.hosts.v1.chain_solver import ChainSolver
 from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
+from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
 from opensora_perflow.tools.residents import residents
+from opensora_perflow.training.store import ChainWriter, chain_noise
 from opensora_perflow.worlds.model import load_teacher
 
 MIB, GIB = 2**20, 2**30
@@ -46,19 +50,32 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
     return total
 
 
-def measure(network: nn.Module, lora: LoRA | None, settings: dict[str, Any]) -> dict[str, int]:
-    """Bytes of each resident after one step, of all together, and of what the step's backward needs besides."""
+def store(network: nn.Module, told: dict[str, Tensor], settings: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Write a store of one batch's chains; the settings that train from it."""
+    solver = ChainSolver(build_module(settings, SCHEDULERS), network, None, 0, torch.float32)
+    noise = torch.stack([chain_noise(0, chain, (4, FRAMES, SIDE, SIDE)) for chain in range(BATCH)])
+    ChainWriter(folder, solver.origin).write(0, 0, solver.ends(noise, told, 0)[0], [""] * BATCH, {})
+    told[CHAIN] = torch.stack([chain_bytes(chain) for chain in range(BATCH)])
+    return {**settings, "teacher": dict(stored=folder)}
+
+
+def measure(network: nn.Module, lora: LoRA | None, settings: dict[str, Any], folder: str | None = None) -> dict[str, int]:
+    """Bytes of each resident after one step, of all together, and of what the step's backward needs besides.
+
+    folder: Of a store that is written and trained from; None: the teacher solves.
+    """
     network.train()
     if lora is not None:
         add_adapters(network, lora)
     ema = deepcopy(network).to(torch.float32).requires_grad_(False)  # as train.py does
     config = dict(type="perflow", watch=None, guidance=dict(mode="fixed", scale=3.0), **settings)
-    scheduler, trained = build_module(config, SCHEDULERS), [p for p in network.parameters() if p.requires_grad]
+    trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4)
     length, channels = network.y_embedder.y_embedding.shape
     sizes = {"height": 8.0 * SIDE, "width": 8.0 * SIDE, "num_frames": 17.0, "fps": 24.0, "ar": 1.0}
     told = {name: torch.full((BATCH,), value) for name, value in sizes.items()}
     told |= {"y": torch.randn(BATCH, 1, length, channels), "mask": torch.ones(BATCH, length, dtype=torch.long)}
+    scheduler = build_module(config if folder is None else store(network, told, config, folder), SCHEDULERS)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -131,6 +148,7 @@ def main() -> None:
     trainings = {
         "three copies, reference recipe": (None, REFERENCE),
         "three copies, ours": (None, OURS),
+        "two copies, stored chains": (None, OURS),
         "adapters, one copy": (LoRA(args.rank), OURS),
     }
     rows: list[dict[str, Any]] = []
@@ -140,7 +158,8 @@ def main() -> None:
         first = None
         for training, (lora, settings) in trainings.items():
             torch.manual_seed(0)
-            row = measure(make(), lora, settings)
+            with tempfile.TemporaryDirectory() as folder:
+                row = measure(make(), lora, settings, folder if "stored" in training else None)
             first = first or row
             share, peak = (row["resident"] / first["resident"], row["resident"] + row["saved"])
             shown = " | ".join(f"{row[name] / MIB:.2f}" for name in names)
