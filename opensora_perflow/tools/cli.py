@@ -44,6 +44,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_install(commands)
     _add_embed(commands)
     _add_merge(commands)
+    _add_export(commands)
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -217,9 +218,10 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG, or the ema.pt in it")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
+    _add_ema(parser)
 
 
 def _merge(args: dict) -> int:
@@ -230,7 +232,46 @@ def _merge(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge}
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the average of the training's weights (default), or with --no-ema those of the checkpoint's own step",
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a training's averaged weights (EMA), the student, as a checkpoint to sample and to go on from",
+        description=(
+            "Writes OUT/model/model.safetensors (of Open-Sora 2.0's LoRA: OUT/lora/) and OUT/perflow.json: a checkpoint folder\n"
+            "that --ckpt-path of Open-Sora 1.0 to 1.3, --ckpt_path and --pretrained_lora_path of 2.0 take. Adapters stay\n"
+            "adapters; `opensora-perflow merge` adds them to their base."
+        ),
+        epilog=(
+            "example: opensora-perflow export outputs/000-STDiT3-XL-2/epoch0-global_step4000 --out student\n"
+            "         python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path student"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
+    parser.add_argument("--out", type=Path, default=Path("student"), help="folder to write, not there yet (default student)")
+    _add_ema(parser)
+
+
+def _export(args: dict) -> int:
+    from opensora_perflow.tools.export import export
+
+    export(**args)
+    part = "lora" if (args["out"] / "lora").is_dir() else ""
+    option = "--pretrained_lora_path" if part else "--ckpt-path (Open-Sora 2.0: --ckpt_path)"
+    print(f"written to {args['out']}/; sample it with {option} {args['out'] / part}")
+    return 0
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())
