@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_perflow import __version__
+
 if TYPE_CHECKING:
     from opensora_perflow.hosts.install import Status
 
@@ -39,7 +41,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510).",
         epilog="Training and sampling inside Open-Sora go through its own scripts; see README.md.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_install(commands)
     _add_embed(commands)
@@ -47,6 +50,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_export(commands)
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
+    if args["command"] is None:
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
     return known[args.pop("command")](args)
@@ -56,7 +62,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     defaults = {
         "iterations": "training steps, >= 1; more is better",
         "batch_size": "clips per training step, >= 1",
-        "lr": "peak learning rate, > 0",
+        "lr": "learning rate, > 0",
         "num_clips": "clips to write where no --videos are given, >= 1",
         "num_samples": "samples that are compared, >= 2",
         "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
@@ -68,7 +74,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         description=(
             "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network "
             "evaluations, through the same scheduler object that Open-Sora uses. Writes side_by_side.mp4, frames.png, "
-            "training.png, results.json and student.safetensors. About 6 minutes on 2 CPU cores."
+            "training.png, results.json and student.safetensors. About 3 minutes of one CPU core."
         ),
         epilog="example: opensora-perflow demo --out my_demo --iterations 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -78,7 +84,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("perflow_demo"), help="folder to write to (default perflow_demo)")
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="use the real STDiT3 class of this Open-Sora checkout")
-    from opensora_perflow.tools.demo import DemoSettings
+    from opensora_perflow.tools.demo import QUICK, DemoSettings
+
+    less = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"one minute, for a first look: {less}")
 
     for field in dataclasses.fields(DemoSettings):
         if field.name in defaults:
@@ -93,18 +102,21 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _demo(args: dict) -> int:
     from opensora_perflow.tools import report
-    from opensora_perflow.tools.demo import DemoSettings, run
+    from opensora_perflow.tools.demo import QUICK, DemoSettings, run
 
+    if args.pop("quick"):
+        defaults = {field.name: field.default for field in dataclasses.fields(DemoSettings)}
+        args |= {name: value for name, value in QUICK.items() if args[name] == defaults[name]}
     settings = DemoSettings(**args)
     result = run(settings)
     print(f"\n{report.table(result)}\n")
-    print(f"{result['seconds']:.0f} s in all. Written to {settings.out}/:")
+    print(f"{result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} of a CPU. Written to {settings.out}/:")
     for name, what in {
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
         "training.png": "the loss, and the error and the motion of one step across each window",
         "results.json": "the numbers above and more",
-        "student.safetensors": "the student's weights",
+        "student.safetensors": "the student: the average of its weights in training",
     }.items():
         print(f"  {name:20} {what}")
     return 0
