@@ -25,7 +25,7 @@ from opensora_perflow.atomic import replacing
 from opensora_perflow.training.ema import Ema
 
 SHARES = (0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-STEPS = {"mixture": (250, 1000, 4000), "video": (50, 100, 300)}
+STEPS = {"mixture": (250, 1000, 4000), "video": (100,)}
 REFERENCE = {"mixture": 512, "video": 128}
 """Euler steps of the reference; only differences within a run are read."""
 
