@@ -27,14 +27,14 @@ SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch
 
 @pytest.fixture(autouse=True)
 def coarse_reference(monkeypatch):
-    monkeypatch.setattr(demo, "REFERENCE", (1,) * 8)
+    monkeypatch.setattr(demo, "REFERENCE", (2,) * 4)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "REFERENCE", (1,) * 8)
+        patch.setattr(demo, "REFERENCE", (2,) * 4)
         assert cli.main(["demo", "--out", str(out), *SMALL]) == 0
     return out
 
@@ -55,20 +55,20 @@ def test_numbers_are_those_of_the_samplers(finished):
     # two steps have one weight of the average each, so that it is the last step's
     assert result["samplers"][4]["endpoint_error"] == result["samplers"][3]["endpoint_error"]
     assert 0 < result["cpu_seconds"]
-    assert [row["t_start"] for row in result["windows"]] == [1, 0.75, 0.5, 0.25]
+    assert [row["t_start"] for row in result["windows"]] == [1, 0.90625, 0.796875, 0.53125]
     assert result["network"] == "opensora_perflow.TinySTDiT"
     # The last window points at its own end, where the reference's motion is known.
     assert result["windows"][3]["motion"]["teacher"] == pytest.approx(result["samplers"][0]["motion_energy"], rel=1e-4)
     assert all(row["motion"]["error"] > 0 for row in result["windows"])
     lines = demo.report.table(result).splitlines()
     share = result["windows"][0]["motion"]["student"] / result["windows"][0]["motion"]["teacher"]
-    assert lines[-1].startswith("the student's motion") and f"1-0.75 {share:.0%}" in lines[-1]
+    assert lines[-1].startswith("the student's motion") and f"1-0.906 {share:.0%}" in lines[-1]
 
 
 def test_the_student_is_trained_and_can_be_loaded(finished):
     state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
     found, _ = find_state(finished / "student.safetensors")
-    assert found.windows == (1.0, 0.75, 0.5, 0.25, 0.0) and found.guidance["mode"] == "fixed"
+    assert found.windows == demo.WINDOWS and found.guidance["mode"] == "fixed"
     assert found.steps > 0 and found.teacher == fingerprint(load_teacher())
     assert state.keys() == teacher.keys()
     assert any(not torch.equal(state[key], teacher[key]) for key in state)
@@ -204,7 +204,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["demo", "--help"])
     text = capsys.readouterr().out
-    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "3 minutes", "--quick", "default 140"):
+    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "3 minutes", "--quick", "default 100"):
         assert expected in text
 
 
@@ -216,7 +216,7 @@ def test_the_command_alone_shows_help_and_its_version(capsys):
     assert capsys.readouterr().out.strip() == f"opensora-perflow {__version__}"
 
 
-@pytest.mark.parametrize("options, iterations", [([], 140), (["--quick"], 24), (["--quick", "--iterations", "3"], 3)])
+@pytest.mark.parametrize("options, iterations", [([], 100), (["--quick"], 24), (["--quick", "--iterations", "3"], 3)])
 def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "run", lambda settings: seen.append(settings) or (_ for _ in ()).throw(ValueError("seen")))
@@ -225,10 +225,9 @@ def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
 
 
 def test_the_reference_has_every_window_edge():
-    """Four or eight uniform windows: their edges are times of the grid."""
     times = demo.reference_times()
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
-    assert len(times) == sum(demo.REFERENCE) + 1 and {k / 8 for k in range(9)} <= set(times)
+    assert len(times) == sum(demo.REFERENCE) + 1 and set(demo.WINDOWS) <= set(times)
 
 
 def test_stages_and_a_first_picture_are_told(tmp_path, caplog):

@@ -35,9 +35,11 @@ from opensora_perflow.worlds.text import TinyTextEncoder
 
 logger = logging.getLogger("opensora_perflow")
 
-REFERENCE = (10, 8, 5, 4, 3, 2, 2, 2)
-"""Midpoint steps of the guided teacher that the others are compared with, in each eighth of the time from noise to data: most
-where the path is curved. As near to the converged path as 512 Euler steps, see benchmarks/README.md."""
+WINDOWS = (1.0, 0.90625, 0.796875, 0.53125, 0.0)
+"""Every second edge of those that `opensora-perflow plan --windows 8` chose for the tiny teacher: most errors begin early."""
+REFERENCE = (10, 8, 10, 8)
+"""Midpoint steps in each window of the guided teacher that the others are compared with: most where the path is curved. As near
+to the converged path as 512 Euler steps, see benchmarks/README.md."""
 STAGES = ("clips", "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
 QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8}
 """What `--quick` changes."""
@@ -53,11 +55,11 @@ class DemoSettings:
     """Folder for everything that is written."""
     open_sora: Path | None = None
     """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it."""
-    iterations: int = key(140, whole())
+    iterations: int = key(100, whole())
     """Training steps, >= 1."""
     batch_size: int = key(16, whole())
     """Clips per training step, >= 1."""
-    lr: float = key(4e-4, number(low=0))
+    lr: float = key(3e-4, number(low=0))
     """Learning rate after a short warm-up, > 0."""
     num_clips: int = key(64, whole())
     """Clips to write where no videos are given, >= 1."""
@@ -131,7 +133,7 @@ def _distil_and_compare(
     scheduler = build_module(
         dict(
             type="perflow",
-            windows=4,
+            windows=WINDOWS,
             guidance=dict(mode="fixed", scale=settings.guidance_scale),
             draws=dict(seed=settings.seed),
         ),
@@ -140,7 +142,7 @@ def _distil_and_compare(
     student = build_network(settings.open_sora)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
     _say(2)
-    path = _teacher_path(teacher, text_encoder, batch, settings, scheduler.windows.edges)
+    path = _teacher_path(teacher, text_encoder, batch, settings)
     report.write_frames(folder, {"teacher": path.states[-1]}, batch.prompts, vae)
     logger.info("first picture, what the teacher draws: %s", folder / "frames.png")
     _say(3)
@@ -255,20 +257,18 @@ def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
 
 
 @torch.no_grad()
-def _teacher_path(
-    teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings, edges: tuple[float, ...]
-) -> TeacherPath:
+def _teacher_path(teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings) -> TeacherPath:
     start = time.perf_counter()
     velocity = guided_field(teacher, text_encoder, batch.prompts, batch.sizes, settings.guidance_scale)
     path = follow(Probe(velocity, batch.noise), reference_times(), substeps=1, method="midpoint", progress=True)
-    states = [path.states[path.times.tolist().index(edge)] for edge in edges]
+    states = [path.states[path.times.tolist().index(edge)] for edge in WINDOWS]
     return TeacherPath(states, time.perf_counter() - start)
 
 
 def reference_times() -> list[float]:
     """The grid of REFERENCE, from 1 to 0."""
-    parts = len(REFERENCE)
-    return [1 - (part + i / count) / parts for part, count in enumerate(REFERENCE) for i in range(count)] + [0.0]
+    windows = zip(WINDOWS, WINDOWS[1:], REFERENCE)
+    return [start + (end - start) * i / count for start, end, count in windows for i in range(count)] + [0.0]
 
 
 def _train(

@@ -139,6 +139,6 @@ def table(result: dict[str, Any]) -> str:
             f"{row['sampler']:27}{row['nfe']:5d}{row['seconds_per_sample']:10.3f}"
             f"{row['endpoint_error']:16.4f}{row['energy_distance']:17.5f}{share:>14}"
         )
-    windows = [(f"{row['t_start']:g}-{row['t_end']:g}", row["motion"]) for row in result["windows"]]
+    windows = [(f"{row['t_start']:.3g}-{row['t_end']:.3g}", row["motion"]) for row in result["windows"]]
     shares = (f"{name} {m['student'] / m['teacher']:.0%}" if m["teacher"] > 0 else f"{name} -" for name, m in windows)
     return "\n".join([*lines, f"the student's motion, in parts of the teacher's, by window: {', '.join(shares)}"])
