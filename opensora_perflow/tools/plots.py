@@ -93,7 +93,7 @@ def training_figure(path: Path, history: list[float], windows: list[dict[str, An
     for axis, rows, of_teacher in (right, windows, "teacher, one guided Euler step"), (last, motions, "teacher"):
         axis.bar(places - 0.2, [row["teacher"] for row in rows], 0.38, color=TEACHER, label=of_teacher)
         axis.bar(places + 0.2, [row["student"] for row in rows], 0.38, color=STUDENT, label="student, one step")
-        axis.set_xticks(places, [f"{row['t_start']:.3g} → {row['t_end']:.3g}" for row in windows])
+        axis.set_xticks(places, [f"{row['t_start']:.2g} → {row['t_end']:.2g}" for row in windows], fontsize=8)
         axis.set(xlabel="window (t = 1 is noise)")
     for axis in (left, right, last):  # below, where no bar is
         axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=9)

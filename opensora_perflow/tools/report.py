@@ -132,11 +132,11 @@ def as_described(vae: TinyVAE, samples: Tensor, prompts: list[str]) -> float | N
 
 def table(result: dict[str, Any]) -> str:
     """The result in a few lines for the terminal."""
-    lines = [f"{'':27}{'NFE':>5}{'s/sample':>10}{'endpoint error':>16}{'energy distance':>17}{'as described':>14}"]
+    lines = [f"{'':27}{'NFE':>5}{'CPU s/sample':>14}{'endpoint error':>16}{'energy distance':>17}{'as described':>14}"]
     for row in result["samplers"]:
         share = "-" if row["as_described"] is None else f"{row['as_described']:.0%}"
         lines.append(
-            f"{row['sampler']:27}{row['nfe']:5d}{row['seconds_per_sample']:10.3f}"
+            f"{row['sampler']:27}{row['nfe']:5d}{row['seconds_per_sample']:14.3f}"
             f"{row['endpoint_error']:16.4f}{row['energy_distance']:17.5f}{share:>14}"
         )
     windows = [(f"{row['t_start']:.3g}-{row['t_end']:.3g}", row["motion"]) for row in result["windows"]]
