@@ -8,6 +8,9 @@ Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora'
 students learn through the hooks of `perflow_flux`, and Open-Sora's own I2VDenoiser samples them and the teacher. That takes
 three network rows for a guided step, of which text to video needs two: NFE counts two.
 
+Every student has two rows at each number of steps: the weights of its last step, and (EMA) their average by the rule of
+training/ema.py.
+
 Writes WORLD.json, WORLD.md and WORLD.png. Every seed draws new training data, new student weights (where the student does
 not start as a copy) and new noise for evaluation. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint
 error = root mean square distance from where 512 guided Euler steps carry the same noise; energy distance to those endpoints
