@@ -12,7 +12,9 @@ from tqdm import tqdm
 WARMUP = 50
 
 
-def distil(student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, lr: float, desc: str) -> Iterator[tqdm]:
+def distil(
+    student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, lr: float, desc: str, constant: bool = False
+) -> Iterator[tqdm]:
     """Train by Adam: a warm-up of 50 steps (or a tenth of all), then half a cosine to 0; gradients clipped to norm 1.
 
     Args:
@@ -21,6 +23,7 @@ def distil(student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, l
         iterations: Steps.
         lr: Peak learning rate.
         desc: Of the progress bar.
+        constant: Stay at the peak, as Open-Sora's scripts do.
 
     Yields:
         The progress bar, after each step.
@@ -30,7 +33,8 @@ def distil(student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, l
     optimizer = torch.optim.Adam(parameters, lr=lr)
     warmup = min(WARMUP, iterations // 10 + 1)
     rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / iterations))
+        optimizer,
+        lambda i: min((i + 1) / warmup, 1.0 if constant else 0.5 + 0.5 * math.cos(math.pi * i / iterations)),
     )
     with tqdm(total=iterations, desc=desc, unit="step", leave=False, mininterval=1) as bar:
         for _ in range(iterations):

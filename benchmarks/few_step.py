@@ -8,6 +8,9 @@ Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora'
 students learn through the hooks of `perflow_flux`, and Open-Sora's own I2VDenoiser samples them and the teacher. That takes
 three network rows for a guided step, of which text to video needs two: NFE counts two.
 
+Every student has two rows at each number of steps: the weights of its last step, and (EMA) their average by the rule of
+training/ema.py.
+
 Writes WORLD.json, WORLD.md and WORLD.png. Every seed draws new training data, new student weights (where the student does
 not start as a copy) and new noise for evaluation. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint
 error = root mean square distance from where 512 guided Euler steps carry the same noise; energy distance to those endpoints
@@ -45,10 +48,13 @@ from worlds import MixtureWorld, MMDiTWorld, VideoWorld, World
 from opensora_perflow.atomic import replacing
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.tools.plots import save_figure
+from opensora_perflow.training.ema import Ema, decay_of
 
 REFERENCE_STEPS = 512
 TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
 CURVE_POINTS = 15
+EMA = " (EMA)"
+"""After a recipe's name: the average of its weights, by the rule of training/ema.py; without, those of its last step."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +219,12 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     curve: list[list[float]] = []
     every = max(1, recipe.iterations // CURVE_POINTS)
     seconds, began = 0.0, time.process_time()
+    trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    averages = Ema(trained, decay_of(recipe.iterations))
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
     with teacher_evaluations(world.counted) as samples:
         for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
+            averages.update(trained)
             if bar.n % every == 0:
                 seconds += time.process_time() - began
                 student.eval()
@@ -227,10 +236,13 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     seconds += time.process_time() - began
     student.eval()
     rows = []
-    for steps in recipe.steps:
-        sampler = world.scheduler(dict(config, num_sampling_steps=steps))
-        measured = evaluation.metrics(evaluation.sample(sampler, student))
-        rows.append({"sampler": recipe.name, "steps": steps, "nfe": steps, **measured})
+    last = {name: value.detach().clone() for name, value in trained.items()}
+    for name, weights in {f"{recipe.name}{EMA}": averages.averages, recipe.name: last}.items():
+        student.load_state_dict(weights, strict=False)
+        for steps in recipe.steps:
+            sampler = world.scheduler(dict(config, num_sampling_steps=steps))
+            measured = evaluation.metrics(evaluation.sample(sampler, student))
+            rows.append({"sampler": name, "steps": steps, "nfe": steps, **measured})
     cost = {
         "teacher_calls": samples[0] / scale.batch_size,
         "optimizer_steps": recipe.iterations,

@@ -149,8 +149,8 @@ def _load(path: Path) -> Any:
 
 def _damaged(path: str | os.PathLike, error: Exception) -> ValueError:
     return ValueError(
-        f"{str(path)!r} cannot be read as plain tensors ({type(error).__name__}: {str(error)[:500]}); if it should hold "
-        "weights, it is damaged or incomplete: fetch or save it again"
+        f"{str(path)!r} cannot be read as plain tensors ({type(error).__name__}: {' '.join(str(error).split())[:500]}); if it "
+        "should hold weights, it is damaged or incomplete: fetch or save it again"
     )
 
 

@@ -52,7 +52,10 @@ def test_a_comparison_of_two_recipes(script, tmp_path, device):
     assert rows["ours", 16]["teacher_calls"] == 3 * 8 + 2
     assert rows["host's rflow", 30]["endpoint_error"] < rows["host's rflow", 4]["endpoint_error"]
     text = few_step.write(world, results, tmp_path, "a command")
-    assert "| ours, 4 steps | 4 |" in text and text.count("±") == 1 + 2 * 10  # the floor, and two columns of ten rows
+    assert "| ours, 4 steps | 4 |" in text and "| ours (EMA), 4 steps | 4 |" in text
+    assert text.count("±") == 1 + 2 * 16  # the floor, and two columns of 4 + 2 * 2 * 3 rows
+    # the rule's average of three steps is the last step's weights, but for rounding
+    assert rows["ours (EMA)", 4]["endpoint_error"] == pytest.approx(rows["ours", 4]["endpoint_error"], rel=1e-4)
     assert "±" not in few_step.markdown(world, results[:1], "a command")  # one seed has no spread
     assert {path.name for path in tmp_path.iterdir()} == {"mixture.json", "mixture.md", "mixture.png"}
 

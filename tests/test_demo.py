@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from opensora_perflow import __version__
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.tools import cli, demo
+from opensora_perflow.tools import cli, demo, threads
 from opensora_perflow.training.state import find_state
 from opensora_perflow.training.teacher import fingerprint
 from opensora_perflow.worlds.clips import COLORS, read_clips, write_clips
@@ -26,14 +27,14 @@ SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch
 
 @pytest.fixture(autouse=True)
 def coarse_reference(monkeypatch):
-    monkeypatch.setattr(demo, "REFERENCE_STEPS", 8)
+    monkeypatch.setattr(demo, "REFERENCE", (2,) * 4)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "REFERENCE_STEPS", 8)
+        patch.setattr(demo, "REFERENCE", (2,) * 4)
         assert cli.main(["demo", "--out", str(out), *SMALL]) == 0
     return out
 
@@ -44,27 +45,30 @@ def test_everything_that_is_promised_is_there(finished):
 
     with av.open(str(finished / "side_by_side.mp4")) as container:
         video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-    assert len(video) == 17 and video.std() > 10
+    assert len(video) == 68 and video.std() > 10  # 8 s of 17 frames, 8 a second
 
 
 def test_numbers_are_those_of_the_samplers(finished):
     result = json.loads((finished / "results.json").read_text())
-    assert [row["nfe"] for row in result["samplers"]] == [16, 60, 8, 4]  # the reference is 8 guided steps here
+    assert [row["nfe"] for row in result["samplers"]] == [32, 60, 8, 4, 4]  # the reference is 8 guided midpoint steps here
     assert result["samplers"][0]["endpoint_error"] == 0 and result["samplers"][3]["endpoint_error"] > 0
-    assert [row["t_start"] for row in result["windows"]] == [1, 0.75, 0.5, 0.25]
+    # two steps have one weight of the average each, so that it is the last step's
+    assert result["samplers"][4]["endpoint_error"] == result["samplers"][3]["endpoint_error"]
+    assert 0 < result["cpu_seconds"]
+    assert [row["t_start"] for row in result["windows"]] == [1, 0.90625, 0.796875, 0.53125]
     assert result["network"] == "opensora_perflow.TinySTDiT"
     # The last window points at its own end, where the reference's motion is known.
     assert result["windows"][3]["motion"]["teacher"] == pytest.approx(result["samplers"][0]["motion_energy"], rel=1e-4)
     assert all(row["motion"]["error"] > 0 for row in result["windows"])
     lines = demo.report.table(result).splitlines()
     share = result["windows"][0]["motion"]["student"] / result["windows"][0]["motion"]["teacher"]
-    assert lines[-1].startswith("the student's motion") and f"1-0.75 {share:.0%}" in lines[-1]
+    assert lines[-1].startswith("the student's motion") and f"1-0.906 {share:.0%}" in lines[-1]
 
 
 def test_the_student_is_trained_and_can_be_loaded(finished):
     state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
     found, _ = find_state(finished / "student.safetensors")
-    assert found.windows == (1.0, 0.75, 0.5, 0.25, 0.0) and found.guidance["mode"] == "fixed"
+    assert found.windows == demo.WINDOWS and found.guidance["mode"] == "fixed"
     assert found.steps > 0 and found.teacher == fingerprint(load_teacher())
     assert state.keys() == teacher.keys()
     assert any(not torch.equal(state[key], teacher[key]) for key in state)
@@ -187,7 +191,7 @@ def test_ctrl_c_in_a_running_demo(tmp_path):
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     text = ""
-    while "fine path" not in text and process.poll() is None:
+    while "following" not in text and process.poll() is None:
         text += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     text += process.communicate()[1]
@@ -200,5 +204,51 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["demo", "--help"])
     text = capsys.readouterr().out
-    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "6 minutes", "default 240"):
+    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "3 minutes", "--quick", "default 100"):
         assert expected in text
+
+
+def test_the_command_alone_shows_help_and_its_version(capsys):
+    assert cli.main([]) == 0
+    assert "demo" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"opensora-perflow {__version__}"
+
+
+@pytest.mark.parametrize("options, iterations", [([], 100), (["--quick"], 24), (["--quick", "--iterations", "3"], 3)])
+def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda settings: seen.append(settings) or (_ for _ in ()).throw(ValueError("seen")))
+    assert cli.main(["demo", *options]) == 2
+    assert seen[0].iterations == iterations and seen[0].num_samples == (8 if options else 32)
+
+
+def test_the_reference_has_every_window_edge():
+    times = demo.reference_times()
+    assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
+    assert len(times) == sum(demo.REFERENCE) + 1 and set(demo.WINDOWS) <= set(times)
+
+
+def test_stages_and_a_first_picture_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "opensora_perflow"):
+        assert cli.main(["demo", "--out", str(tmp_path / "out"), *SMALL]) == 0
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("stage")]
+    assert [line[:12] for line in told] == [f"stage {i} of 5" for i in range(1, 6)]
+    first = [record.getMessage() for record in caplog.records if "first picture" in record.getMessage()]
+    assert len(first) == 1 and first[0].endswith("frames.png")
+
+
+@pytest.mark.parametrize("several, one, chosen", [(1.0, 1.5, 1), (1.0, 2.5, 4), (9.0, 1.0, 1)])
+def test_threads_are_one_unless_more_are_twice_as_fast(several, one, chosen, monkeypatch):
+    before, clock = torch.get_num_threads(), [0.0]
+
+    def work():
+        clock[0] += several if torch.get_num_threads() == 4 else one
+
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock[0])
+    torch.set_num_threads(4)
+    with threads.few_threads(work):
+        assert torch.get_num_threads() == chosen
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(before)

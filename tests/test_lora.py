@@ -163,6 +163,7 @@ def test_the_teacher_of_a_later_stage_shares_the_base(network):
 def checkpoint(folder, network, state=STATE):
     """As Open-Sora's save writes it, with the record that a run adds."""
     write_state_dict(folder / "model" / "model.safetensors", network.state_dict())
+    torch.save({name: value.float() for name, value in network.state_dict().items()}, folder / "ema.pt")
     write_state(folder, replace(state, adapters=record_of(network)))
     return folder
 
@@ -215,6 +216,7 @@ def test_merging_what_does_not_belong_together_writes_nothing(network, tmp_path,
     folder = checkpoint(tmp_path / "c", moved(network))
     if fault == "whole checkpoint":
         write_state_dict(folder / "model" / "model.safetensors", base.state_dict())
+        torch.save(base.state_dict(), folder / "ema.pt")
     if fault == "no record":
         (folder / "perflow.json").unlink()
     if fault == "truncated":

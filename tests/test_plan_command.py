@@ -122,6 +122,23 @@ def test_a_students_plan_beats_its_own_grid_too(tmp_path, capsys, monkeypatch):
     assert "no grid was found that beats uniform steps and the windows' own" in capsys.readouterr().out
 
 
+def test_a_curve_has_the_average_beside_the_weights_of_a_step(tmp_path, capsys, monkeypatch):
+    """An average that is the teacher's own field errs by 3 / 8, as its steps do on these windows; the raw student goes twice as
+    far."""
+
+    def twice(count, seed):
+        probe = bent(count, seed)
+        return Probe(lambda x, t: 2 * probe.velocity(x, t), probe.noise)
+
+    windows = TimeWindows((1.0, 0.25, 0.0))
+    subject = Subject("bent", bent, twice, windows, average=bent)
+    monkeypatch.setattr("opensora_perflow.tools.plan.demo_subject", lambda *settings: subject)
+    assert main(["curve", "--max-steps", "2", "--samples", "2", "--out", str(tmp_path)]) == 0
+    assert "average error" in capsys.readouterr().out
+    row = json.loads((tmp_path / "curve.json").read_text())["rows"][1]
+    assert row["average"] == pytest.approx(0.375, abs=1e-3) and abs(row["error"] - 0.375) > 0.1
+
+
 def test_where_nothing_beats_uniform_steps_no_plan_is_written(tmp_path, capsys):
     # As many candidates as steps: the uniform grid is the only one.
     status = main(["plan", *SMALL, "--steps", "4", "--candidates", "4", "--out", str(tmp_path / "plan.json")])

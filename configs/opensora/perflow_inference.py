@@ -1,5 +1,5 @@
 # Few-step sampling with Open-Sora 1.2, student of any stage.
-#   python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
+#   python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path student \
 #       --prompt "a beautiful waterfall"
 
 _base_ = ["_base_/sample.py"]

@@ -1,6 +1,6 @@
 # Few-step sampling with Open-Sora 1.3, student of stage 2: guidance is in the weights, so each step is one evaluation.
 #   python scripts/inference.py configs/opensora/perflow_inference_stage2_v1_3.py \
-#       --ckpt-path outputs/001-STDiT3-XL-2/epoch0-global_step4000 --prompt "a beautiful waterfall"
+#       --ckpt-path student --prompt "a beautiful waterfall"
 
 _base_ = ["perflow_inference_v1_3.py"]
 

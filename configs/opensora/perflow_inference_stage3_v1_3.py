@@ -1,6 +1,6 @@
 # Few-step sampling with Open-Sora 1.3, student of stage 3: two windows, guidance in the weights, so two evaluations a sample.
 #   python scripts/inference.py configs/opensora/perflow_inference_stage3_v1_3.py \
-#       --ckpt-path outputs/002-STDiT3-XL-2/epoch0-global_step4000 --prompt "a beautiful waterfall"
+#       --ckpt-path student --prompt "a beautiful waterfall"
 
 _base_ = ["perflow_inference_v1_3.py"]
 

@@ -1,6 +1,6 @@
 # Few-step sampling with Open-Sora 1.3, student of any stage; also for scripts/inference_i2v.py, if the student was trained with
 # mask_types (see Open-Sora's configs/opensora-v1-3/train): the stages here train text to video alone.
-#   python scripts/inference.py configs/opensora/perflow_inference_v1_3.py --ckpt-path outputs/000-.../epoch0-global_step4000 \
+#   python scripts/inference.py configs/opensora/perflow_inference_v1_3.py --ckpt-path student \
 #       --prompt "a beautiful waterfall"
 
 _base_ = ["_base_/sample.py"]

@@ -1,7 +1,8 @@
 # Stage 2 for Open-Sora 1.3: guidance folded in, higher resolutions. Started from a checkpoint of stage 1, taught by the
 # original model.
+#   opensora-perflow export outputs/000-STDiT3-XL-2/epoch0-global_step4000 --out stage1
 #   torchrun --nproc_per_node 8 scripts/train.py configs/opensora/perflow_stage2_v1_3.py --data-path videos.csv \
-#       --ckpt-path outputs/000-STDiT3-XL-2/epoch0-global_step4000
+#       --ckpt-path stage1
 
 _base_ = ["_base_/runtime.py", "_base_/v1_3.py", "_base_/stage2.py"]
 

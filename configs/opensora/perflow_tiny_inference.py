@@ -1,6 +1,6 @@
-# Few-step sampling on a laptop; --ckpt-path names a checkpoint of any tiny stage.
+# Few-step sampling on a laptop; --ckpt-path names an export of any tiny stage.
 #   python -m opensora_perflow.run ../Open-Sora/scripts/inference.py configs/opensora/perflow_tiny_inference.py \
-#       --ckpt-path outputs/000-perflow_tiny_stdit3/epoch3-global_step16 --prompt "a red circle moving right"
+#       --ckpt-path student --prompt "a red circle moving right"
 # --loop 3 writes 68 frames. A clip shares its last 17 frames with the next clip, so that clips of a loop have 34 frames.
 
 import sys

@@ -28,7 +28,7 @@ def write_masters(folder: Path, model: nn.Module) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    masters = _masters(model)
+    masters = masters_of(model)
     if masters:
         write_state_dict(_file(folder), masters)
 
@@ -41,7 +41,7 @@ def restore_masters(folder: Path, model: nn.Module) -> str:
     Returns:
         What weights the run goes on with, in words.
     """
-    masters = _masters(model)
+    masters = masters_of(model)
     if not masters:  # of every parameter each process has a part
         return "the checkpoint's weights"
     kept, problem = {}, ""
@@ -59,7 +59,7 @@ def restore_masters(folder: Path, model: nn.Module) -> str:
     return "its float32 masters"
 
 
-def _masters(model: nn.Module) -> dict[str, Tensor]:
+def masters_of(model: nn.Module) -> dict[str, Tensor]:
     """Name of a parameter -> this process's shard of its master, flat; empty without ZeRO."""
     ask = getattr(main_variable("optimizer"), "get_working_to_master_map", None)
     masters = (None if ask is None else ask()) or {}
@@ -94,4 +94,4 @@ def _check(kept: Mapping[str, Tensor], masters: Mapping[str, Tensor], dtype: tor
             raise ValueError(f"{FOLDER} does not belong to the checkpoint's weights: {name} does not round to them")
 
 
-__all__ = ["FOLDER", "restore_masters", "write_masters"]
+__all__ = ["FOLDER", "masters_of", "restore_masters", "write_masters"]

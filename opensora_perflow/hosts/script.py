@@ -83,15 +83,30 @@ def host_seed() -> int | None:
 
 
 def trained_students(weights: str | Path) -> bool:
-    """Did a PeRFlow run write these weights? Open-Sora's train.py dumps its config as config.txt into the folder above."""
+    """Did a PeRFlow run write these weights?"""
+    config = config_above(weights)
+    return _type(config, "scheduler").startswith("perflow") or _type(config, "model") == "perflow_flux"
+
+
+def config_above(weights: str | Path) -> Any:
+    """The config that Open-Sora's train.py dumps as config.txt into the folder above weights; None where there is none."""
     path = Path(weights)
     for folder in (path, *path.parents[:3]):
         try:
-            config = json.loads((folder / "config.txt").read_text())
+            return json.loads((folder / "config.txt").read_text())
         except (OSError, ValueError, RecursionError):
             continue
-        return _type(config, "scheduler").startswith("perflow") or _type(config, "model") == "perflow_flux"
-    return False
+    return None
+
+
+def ema_decay_of(checkpoint: str | Path) -> float | None:
+    """The decay of the average in a checkpoint folder, as its training's config.txt says; None where nothing tells.
+
+    1.0 and 1.1 know no such key, and always have the others' default.
+    """
+    config = config_above(checkpoint)
+    decay = config.get("ema_decay", 0.9999) if isinstance(config, dict) else None
+    return float(decay) if isinstance(decay, (int, float)) and 0 <= decay <= 1 else None
 
 
 def _type(config: Any, section: str) -> str:

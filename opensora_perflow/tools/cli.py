@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opensora_perflow import __version__
+
 if TYPE_CHECKING:
     from opensora_perflow.hosts.install import Status
 
@@ -42,16 +44,21 @@ def _run(arguments: Sequence[str] | None) -> int:
         description="Few-step video generation for Open-Sora with Piecewise Rectified Flow (PeRFlow, arXiv:2405.07510).",
         epilog="Training and sampling inside Open-Sora go through its own scripts; see README.md.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_install(commands)
     _add_embed(commands)
     _add_merge(commands)
+    _add_export(commands)
     delta_command.add_commands(commands)
     estimate_command.add_commands(commands)
     plan_command.add_commands(commands)
     store_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
+    if args["command"] is None:
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
     known |= {"encode": store_command.encode, "store": store_command.store}
@@ -63,7 +70,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     defaults = {
         "iterations": "training steps, >= 1; more is better",
         "batch_size": "clips per training step, >= 1",
-        "lr": "peak learning rate, > 0",
+        "lr": "learning rate, > 0",
         "num_clips": "clips to write where no --videos are given, >= 1",
         "num_samples": "samples that are compared, >= 2",
         "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
@@ -75,7 +82,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         description=(
             "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network "
             "evaluations, through the same scheduler object that Open-Sora uses. Writes side_by_side.mp4, frames.png, "
-            "training.png, results.json and student.safetensors. About 6 minutes on 2 CPU cores."
+            "training.png, results.json and student.safetensors. About 3 minutes of one CPU core."
         ),
         epilog="example: opensora-perflow demo --out my_demo --iterations 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,7 +92,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("perflow_demo"), help="folder to write to (default perflow_demo)")
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="use the real STDiT3 class of this Open-Sora checkout")
-    from opensora_perflow.tools.demo import DemoSettings
+    from opensora_perflow.tools.demo import QUICK, DemoSettings
+
+    less = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"one minute, for a first look: {less}")
 
     for field in dataclasses.fields(DemoSettings):
         if field.name in defaults:
@@ -100,18 +110,21 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _demo(args: dict) -> int:
     from opensora_perflow.tools import report
-    from opensora_perflow.tools.demo import DemoSettings, run
+    from opensora_perflow.tools.demo import QUICK, DemoSettings, run
 
+    if args.pop("quick"):
+        defaults = {field.name: field.default for field in dataclasses.fields(DemoSettings)}
+        args |= {name: value for name, value in QUICK.items() if args[name] == defaults[name]}
     settings = DemoSettings(**args)
     result = run(settings)
     print(f"\n{report.table(result)}\n")
-    print(f"{result['seconds']:.0f} s in all. Written to {settings.out}/:")
+    print(f"{result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} of a CPU. Written to {settings.out}/:")
     for name, what in {
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
         "training.png": "the loss, and the error and the motion of one step across each window",
         "results.json": "the numbers above and more",
-        "student.safetensors": "the student's weights",
+        "student.safetensors": "the student: the average of its weights in training",
     }.items():
         print(f"  {name:20} {what}")
     return 0
@@ -225,9 +238,10 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG, or the ema.pt in it")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
     parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
+    _add_ema(parser)
 
 
 def _merge(args: dict) -> int:
@@ -238,7 +252,46 @@ def _merge(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge}
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the average of the training's weights (default), or with --no-ema those of the checkpoint's own step",
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a training's averaged weights (EMA), the student, as a checkpoint to sample and to go on from",
+        description=(
+            "Writes OUT/model/model.safetensors (of Open-Sora 2.0's LoRA: OUT/lora/) and OUT/perflow.json: a checkpoint\n"
+            "folder that --ckpt-path of Open-Sora 1.0 to 1.3, --ckpt_path and --pretrained_lora_path of 2.0 take. Adapters\n"
+            "stay adapters; `opensora-perflow merge` adds them to their base."
+        ),
+        epilog=(
+            "example: opensora-perflow export outputs/000-STDiT3-XL-2/epoch0-global_step4000 --out student\n"
+            "         python scripts/inference.py configs/opensora/perflow_inference.py --ckpt-path student"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
+    parser.add_argument("--out", type=Path, default=Path("student"), help="folder to write, not there yet (default student)")
+    _add_ema(parser)
+
+
+def _export(args: dict) -> int:
+    from opensora_perflow.tools.export import export
+
+    export(**args)
+    part = "lora" if (args["out"] / "lora").is_dir() else ""
+    option = "--pretrained_lora_path" if part else "--ckpt-path (Open-Sora 2.0: --ckpt_path)"
+    print(f"written to {args['out']}/; sample it with {option} {args['out'] / part}")
+    return 0
+
+
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge, "export": _export}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,9 +5,9 @@ train.py and inference.py call it.
 """
 
 import logging
-import math
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow.checks import check_keys, key, number, whole
-from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 from opensora_perflow.method.motion import motion_report
 from opensora_perflow.method.solvers import solve
+from opensora_perflow.planning.fine_path import follow
+from opensora_perflow.planning.probe import Probe
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.tools import outputs, report
-from opensora_perflow.tools.probes import guided_field, shuffled, sizes
-from opensora_perflow.worlds.clips import ClipSet, frames_to_tensor, name_folder, read_clips, write_clips
+from opensora_perflow.tools.probes import LATENT_SHAPE, guided_field, shuffled, sizes
+from opensora_perflow.tools.threads import few_threads
+from opensora_perflow.training.ema import Ema, decay_of
+from opensora_perflow.worlds.clips import ClipSet, contents, frames_to_tensor, name_folder, read_clips, write_clips
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT, load_teacher
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 logger = logging.getLogger("opensora_perflow")
 
-REFERENCE_STEPS = 512
-"""Steps of the guided teacher that the others are compared with."""
+WINDOWS = (1.0, 0.90625, 0.796875, 0.53125, 0.0)
+"""Every second edge of those that `opensora-perflow plan --windows 8` chose for the tiny teacher: most errors begin early."""
+REFERENCE = (10, 8, 10, 8)
+"""Midpoint steps in each window of the guided teacher that the others are compared with: most where the path is curved. As near
+to the converged path as 512 Euler steps, see benchmarks/README.md."""
+STAGES = ("clips", "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
+QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8}
+"""What `--quick` changes."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,12 @@ class DemoSettings:
     """Folder for everything that is written."""
     open_sora: Path | None = None
     """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it."""
-    iterations: int = key(240, whole())
+    iterations: int = key(100, whole())
     """Training steps, >= 1."""
     batch_size: int = key(16, whole())
     """Clips per training step, >= 1."""
-    lr: float = key(2e-4, number(low=0))
-    """Peak learning rate, > 0."""
+    lr: float = key(3e-4, number(low=0))
+    """Learning rate after a short warm-up, > 0."""
     num_clips: int = key(64, whole())
     """Clips to write where no videos are given, >= 1."""
     num_samples: int = key(32, whole())
@@ -84,22 +93,36 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder where the
             demo's names are other files.
     """
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(settings.seed)
+    _say(1)
     vae, text_encoder, teacher = TinyVAE().eval(), TinyTextEncoder(), build_network(settings.open_sora)
     clips = None if settings.videos is None else _clips(settings)
-    with outputs.together(settings.out, report.KIND) as folder:
+    with outputs.together(settings.out, report.KIND) as folder, few_threads(lambda: _evaluate(teacher, text_encoder)):
         if clips is None:
             clips = _own_clips(settings, folder)
-        outcome = _distil_and_compare(settings, clips, vae, text_encoder, teacher)
+        outcome = _distil_and_compare(settings, clips, vae, text_encoder, teacher, folder)
+        _say(5)
         report.write(folder, outcome, vae)
-        outcome.result["seconds"] = time.perf_counter() - began
+        outcome.result.update({"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu})
         report.write_result(folder, outcome.result)
     return outcome.result
 
 
+@torch.no_grad()
+def _evaluate(network: nn.Module, text_encoder: TinyTextEncoder) -> None:
+    """One guided evaluation of eight samples."""
+    text_encoder.y_embedder = network.y_embedder
+    velocity = guided_field(network, text_encoder, [contents()[0].caption] * 8, sizes(8), 3.0)
+    velocity(torch.zeros(8, *LATENT_SHAPE), torch.ones(8, dtype=torch.float64))
+
+
+def _say(stage: int) -> None:
+    logger.info("stage %d of %d: %s", stage, len(STAGES), STAGES[stage - 1])
+
+
 def _distil_and_compare(
-    settings: DemoSettings, clips: ClipSet, vae: TinyVAE, text_encoder: TinyTextEncoder, teacher: nn.Module
+    settings: DemoSettings, clips: ClipSet, vae: TinyVAE, text_encoder: TinyTextEncoder, teacher: nn.Module, folder: Path
 ) -> report.Outcome:
     with torch.no_grad():
         pixels = frames_to_tensor(clips.frames)
@@ -110,7 +133,7 @@ def _distil_and_compare(
     scheduler = build_module(
         dict(
             type="perflow",
-            windows=4,
+            windows=WINDOWS,
             guidance=dict(mode="fixed", scale=settings.guidance_scale),
             draws=dict(seed=settings.seed),
         ),
@@ -118,56 +141,61 @@ def _distil_and_compare(
     )
     student = build_network(settings.open_sora)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
-    path = _teacher_path(teacher, text_encoder, batch, settings, scheduler.windows.edges)
-    history = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
-
+    _say(2)
+    path = _teacher_path(teacher, text_encoder, batch, settings)
+    report.write_frames(folder, {"teacher": path.states[-1]}, batch.prompts, vae)
+    logger.info("first picture, what the teacher draws: %s", folder / "frames.png")
+    _say(3)
+    history, averaged = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
+    _say(4)
     samplers = {
-        f"teacher, {REFERENCE_STEPS} steps": (REFERENCE_STEPS, 2, None),
         "teacher, 30 steps": (30, 2, teacher),
         "teacher, 4 steps": (4, 2, teacher),
-        "student, 4 steps": (4, 1, student),
+        "student, 4 steps": (4, 1, averaged),
+        report.RAW: (4, 1, student),
     }
-    samples, rows = {}, []
+    steps = sum(REFERENCE)
+    samples, rows = {f"teacher, {steps} midpoint steps": path.states[-1]}, []
+    rows.append(_row(*samples, 4 * steps, path.seconds, path.states[-1], path, batch.prompts, vae))
     for name, (steps, branches, network) in samplers.items():
-        start = time.perf_counter()
-        if network is None:
-            samples[name], seconds = path.states[-1], path.seconds
-        else:
-            own = scheduler if network is student else _teacher_sampler(steps, settings.guidance_scale)
-            with torch.no_grad():
-                samples[name] = own.sample(
-                    network, text_encoder, batch.noise, batch.prompts, "cpu", additional_args=batch.sizes, progress=False
-                )
-            seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "sampler": name,
-                "nfe": steps * branches,
-                "seconds_per_sample": seconds / len(batch.noise),
-                "endpoint_error": endpoint_error(samples[name], path.states[-1]),
-                "energy_distance": energy_distance(samples[name], path.states[-1]),
-                "motion_energy": temporal_difference_energy(samples[name]),
-                "as_described": report.as_described(vae, samples[name], batch.prompts),
-            }
-        )
+        start = time.process_time()
+        own = _teacher_sampler(steps, settings.guidance_scale) if network is teacher else scheduler
+        with torch.no_grad():
+            samples[name] = own.sample(
+                network, text_encoder, batch.noise, batch.prompts, "cpu", additional_args=batch.sizes, progress=steps > 4
+            )
+        rows.append(_row(name, steps * branches, time.process_time() - start, samples[name], path, batch.prompts, vae))
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
         "samplers": rows,
-        "windows": _window_errors(scheduler, teacher, student, text_encoder, batch, path),
+        "windows": _window_errors(scheduler, teacher, averaged, text_encoder, batch, path),
         "loss": {"first": float(np.mean(history[:10])), "last": float(np.mean(history[-10:]))},
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
         "unknown_captions": report.unknown_captions(clips.captions),
     }
     own_clips = None if settings.videos is None else clips
-    return report.Outcome(result, samples, batch.prompts, student, scheduler.state(), history, own_clips)
+    return report.Outcome(result, samples, batch.prompts, averaged, scheduler.state(), history, own_clips)
 
 
 @dataclass(frozen=True)
 class TeacherPath:
-    """The guided teacher's states at every window edge, from fine steps, and the seconds that they took."""
+    """The guided teacher's states at every window edge, from fine steps, and the CPU seconds that they took."""
 
     states: list[Tensor]
     seconds: float
+
+
+def _row(name: str, nfe: int, seconds: float, x: Tensor, path: TeacherPath, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
+    """A sampler's row of the table."""
+    return {
+        "sampler": name,
+        "nfe": nfe,
+        "seconds_per_sample": seconds / len(x),
+        "endpoint_error": endpoint_error(x, path.states[-1]),
+        "energy_distance": energy_distance(x, path.states[-1]),
+        "motion_energy": temporal_difference_energy(x),
+        "as_described": report.as_described(vae, x, prompts),
+    }
 
 
 def build_network(open_sora: Path | None) -> nn.Module:
@@ -229,22 +257,18 @@ def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
 
 
 @torch.no_grad()
-def _teacher_path(
-    teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings, edges: tuple[float, ...]
-) -> TeacherPath:
-    start = time.perf_counter()
+def _teacher_path(teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings) -> TeacherPath:
+    start = time.process_time()
     velocity = guided_field(teacher, text_encoder, batch.prompts, batch.sizes, settings.guidance_scale)
-    states = [batch.noise]
-    each = REFERENCE_STEPS // (len(edges) - 1)
-    with tqdm(total=REFERENCE_STEPS, desc="teacher's fine path", unit="step") as bar:
-        for t_start, t_end in zip(edges, edges[1:]):
-            ends = (torch.full((len(batch.noise),), edge, dtype=torch.float64) for edge in (t_start, t_end))
-            grid, x = linear_grid(*ends, each), states[-1]
-            for i in range(each):
-                x = solve(velocity, x, grid[i : i + 2])
-                bar.update()
-            states.append(x)
-    return TeacherPath(states, time.perf_counter() - start)
+    path = follow(Probe(velocity, batch.noise), reference_times(), substeps=1, method="midpoint", progress=True)
+    states = [path.states[path.times.tolist().index(edge)] for edge in WINDOWS]
+    return TeacherPath(states, time.process_time() - start)
+
+
+def reference_times() -> list[float]:
+    """The grid of REFERENCE, from 1 to 0."""
+    windows = zip(WINDOWS, WINDOWS[1:], REFERENCE)
+    return [start + (end - start) * i / count for start, end, count in windows for i in range(count)] + [0.0]
 
 
 def _train(
@@ -255,21 +279,21 @@ def _train(
     clips: ClipSet,
     settings: DemoSettings,
     shape: tuple[int, int, int],
-) -> list[float]:
-    """Distil; returns the loss of each step. The calls are those of Open-Sora's train.py."""
+) -> tuple[list[float], nn.Module]:
+    """Distil; returns the loss of each step, and a network with the average of the weights, which is the student.
+
+    The calls are those of Open-Sora's train.py, and like there the learning rate stays what it is after the warm-up.
+    """
     student.train()
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     warmup = min(20, settings.iterations)
-    # Warm-up, then a cosine down to zero: the last steps average the noise of the small batches.
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * i / settings.iterations)),
-    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1.0))
+    ema = Ema(dict(student.named_parameters()), decay_of(settings.iterations))
     encoded = text_encoder.encode(clips.captions)
     generator = torch.Generator().manual_seed(settings.seed + 2)
     history: list[float] = []
-    with tqdm(total=settings.iterations, desc="training the student", unit="step") as bar:
+    with tqdm(total=settings.iterations, desc="training", unit="step") as bar:
         for _ in range(settings.iterations):
             index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
             model_args = {**{key: value[index] for key, value in encoded.items()}, **sizes(len(index), *shape)}
@@ -279,11 +303,13 @@ def _train(
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             rate.step()
+            ema.update(dict(student.named_parameters()))
             history.append(loss.item())
             bar.set_postfix(loss=f"{np.mean(history[-20:]):.4f}")
             bar.update()
-    student.eval()
-    return history
+    averaged = deepcopy(student.eval())
+    averaged.load_state_dict(ema.averages, strict=False)  # buffers are not averaged
+    return history, averaged
 
 
 @torch.no_grad()

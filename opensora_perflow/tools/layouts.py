@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ LAYOUTS = (
 
 def check_free(out: Path, state: StudentState | None = None) -> None:
     """Raises ValueError where weights cannot be written to OUT: it exists, or lies beside another student's state."""
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"{out} exists; name a file or folder that does not")
     if out.suffix in FILES and (out.parent / FILE_NAME).exists():
         there = find_state(out.parent)
@@ -40,26 +41,29 @@ def write_weights(out: Path, weights: Mapping[str, Tensor], state: StudentState 
     """
     check_free(out, state)
     if out.suffix not in FILES:
-        _write_folder(out, weights, state)
+        with new_folder(out) as folder:
+            (folder / "model").mkdir()
+            write_state_dict(folder / "model" / "model.safetensors", weights, metadata_of(state))
+            if state is not None:
+                write_state(folder, state)
         return
     if state is not None:  # first: weights without it would be sampled with any windows
         out.parent.mkdir(parents=True, exist_ok=True)
         write_state(out.parent, state)
     if out.suffix == ".safetensors":
-        write_state_dict(out, weights, _metadata(state))
+        write_state_dict(out, weights, metadata_of(state))
         return
     with replacing(out) as temporary:
         torch.save({name: value.clone() for name, value in weights.items()}, temporary)
 
 
-def _write_folder(out: Path, weights: Mapping[str, Tensor], state: StudentState | None) -> None:
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` at the end, or disappears on an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        (temporary / "model").mkdir()
-        write_state_dict(temporary / "model" / "model.safetensors", weights, _metadata(state))
-        if state is not None:
-            write_state(temporary, state)
+        yield temporary
         temporary.chmod(0o755)  # mkdtemp's is its owner's alone
         os.rename(temporary, out)
     except BaseException:
@@ -67,5 +71,6 @@ def _write_folder(out: Path, weights: Mapping[str, Tensor], state: StudentState 
         raise
 
 
-def _metadata(state: StudentState | None) -> dict[str, str]:
+def metadata_of(state: StudentState | None) -> dict[str, str]:
+    """Of a .safetensors file."""
     return {"format": "pt"} if state is None else {"format": "pt", METADATA_KEY: state.to_json()}

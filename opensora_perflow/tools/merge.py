@@ -10,25 +10,29 @@ from torch import Tensor
 
 from opensora_perflow.hosts.v1.lora import LoRA, check_origin
 from opensora_perflow.hosts.v1.weights import read_source
+from opensora_perflow.tools.export import student
 from opensora_perflow.tools.layouts import check_free, write_weights
 from opensora_perflow.training.adapters import DOWN, is_added, merged
 from opensora_perflow.training.state import StudentState, find_state
 
 
-def merge(checkpoint: Path, out: Path, base: str) -> None:
+def merge(checkpoint: Path, out: Path, base: str, ema: bool = True) -> None:
     """Write adapters and their base to OUT, see layouts.LAYOUTS. OUT appears as a whole, or not at all.
 
     Args:
-        checkpoint: A checkpoint folder of a training with model=dict(type="perflow_lora"), or the ema.pt in it.
+        checkpoint: A checkpoint folder of a training with model=dict(type="perflow_lora"), or a file of adapters in it.
         out: What does not exist yet: a folder, or a file of one of layouts.FILES.
         base: The weights that the training started from, in any form that a teacher's may have. Dtypes stay theirs.
+        ema: Whether a folder's averaged adapters are merged, or those of its last step.
 
     Raises:
         ValueError: no adapters there, another base than theirs, or OUT exists. OSError: OUT cannot be written.
     """
     check_free(out)
-    added = read_source(checkpoint)
-    if find_state(checkpoint) is None or not all(is_added(name) for name in added):
+    found = find_state(checkpoint)
+    adapts = found is not None and found[0].adapters is not None
+    added = (student(checkpoint, ema)[0] if checkpoint.is_dir() else read_source(checkpoint)) if adapts else {}
+    if not added or not all(is_added(name) for name in added):
         raise ValueError(
             f"{checkpoint} is no checkpoint of adapters with its perflow.json, as a training with "
             'model=dict(type="perflow_lora") writes them; a whole network needs no merging'

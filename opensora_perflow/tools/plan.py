@@ -261,11 +261,15 @@ def curve(args: dict[str, Any]) -> int:
         grown = grids_by_steps(probe, endpoints[0], windows.edges, args["max_steps"], places=(0.5,), progress=True)
         grids = {steps: found.grid for steps, found in grown.items()}
     fresh, rows = make(args["samples"], args["seed"] + FRESH), []
+    average = subject.average and subject.average(args["samples"], args["seed"] + FRESH)
     default_windows = TimeWindows(windows.edges)
     for steps in range(1, args["max_steps"] + 1):
         x = fresh.sample(sampling_grid(default_windows, steps))
         row = {"steps": steps, "nfe": steps * subject.branches[subject.student is not None]}
         row |= {"error": endpoint_error(x, endpoints[FRESH]), "energy_distance": energy_distance(x, endpoints[FRESH])}
+        if average is not None:
+            x = average.sample(sampling_grid(default_windows, steps))
+            row |= {"average": endpoint_error(x, endpoints[FRESH]), "average_energy": energy_distance(x, endpoints[FRESH])}
         if steps in grids:
             x = fresh.sample(grids[steps])
             row |= {"planned": endpoint_error(x, endpoints[FRESH]), "planned_energy": energy_distance(x, endpoints[FRESH])}
@@ -284,11 +288,14 @@ def curve(args: dict[str, Any]) -> int:
 
 
 def curve_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Steps, evaluations, and the errors of the default and of the planned grids."""
-    lines = ["", f"{'steps':>5}{'NFE':>5}{'error':>10}{'energy':>10}{'planned error':>16}{'energy':>10}"]
+    """Steps, evaluations, and the errors of the default grids, of the averaged weights on them, and of the planned grids."""
+    columns = [name for name in ("average", "planned") if any(name in row for row in rows)]
+    head = f"{'steps':>5}{'NFE':>5}{'error':>10}{'energy':>10}"
+    lines = ["", head + "".join(f"{f'{name} error':>16}{'energy':>10}" for name in columns)]
     for row in rows:
         line = f"{row['steps']:5d}{row['nfe']:5d}{row['error']:10.4f}{row['energy_distance']:10.5f}"
-        lines.append(line + (f"{row['planned']:16.4f}{row['planned_energy']:10.5f}" if "planned" in row else ""))
+        shown = (f"{row[name]:16.4f}{row[f'{name}_energy']:10.5f}" if name in row else " " * 26 for name in columns)
+        lines.append((line + "".join(shown)).rstrip())
     return "\n".join([*lines, ""])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.tools.fonts import Label, as_label
@@ -78,22 +79,24 @@ def training_figure(path: Path, history: list[float], windows: list[dict[str, An
 
     windows: t_start, t_end, teacher, student (errors) and motion (the fields of `motion.WindowMotion`) of each.
     """
-    figure = Figure(figsize=(13, 3.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 3.8), dpi=110, layout="constrained")
     left, right, last = figure.subplots(1, 3)
     left.plot(history, color=STUDENT, alpha=0.25, linewidth=1)
     width = max(1, min(20, len(history) // 4))
     smooth = np.convolve(history, np.ones(width) / width, mode="valid")
     left.plot(np.arange(width - 1, len(history)), smooth, color=STUDENT, label=f"mean of {width} steps")
     left.set(xlabel="training step", ylabel="PeRFlow loss", title="Training", yscale="log")
-    left.legend(frameon=False)
+    for ticks in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        ticks(FuncFormatter(lambda value, _: f"{value:g}"))
     places = np.arange(len(windows))
     motions = [row["motion"] for row in windows]
     for axis, rows, of_teacher in (right, windows, "teacher, one guided Euler step"), (last, motions, "teacher"):
         axis.bar(places - 0.2, [row["teacher"] for row in rows], 0.38, color=TEACHER, label=of_teacher)
         axis.bar(places + 0.2, [row["student"] for row in rows], 0.38, color=STUDENT, label="student, one step")
-        axis.set_xticks(places, [f"{row['t_start']:g} → {row['t_end']:g}" for row in windows])
+        axis.set_xticks(places, [f"{row['t_start']:.2g} → {row['t_end']:.2g}" for row in windows], fontsize=8)
         axis.set(xlabel="window (t = 1 is noise)")
-        axis.legend(frameon=False)
+    for axis in (left, right, last):  # below, where no bar is
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=9)
     right.set(ylabel="error at the window's end", title="One step across each window")
     last.set(ylabel="temporal-difference energy", title="Motion of the video it points at")
     save_figure(figure, path)

@@ -25,6 +25,10 @@ KNOWN = frozenset(content.caption for content in contents())
 """Captions that the tiny teacher was trained on."""
 SHOWN = 6
 """Samples in side_by_side.mp4."""
+SECONDS = 8
+"""That side_by_side.mp4 lasts at least: the clips are repeated."""
+RAW = "its last step's weights"
+"""The row of the weights that the average is taken of; not shown in pictures."""
 CLIPS = "clips"
 KIND = Kind(
     names=("side_by_side.mp4", "frames.png", "training.png", "student.safetensors", "results.json"),
@@ -84,17 +88,28 @@ def write(folder: Path, outcome: Outcome, vae: TinyVAE) -> None:
     """Videos, pictures and weights."""
     nfe = {row["sampler"]: row["nfe"] for row in outcome.result["samplers"]}
     rows = {
-        f"{name}\n{nfe[name]} evaluations": tensor_to_frames(vae.decode(latents[:SHOWN]))
+        f"{name}\n{nfe[name]} evaluations": latents
         for name, latents in itertools.islice(outcome.samples.items(), 1, None)
+        if name != RAW
     }
-    if outcome.own_clips is not None:
-        rows = {"your clips": clips_of(outcome.own_clips, outcome.prompts[:SHOWN]), **rows}
-    captions = labels(outcome.prompts[:SHOWN])
-    write_video(folder / "side_by_side.mp4", plots.side_by_side(rows, captions), fps=FPS)
-    plots.frames_figure(folder / "frames.png", rows, captions[:3])
+    shown = write_frames(folder, rows, outcome.prompts, vae, outcome.own_clips)
+    video = plots.side_by_side(shown, labels(outcome.prompts[:SHOWN]))
+    write_video(folder / "side_by_side.mp4", np.tile(video, (-(-SECONDS * FPS // len(video)), 1, 1, 1)), fps=FPS)
     plots.training_figure(folder / "training.png", outcome.history, outcome.result["windows"])
     metadata = {"format": "pt", METADATA_KEY: outcome.state.to_json()}
     write_state_dict(folder / "student.safetensors", outcome.student.state_dict(), metadata)
+
+
+@torch.no_grad()
+def write_frames(
+    folder: Path, rows: dict[str, Tensor], prompts: list[str], vae: TinyVAE, own_clips: ClipSet | None = None
+) -> dict[str, np.ndarray]:
+    """Write frames.png of latents, and return the frames of each row, uint8 [SHOWN, T, H, W, 3]."""
+    shown = {name: tensor_to_frames(vae.decode(latents[:SHOWN])) for name, latents in rows.items()}
+    if own_clips is not None:
+        shown = {"your clips": clips_of(own_clips, prompts[:SHOWN]), **shown}
+    plots.frames_figure(folder / "frames.png", shown, labels(prompts[:SHOWN])[:3])
+    return shown
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -117,13 +132,13 @@ def as_described(vae: TinyVAE, samples: Tensor, prompts: list[str]) -> float | N
 
 def table(result: dict[str, Any]) -> str:
     """The result in a few lines for the terminal."""
-    lines = [f"{'':24}{'NFE':>6}{'s/sample':>10}{'endpoint error':>16}{'energy distance':>17}{'as described':>14}"]
+    lines = [f"{'':27}{'NFE':>5}{'CPU s/sample':>14}{'endpoint error':>16}{'energy distance':>17}{'as described':>14}"]
     for row in result["samplers"]:
         share = "-" if row["as_described"] is None else f"{row['as_described']:.0%}"
         lines.append(
-            f"{row['sampler']:24}{row['nfe']:6d}{row['seconds_per_sample']:10.3f}"
+            f"{row['sampler']:27}{row['nfe']:5d}{row['seconds_per_sample']:14.3f}"
             f"{row['endpoint_error']:16.4f}{row['energy_distance']:17.5f}{share:>14}"
         )
-    windows = [(f"{row['t_start']:g}-{row['t_end']:g}", row["motion"]) for row in result["windows"]]
+    windows = [(f"{row['t_start']:.3g}-{row['t_end']:.3g}", row["motion"]) for row in result["windows"]]
     shares = (f"{name} {m['student'] / m['teacher']:.0%}" if m["teacher"] > 0 else f"{name} -" for name, m in windows)
     return "\n".join([*lines, f"the student's motion, in parts of the teacher's, by window: {', '.join(shares)}"])

@@ -20,7 +20,8 @@ from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.run import prepare
 from opensora_perflow.tools.probes import mixture_probe, video_probe
-from opensora_perflow.training.state import find_state
+from opensora_perflow.training.adapters import adapters
+from opensora_perflow.training.state import averages_beside, find_state
 from opensora_perflow.training.teacher import load_teacher
 from opensora_perflow.worlds.mixture import Mixture, MixtureNetwork
 from opensora_perflow.worlds.model import load_teacher as load_video_teacher
@@ -35,6 +36,7 @@ class Subject:
 
     windows: the student's, also where it is its own teacher; None where they are not known.
     branches: network evaluations of a (teacher's, student's) step.
+    average: probes of the average of a student's weights, where it lies beside those of one step that were named.
     use: how a config names the plan {out} for {steps} steps.
     """
 
@@ -43,6 +45,7 @@ class Subject:
     student: Callable[[int, int], Probe] | None = None
     windows: TimeWindows | None = None
     branches: tuple[int, int] = (2, 1)
+    average: Callable[[int, int], Probe] | None = None
     use: str = 'scheduler = dict(type="perflow", windows="{out}", num_sampling_steps={steps}, ...)'
 
 
@@ -57,13 +60,15 @@ def demo_subject(model: str, student: str | os.PathLike | None, windows: TimeWin
     branches = (1 if scale == 1.0 else 2, 1)
     if student is None:
         return Subject(model, lambda count, seed: probe(count, seed, scale), branches=branches)
-    network = load_teacher(_demo_network(model, student), student)
+    network, file = load_teacher(_demo_network(model, student), student), averages_beside(student)
+    average = None if file is None else load_teacher(network, file)
     return Subject(
         model,
         lambda count, seed: probe(count, seed, scale),
         lambda count, seed: probe(count, seed, 1.0, network),
         windows,
         branches,
+        None if average is None else lambda count, seed: probe(count, seed, 1.0, average),
     )
 
 
@@ -119,7 +124,17 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     frozen = load_teacher(unwrap(call.model), teacher, read_weights)
     negative = scheduler.negative_text() if recipe.guidance.folded else call.neg_prompts
     by_teacher = _host_probes(call, frozen, guidance, negative, keys, ratio)
-    return Subject(kind, by_teacher, own, scheduler.windows, (guidance.branches, own_guidance.branches))
+    averaged = average_of(unwrap(call.model), call.weights, read_weights)
+    average = averaged and _host_probes(call, averaged, own_guidance, own_negative, keys, ratio)
+    return Subject(kind, by_teacher, own, scheduler.windows, (guidance.branches, own_guidance.branches), average)
+
+
+def average_of(
+    network: nn.Module, weights: str | os.PathLike | None, read: Callable[[str | os.PathLike, nn.Module], Mapping[str, Tensor]]
+) -> nn.Module | None:
+    """A copy of a whole network with the average that lies beside its weights; None where none does, or of adapters."""
+    file = None if weights is None else averages_beside(weights)
+    return None if file is None or adapters(network) else load_teacher(network, file, read)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from opensora_perflow.hosts.v2.inference_call import InferenceCall, first_call
 from opensora_perflow.hosts.v2.network import call_without_gradient, network_output
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.run import prepare
-from opensora_perflow.tools.subjects import Guided, Subject, one_scale
+from opensora_perflow.tools.subjects import Guided, Subject, average_of, one_scale
 from opensora_perflow.training.teacher import load_teacher
 
 USE = 'model = dict(type="perflow_flux", perflow=dict(windows="{out}"), ...) and sampling_option.num_steps={steps}'
@@ -47,7 +47,10 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     fixed = recipe.guidance.mode == "fixed"
     guidance = Guided(one_scale("guidance.scale", recipe.guidance.scale) if fixed else call.guidance)
     frozen = load_teacher(call.network, teacher, OpenSora2().weights)
-    return Subject("perflow_flux", _probes(call, frozen, guidance), student, windows, (guidance.branches, own.branches), USE)
+    averaged = average_of(call.network, call.weights, OpenSora2().weights)
+    average = averaged and _probes(call, averaged, own)
+    branches = guidance.branches, own.branches
+    return Subject("perflow_flux", _probes(call, frozen, guidance), student, windows, branches, average, USE)
 
 
 def _probes(call: InferenceCall, network: nn.Module, guidance: Guided) -> Callable[[int, int], Probe]:

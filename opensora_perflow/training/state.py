@@ -41,6 +41,8 @@ METADATA_KEY = "perflow"
 FORMAT = 1
 PARTS = ("model", "lora")
 """Folders of weights in a checkpoint folder."""
+AVERAGES = ("ema.safetensors", "ema.pt")
+"""Files of averaged weights in a checkpoint folder, in the order in which Open-Sora looks for them."""
 
 FOR_RESUMING = ("windows", "transform", "path", "prediction", "guidance", "teacher", "adapters")
 """What must not change within one training."""
@@ -172,6 +174,22 @@ def find_state(weights: str | os.PathLike) -> tuple[StudentState, Path] | None:
                 raise ValueError(f"{file} cannot be read ({error}); see to its permissions, or restore it") from error
             return StudentState.from_json(text, str(file)), file
     return None
+
+
+def averages_beside(weights: str | os.PathLike) -> Path | None:
+    """The file of averaged weights (EMA) in the checkpoint folder that weights are, or lie in; None: no such folder or file."""
+    path = Path(weights)
+    folder = path.resolve().parent if path.resolve().name in PARTS else path
+    return next((folder / name for name in AVERAGES if (folder / name).is_file()), None)
+
+
+def raw_weights(weights: str | os.PathLike) -> str | None:
+    """A warning where weights are those of a training's one step, and its average lies beside them; None elsewhere."""
+    file = averages_beside(weights)
+    return file and (
+        f"{weights} holds the weights of one training step, which jitter at a constant learning rate; their average is in "
+        f"{file.name} and errs less: opensora-perflow export {file.parent}"
+    )
 
 
 def check_resumed(found: StudentState, now: StudentState, where: str | os.PathLike, allow_change: bool) -> None:

@@ -16,7 +16,7 @@ from opensora_perflow.checkpoints import misfits, read_state_dict
 from opensora_perflow.training.adapters import base_state, remove_adapters
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import TeacherSettings
-from opensora_perflow.training.state import find_state
+from opensora_perflow.training.state import find_state, raw_weights
 from opensora_perflow.training.store import ChainStore
 
 logger = logging.getLogger("opensora_perflow")
@@ -57,7 +57,11 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     kept = host.own_teacher(model, source)
     words = check_source(settings, host, kept is not None)
     network = load_teacher(host.settled(model), source, host.weights) if kept is None else kept
-    weights = host.first_weights() if source is None else source
+    started = host.first_weights()
+    raw = None if started is None else raw_weights(started)
+    if raw is not None:
+        logger.warning("this run begins with a student: %s", raw)
+    weights = started if source is None else source
     taught = None if weights is None else find_state(weights)
     teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
     logger.info("PeRFlow teacher: %s (fingerprint %s)", teacher.source, teacher.fingerprint)

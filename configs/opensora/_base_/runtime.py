@@ -24,4 +24,6 @@ lr = 2e-5  # > 0
 warmup_steps = 200  # steps of linear warm-up, >= 0
 grad_clip = 1.0  # largest gradient norm, 0 = off
 adam_eps = 1e-15  # >= 0, as upstream
-ema_decay = 0.99  # 0..1 per step; ema.pt in each checkpoint
+# Of the average of the weights, which is the student: ema.pt in each checkpoint, `opensora-perflow export`. 1 - 10 / steps of
+# the run, which are 4,000 here; see docs/recipes.md.
+ema_decay = 0.9975

@@ -1,4 +1,6 @@
 # What every inference run shares. Keys are those of Open-Sora's scripts/inference.py.
+# --ckpt-path names what `opensora-perflow export outputs/000-.../epoch0-global_step4000` wrote: the folder student/, with the
+# average of the training's weights. A checkpoint of train.py itself has those of one step, which err more.
 
 custom_imports = dict(imports=["opensora_perflow"], allow_failed_imports=False)
 

@@ -13,4 +13,5 @@ epochs = 4  # passes over the clips
 log_every = 1
 ckpt_every = 8  # steps
 lr = 2e-4
+ema_decay = 0.375  # 1 - 10 / steps: 16, with four clips
 warmup_steps = None  # no warm-up

@@ -4,12 +4,13 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from opensora_perflow.checks import as_scales
 from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.recipe import Guidance, Recipe
-from opensora_perflow.training.state import StudentState, sampling_mismatch
+from opensora_perflow.training.state import StudentState, raw_weights, sampling_mismatch
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,10 @@ class SamplingSettings:
             f"PeRFlow samples with {self.windows.num_windows} windows, {self.num_steps} steps and guidance mode "
             f"{self.recipe.guidance.mode}; what the scheduler's config leaves out is from {where}"
         )
-        mismatch = sampling_mismatch(found, now, where)
-        if mismatch is None:
-            return [(logging.INFO, text)]
+        mismatch, raw = sampling_mismatch(found, now, where), raw_weights(Path(where).parent)
         remedy = "windows, guidance and prediction are as trained where the scheduler's config leaves them out"
-        return [(logging.INFO, text), (logging.WARNING, f"{mismatch}; {remedy}")]
+        warnings = [mismatch and f"{mismatch}; {remedy}", raw]
+        return [(logging.INFO, text), *((logging.WARNING, warning) for warning in warnings if warning)]
 
 
 def as_trained(

@@ -127,15 +127,10 @@ def _check_accumulation(config: Mapping[str, Any]) -> None:
 
 def _check_ema(config: Mapping[str, Any]) -> None:
     folder = config.get("load")
-    if folder is not None and os.path.isfile(os.path.join(folder, "ema.pt")):
+    if folder is not None and not os.path.isfile(os.path.join(folder, "ema.safetensors")):
         raise ValueError(
-            f"load={shown(folder)} with ema_decay={config['ema_decay']}: what Open-Sora 2.0 writes as ema.pt is one process's "
-            "part of the EMA, flattened, and it cannot load that itself; write ema_decay=None"
-        )
-    if config.get("dtype", "bf16") == "bf16":
-        logger.warning(
-            "Open-Sora 2.0 keeps its EMA in bfloat16, where a decay of 0.9999 never moves it: do not sample ema.pt. Write "
-            "ema_decay=None, which also saves its memory"
+            f"load={shown(folder)} with ema_decay={config['ema_decay']}: no ema.safetensors is there, and an ema.pt of "
+            "Open-Sora 2.0 is one process's part of the average, which it cannot load itself; write ema_decay=None"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
 from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.objectives import combine
 from opensora_perflow.training.run import TrainingRun, known_of
-from opensora_perflow.training.state import StudentState, find_state, sampling_mismatch
+from opensora_perflow.training.state import StudentState, find_state, raw_weights, sampling_mismatch
 from opensora_perflow.training.step import distil
 
 logger = logging.getLogger("opensora_perflow")
@@ -93,6 +94,7 @@ class PeRFlowFlux:
         call = TrainingCall.of(network, arguments)
         if self.run is None:
             self.run = TrainingRun.begin(self.recipe, self.host, network, self.curriculum, self._describe, vars(self.keys))
+            self.host.follow(network)
         generator = self.run.randomness.next_generator(call.img.device)
         batch = call.batch(self.run, self.keys, generator)
         segment = self.run.solve(batch, network)
@@ -136,8 +138,8 @@ class PeRFlowFlux:
             f"PeRFlow samples with {settings.windows.num_windows} windows and guidance mode {recipe.guidance.mode}; what the "
             f"config leaves out is from {where}"
         )
-        mismatch = sampling_mismatch(found, self._state(settings), where)
-        return [(logging.INFO, text)] + ([] if mismatch is None else [(logging.WARNING, mismatch)])
+        warnings = sampling_mismatch(found, self._state(settings), where), raw_weights(Path(where).parent)
+        return [(logging.INFO, text), *((logging.WARNING, warning) for warning in warnings if warning)]
 
     def _state(self, settings: SamplingSettings, run: TrainingRun | None = None) -> StudentState:
         return StudentState(

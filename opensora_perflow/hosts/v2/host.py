@@ -1,15 +1,16 @@
 """Open-Sora 2.0 as the host of a training run: `training.host.Host`, answered by what its scripts know."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.hosts import masters, script
+from opensora_perflow.hosts import masters, saving, script
 from opensora_perflow.hosts.host import OpenSoraScript
+from opensora_perflow.hosts.v2.averages import AdapterAverage, write_average
 from opensora_perflow.hosts.wrappers import settle
 from opensora_perflow.training.adapters import adapters
 
@@ -30,6 +31,7 @@ class OpenSora2(OpenSoraScript):
 
     def __init__(self, built: nn.Module | None = None) -> None:
         self.built = built
+        self.average: AdapterAverage | None = None
 
     def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
         state, own = dict(read_state_dict(source)), network.state_dict()
@@ -49,6 +51,17 @@ class OpenSora2(OpenSoraScript):
     def restore(self, model: nn.Module) -> str:
         folder, _ = self.resumed()
         return masters.restore_masters(_checkpoint(folder), model)
+
+    def before_each_save(self, write: Callable[[Path], None]) -> None:
+        saving.before_each_save(write, lambda folder: write_average(folder, self.average))
+
+    def follow(self, model: nn.Module) -> None:
+        """Keep an average of the adapters that the running script trains, where its config has ema_decay."""
+        config, optimizer = script.running_config() or {}, script.main_variable("optimizer")
+        if config.get("lora_config") and config.get("ema_decay") is not None and optimizer is not None:
+            resumed = self.resumed()
+            folder = None if resumed is None else _checkpoint(resumed[0])
+            self.average = AdapterAverage(model, optimizer, config["ema_decay"], folder)
 
     def settled(self, model: nn.Module) -> nn.Module:
         boosted = script.main_variable("model")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.script import main_variable
+from opensora_perflow.hosts.script import loaded_weights, main_variable
 from opensora_perflow.hosts.v2.flux import hooks_of
 from opensora_perflow.hosts.v2.network import Told, without_reference
 from opensora_perflow.hosts.v2.sampling import SamplingSettings
@@ -28,7 +28,7 @@ class InferenceCall:
 
     network: Bare. told, layout: Of the batch, see network.network_output. img: Packed noise, [B, L, D].
     guidance: sampling_option.guidance. ratio: The warp of time [B], None: shift=False.
-    settings: Of a network with hooks, None: of another.
+    settings: Of a network with hooks, None: of another. weights: Where the network got its weights.
     """
 
     network: nn.Module
@@ -38,6 +38,7 @@ class InferenceCall:
     guidance: float
     ratio: Tensor | None
     settings: SamplingSettings | None
+    weights: str | None = None
 
 
 class _Stop(BaseException):
@@ -70,7 +71,7 @@ class _Recorder:
         flow_shift = options["flow_shift"] if settings is None else settings.keys.flow_shift
         shifted = settings is not None or main_variable("cfg").sampling_option.get("shift", True)
         ratio = alphas(layout, flow_shift, len(img), img.device) if shifted else None
-        raise _Stop(InferenceCall(network, told, layout, img, options["guidance"], ratio, settings))
+        raise _Stop(InferenceCall(network, told, layout, img, options["guidance"], ratio, settings, loaded_weights()))
 
 
 def first_call(script: str, arguments: Sequence[str]) -> InferenceCall:

@@ -12,6 +12,7 @@ from mmengine.registry import Registry
 from torch import nn
 
 from opensora_perflow.hosts.script import main_variable
+from opensora_perflow.hosts.v2.averages import copy_in_float32
 from opensora_perflow.hosts.v2.denoiser import step_students
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux
 from opensora_perflow.hosts.v2.text import noting_null
@@ -40,6 +41,8 @@ def perflow_flux(perflow: Mapping[str, Any] | None = None, **settings: Any) -> n
     if trains and (source is not None or config.get("lora_config") is None):
         # Here, as later weights may be loaded (--load) or split over processes, whose groups cannot be copied.
         hooks.host.built = load_teacher(network, source, hooks.host.weights)
+    if trains and config.get("ema_decay") is not None and config.get("lora_config") is None:
+        copy_in_float32(network)
     step_students(hooks)
     return hooks.attach(network)
 

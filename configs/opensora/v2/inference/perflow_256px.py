@@ -1,8 +1,8 @@
 # Four steps of Open-Sora 2.0 at 256px, for a student of any of our training configs.
 #   torchrun --nproc_per_node 1 --standalone scripts/diffusion/inference.py CONFIG --prompt "raining, sea" \
-#       --ckpt_path outputs/full/epoch0-global_step4000
+#       --ckpt_path student
 # A student of LoRA has the base model's weights besides its own:
-#       --pretrained_lora_path outputs/lora/epoch0-global_step4000/lora
+#       --pretrained_lora_path student/lora
 # Given frames: --cond_type i2v_head --ref image.png
 #
 # It is a fragment, too. Beside those of Open-Sora, in its folder configs/diffusion/inference:

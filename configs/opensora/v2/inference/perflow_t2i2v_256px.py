@@ -1,6 +1,6 @@
 # Four steps of Open-Sora 2.0 from an image that flux-dev draws first, in 50 steps of its own.
 #   torchrun --nproc_per_node 1 --standalone scripts/diffusion/inference.py CONFIG --prompt "raining, sea" \
-#       --ckpt_path outputs/i2v/epoch0-global_step4000 --offload_model True
+#       --ckpt_path student --offload_model True
 
 _base_ = ["perflow_256px.py"]
 

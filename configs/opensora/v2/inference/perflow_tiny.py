@@ -1,6 +1,6 @@
 # Four steps on a laptop, for a student of train/perflow_tiny.py.
 #   python -m opensora_perflow.run ../Open-Sora/scripts/diffusion/inference.py configs/opensora/v2/inference/perflow_tiny.py \
-#       --ckpt_path outputs/tiny/epoch0-global_step4 --prompt "a red circle moving right"
+#       --ckpt_path student --prompt "a red circle moving right"
 
 _base_ = ["perflow_256px.py"]
 

@@ -2,8 +2,8 @@
 #   torchrun --nproc_per_node 8 scripts/diffusion/train.py CONFIG --dataset.data-path videos.csv --exp_name full
 #
 # Memory of each GPU, counted, not measured (11.9 B parameters, bfloat16, ZeRO-2 over 8 GPUs): student 24 GB, teacher 24 GB, a
-# share of gradients and of AdamW's float32 states 21 GB, T5, CLIP and VAE 10 GB: 78 GB without activations. So 80 GB do not
-# hold it on 8 GPUs; on 16 the share is 10 GB.
+# share of gradients, of AdamW's float32 states and of the average 27 GB, T5, CLIP and VAE 10 GB: 84 GB without activations. So
+# 80 GB do not hold it on 8 GPUs; on 16 the share is 13 GB.
 
 custom_imports = dict(imports=["opensora_perflow"], allow_failed_imports=False)
 
@@ -86,7 +86,9 @@ warmup_steps = 0
 update_warmup_steps = True
 grad_clip = 1.0
 accumulation_steps = 1
-ema_decay = None  # Open-Sora 2.0 keeps its EMA in bfloat16, where it does not move
+# Of the average of the weights, which is the student: ema.safetensors in each checkpoint, 48 GB, `opensora-perflow export`.
+# 1 - 10 / steps of the run, which are 4,000 here; see docs/recipes.md. None: no average.
+ema_decay = 0.9975
 
 prefetch_factor = 2
 num_workers = 12  # data loading processes of each GPU

@@ -32,3 +32,4 @@ num_bucket_build_workers = 1
 epochs = 2
 log_every = 1
 ckpt_every = 2  # steps
+ema_decay = 0.5  # of so few steps the rule would keep the last alone
