@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.hosts.v1.weights import TABLES, matched, read_source
+from opensora_perflow.tools.export import student as averaged_student
 from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_weights
 from opensora_perflow.tools.merge import whole_network
 from opensora_perflow.training.adapters import is_added
 from opensora_perflow.training.delta import KEPT, REST, Distance, added, changed, compare, difference, low_rank, mismatches
 from opensora_perflow.training.delta_file import DTYPES, Origin, is_delta, read_delta, write_delta
-from opensora_perflow.training.state import StudentState, find_state
+from opensora_perflow.training.state import StudentState, averages_beside, find_state
 from opensora_perflow.training.teacher import digest
 
 logger = logging.getLogger("opensora_perflow")
@@ -150,7 +151,10 @@ def _words(distance: Distance) -> str:
 
 def _whole(source: str) -> dict[str, Tensor]:
     """The weights of a whole network."""
-    state = read_source(source)
+    return _checked_whole(read_source(source), source)
+
+
+def _checked_whole(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     if is_delta(state):
         raise ValueError(f"{source!r} is a delta, and the weights of a whole network are wanted here")
     if any(is_added(name) for name in state):
@@ -162,11 +166,12 @@ def _whole(source: str) -> dict[str, Tensor]:
 
 
 def _student(source: str, base: str, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], StudentState | None]:
-    """A student's whole weights, and what is known of it."""
-    state = read_source(source)
+    """A student's whole weights, of a checkpoint folder with averaged ones (EMA) those; and what is known of it."""
+    averaged = Path(source).is_dir() and averages_beside(source) is not None
+    state = averaged_student(Path(source), True)[0] if averaged else read_source(source)
     if state and all(is_added(name) for name in state):
         return whole_network(source, state, base, before, torch.float32)
-    after, found = _whole(source), find_state(source)
+    after, found = _checked_whole(state, source), find_state(source)
     broken = [name for name, value in after.items() if not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{broken[0]} in {source!r} holds NaN or infinity, from damage or a training that diverged")
@@ -225,7 +230,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     one = actions.add_parser("make", help="write a delta, or with --rank adapters")
     one.add_argument(
-        "student", metavar="STUDENT", help="checkpoint folder, ema.pt, file or Hugging Face folder; also of adapters"
+        "student", metavar="STUDENT", help="checkpoint folder (its EMA, if any), file or Hugging Face folder; also of adapters"
     )
     one.add_argument("out", type=Path, metavar="OUT", help="file .safetensors; with --rank a folder")
     one.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
