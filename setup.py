@@ -47,6 +47,7 @@ setup(
         "train": ["colossalai>=0.3.7"],
         "lora": ["peft>=0.7.1"],
         "test": ["pytest>=7", "peft>=0.7.1"],
+        "docs": ["mkdocs-material>=9.5,<10"],
     },
     entry_points={"console_scripts": ["opensora-perflow = opensora_perflow.tools.cli:main"]},
     classifiers=[

@@ -14,7 +14,7 @@ from test_install import write_tree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = shutil.ignore_patterns(
-    ".*_cache", ".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "outputs", "samples", "perflow_demo"
+    ".*_cache", ".git", ".venv", "__pycache__", "*.egg-info", "build", "dist", "outputs", "samples", "site", "perflow_demo"
 )
 
 
