@@ -28,7 +28,7 @@ setup(
     ],
     package_dir={"opensora_perflow.configs": "configs", "opensora_perflow.patches": "patches"},
     package_data={
-        "opensora_perflow": ["py.typed", "worlds/weights/*"],
+        "opensora_perflow": ["py.typed", "tools/page/page.html", "worlds/weights/*"],
         "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py", "opensora/v2/*/*.py"],
         "opensora_perflow.patches": ["*.patch", "README.md"],
     },
@@ -36,6 +36,7 @@ setup(
         "torch>=2.2,<2.14",
         "mmengine>=0.10.3",
         "einops",
+        "jinja2",
         "av>=12",
         "safetensors",
         "matplotlib",

@@ -5,14 +5,11 @@ other places of the repository, links to them, and lists that follow a line of t
 """
 
 import ast
-import logging
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger("mkdocs.hooks.opensora_perflow")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -27,12 +24,16 @@ PAGES = {
 KEYS = ("training/recipe.py", "training/curriculum.py", "hosts/v1/keys.py", "hosts/v2/keys.py")
 """Modules that hold keys."""
 
+unwritten: set[str] = set()
+"""Pages that the menu names and nobody has written yet."""
+
 
 def on_config(config: Any) -> Any:
-    """Leave pages out of the menu that are not written."""
+    """Leave pages that are not written out of the menu; text that leads to them is then no link."""
     written = {*PAGES.values(), "reference.md", *(path.name for path in (REPOSITORY / "docs").glob("*.md"))}
     for group in config["nav"]:
         for name, pages in group.items():
+            unwritten.update(*(set(page.values()) - written for page in pages))
             group[name] = [page for page in pages if set(page.values()) <= written]
     return config
 
@@ -57,13 +58,13 @@ def _site_links(markdown: str, source: str) -> str:
     """Links of a file of the repository, as links of its page; a link to no page is refused by `mkdocs build --strict`."""
 
     def link(match: re.Match) -> str:
-        target, anchor = match[1], match[2] or ""
+        text, target, anchor = match[1], match[2], match[3] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        if not (REPOSITORY / path).exists() and path != "docs/reference.md":
-            logger.warning("%s links to %s, which does not exist", source, path)
-        return f"]({PAGES.get(path, path.removeprefix('docs/'))}{anchor})"
+        if path.removeprefix("docs/") in unwritten:
+            return text
+        return f"[{text}]({PAGES.get(path, path.removeprefix('docs/'))}{anchor})"
 
-    return re.sub(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
+    return re.sub(r"\[([^\[\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)", link, markdown)
 
 
 def _spaced_lists(markdown: str) -> str:
