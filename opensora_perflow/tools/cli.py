@@ -100,6 +100,7 @@ def _demo(args: dict) -> int:
     print(f"\n{report.table(result)}\n")
     print(f"{result['seconds']:.0f} s in all. Written to {settings.out}/:")
     for name, what in {
+        "report.html": "all of it on one page, to open in a browser",
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
         "training.png": "the loss, and the error and the motion of one step across each window",
