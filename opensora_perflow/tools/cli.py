@@ -41,10 +41,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_report(commands)
     _add_install(commands)
     _add_embed(commands)
     _add_merge(commands)
-    _add_report(commands)
     plan_command.add_commands(commands)
     args = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -108,6 +108,29 @@ def _demo(args: dict) -> int:
         "student.safetensors": "the student's weights",
     }.items():
         print(f"  {name:20} {what}")
+    return 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page about a run, or several beside each other: videos, quality, windows, training, settings",
+        description=(
+            "Reads what runs left in their folders and writes one page that opens from disk and loads nothing else: a demo's\n"
+            "results.json, a training's record.jsonl and perflow.json, the curve.json of `opensora-perflow curve --out RUN`,\n"
+            "and MP4 files in RUN and RUN/samples."
+        ),
+        epilog="examples:\n  opensora-perflow report perflow_demo\n  opensora-perflow report outputs/a outputs/b --out ab.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a demo or of a training")
+    parser.add_argument("--out", type=Path, help="file (default: report.html in RUN; of several runs, in this folder)")
+
+
+def _report(args: dict) -> int:
+    from opensora_perflow.tools.page.render import report
+
+    print(f"written to {report(args['runs'], args['out'])}; open it in a browser")
     return 0
 
 
@@ -229,29 +252,6 @@ def _merge(args: dict) -> int:
 
     merge(**args)
     print(f"written to {args['out']}/; sample it with --ckpt-path {args['out']}")
-    return 0
-
-
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="one HTML page about a run, or several beside each other: videos, quality, windows, training, settings",
-        description=(
-            "Reads what runs left in their folders and writes one page that opens from disk and loads nothing else: a demo's\n"
-            "results.json, a training's record.jsonl and perflow.json, the curve.json of `opensora-perflow curve --out RUN`,\n"
-            "and MP4 files in RUN and RUN/samples."
-        ),
-        epilog="examples:\n  opensora-perflow report perflow_demo\n  opensora-perflow report outputs/a outputs/b --out ab.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a demo or of a training")
-    parser.add_argument("--out", type=Path, help="file (default: report.html in RUN; of several runs, in this folder)")
-
-
-def _report(args: dict) -> int:
-    from opensora_perflow.tools.page.render import report
-
-    print(f"written to {report(args['runs'], args['out'])}; open it in a browser")
     return 0
 
 
