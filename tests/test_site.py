@@ -1,5 +1,6 @@
 """The documents: every command is parsed, and run by a test or marked as needing a GPU; code blocks and the notebook run."""
 
+import argparse
 import ast
 import json
 import re
@@ -36,7 +37,7 @@ TESTS = {
 GPU = "needs GPUs and Open-Sora's weights"
 SETUP = "sets up an environment: an installation from registries"
 RUN_BY = {
-    r"opensora-perflow (--help|demo|install|embed|merge|plan|curve|report|doctor|check|export|ui|store|encode)\b.*":
+    r"opensora-perflow\b.*":
         "test_every_opensora_perflow_command_is_accepted_as_written",
     r"torchrun .*": GPU,
     r"python scripts/inference\.py .*": GPU,
@@ -77,15 +78,20 @@ def test_every_command_is_run_by_a_test_or_says_why_not(path):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_every_opensora_perflow_command_is_accepted_as_written(path, monkeypatch):
     """Options and their values; what a command does is tested where the command is."""
-    seen = []
-    for name in cli._COMMANDS | {"plan": None, "curve": None}:
-        monkeypatch.setitem(cli._COMMANDS, name, lambda args: seen.append(args) or 0)
-    wanted = [shlex.split(c)[1:] for c in commands(path) if c.startswith("opensora-perflow ")]
-    for arguments in wanted:
-        if arguments == ["--help"]:
-            continue
-        assert cli.main(arguments) == 0, arguments
-    assert len(seen) == len([one for one in wanted if one != ["--help"]])
+
+    class Accepted(Exception):
+        pass
+
+    def parse(parser, arguments):
+        original(parser, arguments)
+        raise Accepted
+
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    for command in commands(path):
+        if command.startswith("opensora-perflow ") and "--help" not in command:
+            with pytest.raises(Accepted):
+                cli.main(shlex.split(command)[1:])
 
 
 def test_code_of_the_pages_runs(tmp_path, monkeypatch):
