@@ -41,6 +41,7 @@ RUN_BY = {
         "test_every_opensora_perflow_command_is_accepted_as_written",
     r"torchrun .*": GPU,
     r"python scripts/inference\.py .*": GPU,
+    r"python -m opensora_perflow\.run scripts/train\.py CONFIGS/perflow_tiny_stored\.py": "test_a_training_from_files_alone",
     r"python -m opensora_perflow\.run \S+/scripts/train\.py configs/opensora/perflow_tiny_lora\.py .*":
         "test_two_processes_train_adapters_alone",
     r"python -m opensora_perflow\.run \S+/scripts/inference\.py configs/opensora/perflow_tiny_lora_inference\.py .*":
