@@ -41,7 +41,8 @@ def finished(tmp_path_factory):
 
 def test_everything_that_is_promised_is_there(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"clips", "side_by_side.mp4", "frames.png", "training.png", "results.json", "student.safetensors"}
+    files = {"side_by_side.mp4", "frames.png", "training.png", "results.json", "student.safetensors", "report.html"}
+    assert names == {"clips", *files}
 
     with av.open(str(finished / "side_by_side.mp4")) as container:
         video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
@@ -63,6 +64,13 @@ def test_numbers_are_those_of_the_samplers(finished):
     lines = demo.report.table(result).splitlines()
     share = result["windows"][0]["motion"]["student"] / result["windows"][0]["motion"]["teacher"]
     assert lines[-1].startswith("the student's motion") and f"1-0.906 {share:.0%}" in lines[-1]
+
+
+def test_the_page_shows_the_run(finished):
+    result, text = json.loads((finished / "results.json").read_text()), (finished / "report.html").read_text()
+    assert f"<h1>{finished.name}</h1>" in text and "data:video/mp4" in text and "student, 4 steps" in text
+    assert len(result["loss"]["history"]) == 2 and result["versions"]["torch"] == torch.__version__
+    assert f'<td>torch</td><td class="value">{torch.__version__}</td>' in text
 
 
 def test_the_student_is_trained_and_can_be_loaded(finished):

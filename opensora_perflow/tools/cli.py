@@ -47,6 +47,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
+    _add_report(commands)
     _add_install(commands)
     _add_embed(commands)
     _add_merge(commands)
@@ -120,6 +121,7 @@ def _demo(args: dict) -> int:
     print(f"\n{report.table(result)}\n")
     print(f"{result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} of a CPU. Written to {settings.out}/:")
     for name, what in {
+        "report.html": "all of it on one page, to open in a browser",
         "side_by_side.mp4": "the same noise and prompts through each sampler",
         "frames.png": "some of their frames",
         "training.png": "the loss, and the error and the motion of one step across each window",
@@ -127,6 +129,29 @@ def _demo(args: dict) -> int:
         "student.safetensors": "the student: the average of its weights in training",
     }.items():
         print(f"  {name:20} {what}")
+    return 0
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page about a run, or several beside each other: videos, quality, windows, training, settings",
+        description=(
+            "Reads what runs left in their folders and writes one page that opens from disk and loads nothing else: a demo's\n"
+            "results.json, a training's record.jsonl and perflow.json, the curve.json of `opensora-perflow curve --out RUN`,\n"
+            "and MP4 files in RUN and RUN/samples."
+        ),
+        epilog="examples:\n  opensora-perflow report perflow_demo\n  opensora-perflow report outputs/a outputs/b --out ab.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a demo or of a training")
+    parser.add_argument("--out", type=Path, help="file (default: report.html in RUN; of several runs, in this folder)")
+
+
+def _report(args: dict) -> int:
+    from opensora_perflow.tools.page.render import report
+
+    print(f"written to {report(args['runs'], args['out'])}; open it in a browser")
     return 0
 
 
@@ -291,7 +316,7 @@ def _export(args: dict) -> int:
     return 0
 
 
-_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge, "export": _export}
+_COMMANDS = {"demo": _demo, "install": _install, "embed": _embed, "merge": _merge, "export": _export, "report": _report}
 
 if __name__ == "__main__":
     sys.exit(main())

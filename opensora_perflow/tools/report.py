@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.tools import plots
 from opensora_perflow.tools.fonts import labels
 from opensora_perflow.tools.outputs import Kind
+from opensora_perflow.tools.page import render
+from opensora_perflow.tools.page.runs import read_run
 from opensora_perflow.training.state import METADATA_KEY, StudentState
 from opensora_perflow.worlds.clips import FPS, ClipSet, contents, is_written, recognise, tensor_to_frames, write_video
 from opensora_perflow.worlds.codec import TinyVAE
@@ -31,7 +34,7 @@ RAW = "its last step's weights"
 """The row of the weights that the average is taken of; not shown in pictures."""
 CLIPS = "clips"
 KIND = Kind(
-    names=("side_by_side.mp4", "frames.png", "training.png", "student.safetensors", "results.json"),
+    names=("side_by_side.mp4", "frames.png", "training.png", "student.safetensors", "report.html", "results.json"),
     marks=("student.safetensors", "results.json"),
     folder=CLIPS,
     is_own=is_written,
@@ -98,6 +101,7 @@ def write(folder: Path, outcome: Outcome, vae: TinyVAE) -> None:
     plots.training_figure(folder / "training.png", outcome.history, outcome.result["windows"])
     metadata = {"format": "pt", METADATA_KEY: outcome.state.to_json()}
     write_state_dict(folder / "student.safetensors", outcome.student.state_dict(), metadata)
+    outcome.result["loss"]["history"] = [float(f"{loss:.6g}") for loss in outcome.history]
 
 
 @torch.no_grad()
@@ -113,7 +117,10 @@ def write_frames(
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """The numbers with the versions behind them, and the page that shows all of the folder."""
+    result["versions"] = {"Python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     (folder / "results.json").write_text(json.dumps(result, indent=1))
+    render.write([read_run(folder, Path(result["settings"]["out"]).resolve().name)], folder / render.FILE_NAME)
 
 
 def clips_of(clips: ClipSet, prompts: list[str]) -> np.ndarray:
