@@ -186,8 +186,9 @@ class Monitor:
             losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
             losses.append(loss.detach().mean())
 
-    def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
-        """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""
+    def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str, Seen]:
+        """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`; and the
+        numbers."""
         ends = [held.squared_ends(grids) for held in self.batches]
         error, untrained = (torch.cat(values) for values in zip(*ends))
         count = round(self._over_ranks(host)(float(len(error))) * self.shares)
@@ -200,21 +201,19 @@ class Monitor:
             self.watch.restart()
         tolerated = (1 + self.watch.rule.tolerance) ** 2
         before = self.watch.best
-        level, text = self.watch.observe(
-            steps,
-            Seen(
-                count,
-                estimate(error).root(),
-                estimate(untrained).root(),
-                worse=estimate(error - (1 + TIE) ** 2 * untrained),
-                far=estimate(error - tolerated * untrained),
-                rise=None if self._best is None else estimate(error - tolerated * self._best),
-                spikes=self._spikes(),
-            ),
+        seen = Seen(
+            count,
+            estimate(error).root(),
+            estimate(untrained).root(),
+            worse=estimate(error - (1 + TIE) ** 2 * untrained),
+            far=estimate(error - tolerated * untrained),
+            rise=None if self._best is None else estimate(error - tolerated * self._best),
+            spikes=self._spikes(),
         )
+        level, text = self.watch.observe(steps, seen)
         if self.watch.best < before:
             self._best = error
-        return level, text
+        return level, text, seen
 
     def velocity_error(self, grids: Tensor, host: Host) -> float:
         """`HeldOutBatch.velocity_error` on the first batch, over processes, each of which has to call it."""
