@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    from opensora_perflow.tools import doctor as doctor_command
     from opensora_perflow.tools import plan as plan_command
 
     parser = argparse.ArgumentParser(
@@ -45,9 +46,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     _add_embed(commands)
     _add_merge(commands)
     plan_command.add_commands(commands)
-    args = vars(parser.parse_args(arguments))
+    doctor_command.add_commands(commands)
+    own, host_arguments = doctor_command.split(sys.argv[1:] if arguments is None else arguments)
+    args = vars(parser.parse_args(own))
+    if args["command"] in ("check", "doctor"):
+        args["host_arguments"] = host_arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
+    known |= {"check": doctor_command.check, "doctor": doctor_command.doctor}
     return known[args.pop("command")](args)
 
 

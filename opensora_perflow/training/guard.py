@@ -25,6 +25,9 @@ LIMITS = {"spread": math.log(2.0), "motion": math.log(4.0)}
 BLANK, STILL = 0.1, 1e-3
 """Latents are blank where they vary less than this part of the most varied ones; they stand still where their motion is less
 than this part of their variance. Healthy clips have .2 and .9 at least."""
+LARGEST_UPDATE = 0.05
+"""Part of their length by which weights may move in a step. Healthy: .0004 of the video model, .014 of the mixture's small
+one."""
 ENOUGH = 16
 """Samples before the data is judged."""
 SHARE_BLANK, SHARE_STILL = 0.25, 0.5
@@ -174,6 +177,20 @@ def rising_loss(history: History, seen: Vitals) -> Breach | None:
     return None
 
 
+def large_updates(history: History, seen: Vitals) -> Breach | None:
+    """No fine-tuning moves weights so far, whatever the losses say by now."""
+    steps = history.updates.first if len(history.updates.first) == FIRST else ()
+    largest = max(map(median, filter(None, (steps, history.updates.last))), default=-math.inf)
+    if largest < math.log(LARGEST_UPDATE):
+        return None
+    return Breach(
+        "learning rate",
+        f"the weights move by {math.exp(largest):.2g} of their length a step, so the learning rate is probably too high: "
+        "lower it, or check grad_clip and the warm-up",
+        curable=True,
+    )
+
+
 def changed_ends(history: History, seen: Vitals) -> Breach | None:
     """The student's window ends beside the teacher's: noise, one colour, or frozen motion."""
     words = {
@@ -265,6 +282,7 @@ RULES: tuple[Rule, ...] = (
     blank_data,
     still_data,
     rising_loss,
+    large_updates,
     changed_ends,
 )
 """To add a rule, write a function and name it here, and its cause in docs/troubleshooting.md."""

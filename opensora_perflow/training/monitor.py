@@ -64,7 +64,7 @@ class HeldOutBatch:
                 first call only; `forget` it where they, or the teacher, change.
         """
         edges = self._solve(grids)
-        return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
+        return held_out_error(self.student(self.bounds(edges)), self.states, edges, self.frame_weights)
 
     @torch.no_grad()
     def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,6 +74,17 @@ class HeldOutBatch:
         if self.untrained_end is None:
             self.untrained_end = self._end_error(self.untrained, edges)
         return self._end_error(self.student, edges), self.untrained_end
+
+    @torch.no_grad()
+    def slopes(self, grids: Tensor) -> list[float]:
+        """Root mean squares of the windows' lines on the teacher's path, one a window; `grids` as above.
+
+        Raises:
+            NotFinite: see players.Player.trajectory.
+        """
+        edges = self._solve(grids)
+        lengths = (self.states.diff(dim=0).flatten(2).square().mean(dim=2)).sqrt() / edges.diff(dim=0).abs()
+        return lengths.square().mean(dim=1).sqrt().tolist()
 
     def forget(self) -> None:
         """The windows or the teacher have changed."""
@@ -90,7 +101,9 @@ class HeldOutBatch:
         return torch.cat([times[:, 0], times[-1:, -1]])
 
     @staticmethod
-    def _bounds(edges: Tensor) -> Bounds:
+    def bounds(edges: Tensor) -> Bounds:
+        """Which of the windows between edges [K + 1, B] a time lies in that is one of the edges."""
+
         def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
             window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
             return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
@@ -99,7 +112,7 @@ class HeldOutBatch:
 
     def _end_error(self, field_within: FieldWithin, edges: Tensor) -> Tensor:
         last = torch.full((len(self.start),), len(edges) - 1)
-        velocity = field_within(self._bounds(edges))
+        velocity = field_within(self.bounds(edges))
         x = carry_to_windows(lambda window, rows: velocity, self.start, edges, last, whole=True)
         return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).double().cpu()
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("opensora_perflow")
 
+FIRST_STEPS = 8
+"""What the doctor looks at."""
 SHOWN = ("loss", "update", "grad_norm")
 """Of a step, for the host's TensorBoard and wandb."""
 
@@ -44,6 +46,9 @@ class Observer:
         self.guard = None if recipe.watch is None else Guard(edges)
         self.remedies = Remedies("warn" if recipe.watch is None else recipe.watch.policy, host)
         self.instruments: Instruments | None = None
+        self.seen: list[Vitals] = []
+        """Of the first steps, up to FIRST_STEPS."""
+        self.rate: float | None = None
         self.count = len(edges) - 1
         self._began = time.time()
 
@@ -77,6 +82,8 @@ class Observer:
             exact = draws.overlap == 0 and not draws.grids
             self.instruments = Instruments(student, teacher, self.host.ema(), exact)
         seen = self.instruments.read(batch, segment, loss, answer)
+        if len(self.seen) < FIRST_STEPS:
+            self.seen.append(seen)
         self._write(step, seen)
         if self.guard is not None:
             for breach in self.guard.observe(step, seen):
@@ -115,7 +122,7 @@ class Observer:
 
     def _write(self, step: int, seen: Vitals) -> None:
         mean = sum(seen.loss) / len(seen.loss)
-        rate = self.host.rate()
+        self.rate = self.host.rate()
         values: dict[str, Any] = {
             "time": time.time() - self._began,
             "loss": mean,
@@ -129,7 +136,7 @@ class Observer:
             "grad_norm": seen.grad_norm,
             "update": seen.update,
             "ema_update": seen.ema_update,
-            "rate": rate,
+            "rate": self.rate,
         }
         self.record.write("step", step, **values)
         self.host.log_scalars(step, {name: values[name] for name in SHOWN if math.isfinite(values[name])})

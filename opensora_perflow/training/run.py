@@ -9,7 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,9 @@ class TrainingRun:
 
     A run exists from the first training step on. `TrainingRun.begin` makes it.
     """
+
+    examiner: ClassVar[Callable[[TrainingRun, Batch, nn.Module], None] | None] = None
+    """Shown each training step's batch and student, where `look` is called; `opensora-perflow doctor` sets it."""
 
     def __init__(self, recipe: Recipe, host: Host, teacher: Teacher, curriculum: Curriculum | None) -> None:
         self.recipe, self.host, self.teacher, self.curriculum = recipe, host, teacher, curriculum
@@ -153,6 +156,8 @@ class TrainingRun:
         Raises:
             ValueError: see first_step.check_trainable and first_step.check_teacher.
         """
+        if TrainingRun.examiner is not None:
+            TrainingRun.examiner(self, batch, model)
         if self.looked:
             return
         self.looked = True

@@ -174,7 +174,14 @@ class Instruments:
         outside = (drawn.times > drawn.t_start) | (drawn.times < drawn.t_end) | (drawn.t_start <= drawn.t_end)
         misplaced = outside.any(dim=0) if self.exact_windows else torch.zeros_like(drawn.window_idx)
         own = segment.x_end if answer.first is None else answer.end(segment.t_end)
-        columns = [loss.detach(), drawn.window_idx, misplaced, *_shape(segment.x_end), *_shape(own), *_data(batch.data)]
+        columns = [
+            loss.detach(),
+            drawn.window_idx,
+            misplaced,
+            *_shape(segment.x_end),
+            *_shape(own),
+            *data_variation(batch.data),
+        ]
         table = torch.stack([column.to(device, torch.float32) for column in columns])
         unknown = torch.full((), math.nan)
         moves = [unknown if weights is None else weights.moved() for weights in self._weights]
@@ -199,7 +206,8 @@ def motion(x: Tensor) -> Tensor:
     return x.float().diff(dim=2).square().flatten(1).mean(dim=1)
 
 
-def _data(data: Tensor) -> tuple[Tensor, Tensor]:
+def data_variation(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation of latents [B, C, ...] around each channel's mean, and their motion over their variance: [B] each."""
     rows = data.float().flatten(2) if data[0, 0].numel() > 1 else data.float().flatten(1)[:, None]
     variance = rows.var(dim=-1, unbiased=False).mean(dim=1)
     return variance.sqrt(), motion(data) / variance.clamp(min=1e-12)
