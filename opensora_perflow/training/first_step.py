@@ -214,10 +214,12 @@ class _Probe:
         """The most likely cause, as one of KINDS and in words: what makes the teacher healthy again, if anything does. Empty:
         nothing does, and the answer is not so far off."""
         opposite = self.fit(-answer)
-        if (
-            opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED
-        ):  # no more calls, which might be out of a network's range
-            return SIGN, f"its sign is flipped (the cosine is {opposite.cosine:.2f} then)"
+        if opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED:
+            # Where noise is much of an answer, one at the wrong time is its opposite, too.
+            flipped = SIGN, "its sign is flipped", opposite
+            tries = [flipped, *(tried for tried in self._times() if tried[2].is_within(ODD_SLOPE))]
+            kind, words, best = max(tries, key=lambda tried: tried[2].cosine)
+            return kind, f"{words} (the cosine is {best.cosine:.2f} then)"
         better = MUCH_BETTER if fit.is_within(ODD_SLOPE) else BETTER
         least = max(fit.cosine + better, CONVINCING)
         tries = [tried for tried in self._tries() if tried[2].is_within(ODD_SLOPE) and tried[2].cosine > least]
@@ -241,7 +243,7 @@ class _Probe:
             "encoder and mask, scheduler), or it is of another kind (path, sign)"
         )
 
-    def _tries(self) -> Iterator[tuple[str, str, Fit]]:
+    def _times(self) -> Iterator[tuple[str, str, Fit]]:
         process = self.teacher.process
         told = process.to_timestep(self.t)
         count = process.num_timesteps if process.num_timesteps > 1 else TIMESTEPS
@@ -252,6 +254,9 @@ class _Probe:
         }
         for words, told in times.items():
             yield TIME, words, self.fit(self.answer(told=told))
+
+    def _tries(self) -> Iterator[tuple[str, str, Fit]]:
+        yield from self._times()
         for factor in (10.0, 5.0, 2.0, 0.5, 0.2, 0.1):
             words = f"the latents are {max(factor, 1 / factor):g} times too {'small' if factor > 1 else 'large'}"
             yield SCALE, f"{words} (the VAE's scale)", self.fit(self.answer(factor), factor)
