@@ -69,7 +69,7 @@ class Observer:
         back = self.remedies.act(step)
         if back is not None:
             self.record.write("rollback", step, to=back)
-            self.instruments = None
+            self.instruments.forget_move()
             if self.guard is not None:
                 self.guard.history.forget_last()
 
@@ -77,10 +77,11 @@ class Observer:
         self, step: int, batch: Batch, segment: Segment, loss: Tensor, answer: Answer, student: nn.Module, teacher: nn.Module
     ) -> None:
         """Measure a training step whose losses [B] are known."""
-        if self.instruments is None or self.instruments.teacher is not teacher:
+        if self.instruments is None:
             draws = self.recipe.draws
-            exact = draws.overlap == 0 and not draws.grids
-            self.instruments = Instruments(student, teacher, self.host.ema(), exact)
+            self.instruments = Instruments(student, teacher, self.host.ema(), draws.overlap == 0 and not draws.grids)
+        elif self.instruments.teacher is not teacher:
+            self.instruments.teach_by(teacher)
         seen = self.instruments.read(batch, segment, loss, answer)
         if len(self.seen) < FIRST_STEPS:
             self.seen.append(seen)

@@ -39,7 +39,8 @@ class WeightSample:
         self._last = self._values()
         if gradients:
             for parameter in self._parameters:
-                parameter.register_hook(self._note)
+                if parameter.requires_grad:
+                    parameter.register_hook(self._note)
 
     def _note(self, gradient: Tensor) -> None:
         self._gradients.append(gradient.detach().float().square().sum())
@@ -166,6 +167,15 @@ class Instruments:
         ]
         self.exact_windows = exact_windows
         self.teacher = teacher
+
+    def teach_by(self, teacher: nn.Module) -> None:
+        """Another network teaches from here on."""
+        self.teacher, self._weights[2] = teacher, WeightSample(teacher, trained=False)
+
+    def forget_move(self) -> None:
+        """Weights were put back: that is no update."""
+        for weights in filter(None, self._weights):
+            weights.moved()
 
     @torch.no_grad()
     def read(self, batch: Batch, segment: Segment, loss: Tensor, answer: Answer) -> Vitals:
