@@ -217,8 +217,8 @@ class _Probe:
         opposite = self.fit(-answer)
         if opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED:
             flipped = SIGN, "its sign is flipped", opposite
-            # On data that vary little an answer of the wrong time may be the opposite, too. Epsilon networks may have a table of
-            # timesteps, and are not asked out of its range.
+            # On data that vary little an answer of the wrong time may be the opposite, too. Epsilon networks may have a table
+            # of timesteps, and are not asked out of its range.
             times = () if isinstance(self.teacher.process, DDPM) else self._times()
             tries = [flipped, *(tried for tried in times if tried[2].is_within(ODD_SLOPE))]
             kind, words, best = max(tries, key=lambda tried: tried[2].cosine)
