@@ -78,6 +78,10 @@ def test_what_healthy_runs_show_is_no_fault(changes):
     assert causes((FIRST, first), (30, changes)) == []
 
 
+def test_weights_that_move_by_half_of_their_length_are_named_at_once():
+    assert causes((1, {}), (1, {"update": 0.6})) == [("learning rate", None)] and causes((1, {}), (1, {"update": 0.3})) == []
+
+
 def test_a_window_that_is_rarely_drawn_waits_for_its_steps():
     one = {"loss": [5.0, 5.0], "window": [1, 1]}
     assert causes((FIRST, {}), (LAST - 1, one)) == [] and causes((FIRST, {}), (LAST, one)) == [("learning rate", 1)]

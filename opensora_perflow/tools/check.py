@@ -99,7 +99,7 @@ def open_sora(plan: Plan) -> Iterator[Finding]:
 
 def data(plan: Plan) -> Iterator[Finding]:
     """The CSV, its files, and which of its clips fit a bucket."""
-    path = plan.section("dataset").get("data_path")
+    path = plan.section("dataset").get("data_path") or plan.config.get("data_path")  # 1.0 has no section
     if path is None:
         captions = str(plan.section("dataset").get("type", "")).startswith("perflow_captions")
         yield Finding(

@@ -26,6 +26,8 @@ BLANK, STILL = 0.1, 1e-3
 """Latents are blank where they vary less than this part of the most varied ones; they stand still where their motion is less
 than this part of their variance. Healthy clips have .2 and .9 at least."""
 LARGEST_UPDATE = 0.05
+WILD_UPDATE = 0.5
+"""The same of one step: nothing of a network is left then, and the next step may give NaN."""
 """Part of their length by which weights may move in a step. Healthy: .0004 of the video model, .014 of the mixture's small
 one."""
 ENOUGH = 16
@@ -181,6 +183,8 @@ def large_updates(history: History, seen: Vitals) -> Breach | None:
     """No fine-tuning moves weights so far, whatever the losses say by now."""
     steps = history.updates.first if len(history.updates.first) == FIRST else ()
     largest = max(map(median, filter(None, (steps, history.updates.last))), default=-math.inf)
+    if seen.update > WILD_UPDATE:
+        largest = math.log(seen.update)
     if largest < math.log(LARGEST_UPDATE):
         return None
     return Breach(
