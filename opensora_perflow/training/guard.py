@@ -118,7 +118,7 @@ class History:
         self.still += sum(m < STILL and not b for m, b in zip(seen.data_motion, blank))
 
     def forget_last(self) -> None:
-        """Older weights are back: what the last steps showed is of others. The run's beginning stays what it was."""
+        """Leave the run's beginning alone."""
         for series in (*(one for group in self.series.values() for one in group), self.updates):
             series.last.clear()
 
@@ -316,8 +316,13 @@ class Guard:
             self._named[key] = step
         return news
 
+    def go_back(self) -> None:
+        """Older weights are back: what the last steps showed is of others, and a cause that comes again is news."""
+        self.history.forget_last()
+        self._named.clear()
+
     def restart(self, edges: Sequence[float]) -> None:
-        """Other windows, another teacher, or older weights: what comes does not compare with what was."""
+        """Other windows or another teacher: what comes does not compare with what was."""
         self.history = History(edges)
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.record import FORMAT, Record
 from opensora_perflow.training.remedies import Remedies
+from opensora_perflow.training.state import StudentState, write_state
 from opensora_perflow.training.vitals import Answer, Instruments, Vitals
 
 if TYPE_CHECKING:
-    from opensora_perflow.training.state import StudentState
     from opensora_perflow.training.watch import Seen
 
 logger = logging.getLogger("opensora_perflow")
@@ -71,7 +72,7 @@ class Observer:
             self.record.write("rollback", step, to=back)
             self.instruments.forget_move()
             if self.guard is not None:
-                self.guard.history.forget_last()
+                self.guard.go_back()
 
     def after_loss(
         self, step: int, batch: Batch, segment: Segment, loss: Tensor, answer: Answer, student: nn.Module, teacher: nn.Module
@@ -109,6 +110,11 @@ class Observer:
             self.report(step, Breach("held-out error", text, curable=True))
         else:
             logger.log(level, text)
+
+    def save(self, folder: Path, state: StudentState) -> None:
+        """What lies beside a checkpoint, and that there is one; see `state.write_state`."""
+        write_state(folder, state)
+        self.record.write("checkpoint", state.steps, folder=folder.name)
 
     def restart_at(self, edges: Sequence[float]) -> None:
         """A resumed run is at another stage than its first."""

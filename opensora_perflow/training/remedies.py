@@ -22,7 +22,7 @@ KEEP_EVERY = 25
 """Steps between two copies of a run's state. A copy is good once as many steps after it showed no breach: what a breach shows
 in began some steps before."""
 GRACE = 25
-"""Steps after a remedy in which there is no other."""
+"""Steps after a lower learning rate in which there is no other: ruined weights need some to mend."""
 
 
 class Remedies:
@@ -59,9 +59,10 @@ class Remedies:
         seen, self._pending = self._pending, None
         breached = self.host.mean(0.0 if seen is None else 1.0, self.host.device()) > 0
         if breached and step >= self._free:
-            self._free = step + GRACE
+            if self.policy == "lower_lr":
+                self._free = step + GRACE
             return self._carry_out(step, "another process saw it" if seen is None else seen.text)
-        if self.policy == "rollback" and not breached and step % KEEP_EVERY == 0 and step >= self._free:
+        if self.policy == "rollback" and not breached and step % KEEP_EVERY == 0:
             self._good, self._newest = self._newest or self._good, (step, self.host.rate(), self.host.keep_state())
         return None
 
@@ -78,6 +79,7 @@ class Remedies:
         put_back()
         factor = GENTLER if not rate or not now else GENTLER * rate / now
         self.host.scale_rate(factor)
-        self._newest = None
+        # Where that is not enough, the next time halves it again.
+        self._good, self._newest = (at, None if rate is None else GENTLER * rate, put_back), None
         logger.warning("PeRFlow goes back to the weights of step %d, with %.3g times the learning rate of now", at, factor)
         return at

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -20,7 +18,7 @@ from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
-from opensora_perflow.training.blame import NotFinite, check_loss, explained
+from opensora_perflow.training.blame import blaming, check_loss
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.first_step import check_teacher, check_trainable
 from opensora_perflow.training.host import Host
@@ -29,7 +27,7 @@ from opensora_perflow.training.observer import Observer
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.randomness import TrainingRandomness
 from opensora_perflow.training.recipe import Recipe
-from opensora_perflow.training.state import StudentState, check_resumed, find_state, write_state
+from opensora_perflow.training.state import StudentState, check_resumed, find_state
 from opensora_perflow.training.step import Objective, Solved, distil
 from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher
 from opensora_perflow.training.vitals import Answer
@@ -189,13 +187,8 @@ class TrainingRun:
                 self._measure(model)
         return loss
 
-    @contextmanager
-    def _blaming(self, batch: Batch, model: nn.Module) -> Iterator[None]:
-        try:
-            yield
-        except NotFinite as error:
-            networks = {"the student": model, "the teacher": self.teacher.network}
-            raise explained(error, batch, self.randomness.steps, networks) from None
+    def _blaming(self, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
+        return blaming(batch, self.randomness.steps, {"the student": model, "the teacher": self.teacher.network})
 
     @property
     def segments(self) -> Solved:
@@ -252,11 +245,7 @@ class TrainingRun:
             )
         (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
-        self.host.before_each_save(partial(self._save, describe))
-
-    def _save(self, describe: Callable[[TrainingRun], StudentState], folder: Path) -> None:
-        write_state(folder, describe(self))
-        self.observer.record.write("checkpoint", self.randomness.steps, folder=folder.name)
+        self.host.before_each_save(lambda folder: self.observer.save(folder, describe(self)))
 
     def _measure(self, model: nn.Module) -> None:
         """Measure where it is time to, say so, and begin the next stage where one has ended."""
