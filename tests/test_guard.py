@@ -82,6 +82,14 @@ def test_weights_that_move_by_half_of_their_length_are_named_at_once():
     assert causes((1, {}), (1, {"update": 0.6})) == [("learning rate", None)] and causes((1, {}), (1, {"update": 0.3})) == []
 
 
+def test_a_run_that_went_back_is_not_blamed_for_what_was_before():
+    guard = Guard(EDGES)
+    for step in range(20):
+        guard.observe(step, seen(update=0.2, loss=[0.5 + step, 0.2]))
+    guard.go_back()
+    assert [breach for step in range(20, 50) for breach in guard.observe(step, seen())] == []
+
+
 def test_a_window_that_is_rarely_drawn_waits_for_its_steps():
     one = {"loss": [5.0, 5.0], "window": [1, 1]}
     assert causes((FIRST, {}), (LAST - 1, one)) == [] and causes((FIRST, {}), (LAST, one)) == [("learning rate", 1)]

@@ -118,9 +118,10 @@ class History:
         self.still += sum(m < STILL and not b for m, b in zip(seen.data_motion, blank))
 
     def forget_last(self) -> None:
-        """Leave the run's beginning alone."""
-        for series in (*(one for group in self.series.values() for one in group), self.updates):
+        """Leave the beginning of losses and ends alone; updates have another learning rate by now."""
+        for series in (one for group in self.series.values() for one in group):
             series.last.clear()
+        self.updates = Series()
 
     def named(self, k: int) -> str:
         return f"window {k} (u {self.edges[k]:.3g} -> {self.edges[k + 1]:.3g})"
