@@ -127,6 +127,16 @@ def test_a_slope_of_one_is_healthy_whatever_the_cosine(caplog):
     assert level == "INFO" and "cosine 0.6" in text
 
 
+def test_a_wrong_time_is_told_from_a_flipped_sign(caplog):
+    """On the mixture times in 0..1 have the cosine -.60. Turned round that is .60, and .61 at the right time."""
+    network, mixture = MixtureNetwork(Mixture.standard()), Mixture.standard()
+    network.register_forward_pre_hook(small_time, with_kwargs=True)
+    generator = torch.Generator().manual_seed(100)
+    class_idx = torch.randint(4, (16,), generator=generator)
+    with pytest.raises(ValueError, match="Most likely it is told times in 0..1"):
+        said(network, mixture.draw(class_idx, generator), ClassText().of(class_idx), caplog)
+
+
 def test_an_epsilon_teacher_is_compared_with_the_noise(caplog):
     """Epsilon's answer sigma x is the mean for data N(0, 1)."""
     _, args = batch(tiny_network(), 4)

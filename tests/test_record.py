@@ -8,9 +8,9 @@ from opensora_perflow.training.record import Record, read_record
 
 def test_a_line_is_read_as_it_was_written(tmp_path):
     record = Record(tmp_path / "run")
-    record.write("step", 3, loss=0.5, window_loss=[1.0, None], deep={"a": (1, math.nan)})
+    record.write("step", 3, loss=0.12345678, window_loss=[1.0, None], deep={"a": (1, math.nan)})
     assert read_record(tmp_path / "run") == [
-        {"kind": "step", "step": 3, "loss": 0.5, "window_loss": [1.0, None], "deep": {"a": [1, None]}}
+        {"kind": "step", "step": 3, "loss": 0.123457, "window_loss": [1.0, None], "deep": {"a": [1, None]}}
     ]
 
 

@@ -1,6 +1,6 @@
 """What the scripts of all Open-Sora versions answer a training run alike, see `training.host.Host`."""
 
-from opensora_perflow.hosts import parallel, saving, script
+from opensora_perflow.hosts import optimizer, parallel, saving, script
 
 
 class OpenSoraScript:
@@ -13,3 +13,10 @@ class OpenSoraScript:
     mean = staticmethod(parallel.mean_over_ranks)
     gathered = staticmethod(parallel.gathered)
     shared = staticmethod(parallel.shared)
+    folder = staticmethod(optimizer.folder)
+    log_scalars = staticmethod(optimizer.log_scalars)
+    device = staticmethod(optimizer.device)
+    ema = staticmethod(optimizer.ema)
+    rate = staticmethod(optimizer.rate)
+    scale_rate = staticmethod(optimizer.scale_rate)
+    keep_state = staticmethod(optimizer.keep_state)

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import delta as delta_command
+    from opensora_perflow.tools import doctor as doctor_command
     from opensora_perflow.tools import estimate as estimate_command
     from opensora_perflow.tools import plan as plan_command
     from opensora_perflow.tools import store as store_command
@@ -56,14 +57,19 @@ def _run(arguments: Sequence[str] | None) -> int:
     estimate_command.add_commands(commands)
     plan_command.add_commands(commands)
     store_command.add_commands(commands)
-    args = vars(parser.parse_args(arguments))
+    doctor_command.add_commands(commands)
+    own, host_arguments = doctor_command.split(sys.argv[1:] if arguments is None else arguments)
+    args = vars(parser.parse_args(own))
     if args["command"] is None:
         parser.print_help()
         return 0
+    if args["command"] in ("check", "doctor"):
+        args["host_arguments"] = host_arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
     known |= {"encode": store_command.encode, "store": store_command.store}
     known |= {"delta": delta_command.run, "estimate": estimate_command.run}
+    known |= {"check": doctor_command.check, "doctor": doctor_command.doctor}
     return known[args.pop("command")](args)
 
 

@@ -9,13 +9,14 @@ first one is odd, to say what is wrong.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.training.blame import TEXT, TEXT_MASK
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch, Player
@@ -65,15 +66,26 @@ class Fit(NamedTuple):
         return known and abs(self.slope - 1) <= tolerance + 3 * self.error
 
 
+SIGN, TIME, SCALE, HALVES, DATA, DROPOUT, TEXTS = KINDS = (
+    "sign of the velocity", "time scale", "latents' scale", "channel halves", "teacher and data", "dropout in the teacher",
+    "text",
+)  # fmt: skip
+"""What may be wrong with a teacher."""
+
+
 @dataclass(frozen=True)
 class Report:
-    """What the log should say of a teacher: a warning where there are `problems`."""
+    """What is known of a teacher. problems: One of KINDS -> what is seen, and how to mend it. told: The numbers, in words;
+    empty where nothing can be said of the data. refused: It answers the opposite of what it should."""
 
     text: str
-    problems: tuple[str, ...] = ()
+    problems: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""
+    refused: bool = False
 
     @property
     def level(self) -> int:
+        """Of the line in the log."""
         return logging.WARNING if self.problems else logging.INFO
 
 
@@ -87,17 +99,26 @@ def check_trainable(model: nn.Module) -> None:
         )
 
 
-@torch.no_grad()
 def check_teacher(batch: Batch, host: Host, *, guided: bool = False) -> Report:
+    """As `examine_teacher`.
+
+    Raises:
+        ValueError: the teacher answers the opposite of what it should.
+    """
+    report = examine_teacher(batch, host, guided=guided)
+    if report.refused:
+        raise ValueError(report.text)
+    return report
+
+
+@torch.no_grad()
+def examine_teacher(batch: Batch, host: Host, *, guided: bool = False) -> Report:
     """Compare the teacher with the data of a run's first batch, and with itself.
 
     Args:
         batch: The first batch.
         host: Its sequence-parallel groups decide together.
         guided: The teacher is a student with guidance in its weights, whose answers are larger than a mean's.
-
-    Raises:
-        ValueError: the teacher answers the opposite of what it should.
     """
     unknown = _cannot_tell(batch)
     if unknown:
@@ -111,14 +132,15 @@ def check_teacher(batch: Batch, host: Host, *, guided: bool = False) -> Report:
         f"{fit.slope:.2f} ± {fit.error:.1g}, and it is {fit.size:.2f} times as large"
     )
     sound = fit.is_within(0.0) or (guided and fit.cosine > LEAST_COSINE)
-    cause = "" if sound else probe.cause(fit, answer)
+    kind, cause = ("", "") if sound else probe.cause(fit, answer)
     if fit.cosine < REFUSED:
-        raise ValueError(f"the teacher answers the opposite of what it should on these data: {told}. Most likely {cause}")
+        text = f"the teacher answers the opposite of what it should on these data: {told}. Most likely {cause}"
+        return Report(text, {kind: f"most likely {cause}", **odd}, told, refused=True)
     if cause:
-        odd = (f"a healthy teacher has a slope of 1, whatever its cosine. Most likely {cause}", *odd)
+        odd = {kind: f"a healthy teacher has a slope of 1, whatever its cosine. Most likely {cause}", **odd}
     if odd:
-        return Report(f"PeRFlow's teacher does not look right: {told}. Seen: {'; '.join(odd)}", odd)
-    return Report(f"PeRFlow's teacher fits the data: {told}")
+        return Report(f"PeRFlow's teacher does not look right: {told}. Seen: {'; '.join(odd.values())}", odd, told)
+    return Report(f"PeRFlow's teacher fits the data: {told}", told=told)
 
 
 def _cannot_tell(batch: Batch) -> str:
@@ -162,15 +184,15 @@ class _Probe:
     def fit(self, answer: Tensor, factor: float = 1.0) -> Fit:
         return Fit.of(answer, self._moving(self.teacher.process.ideal(factor * self.batch.data, self.batch.noise)))
 
-    def oddities(self, answer: Tensor) -> tuple[str, ...]:
+    def oddities(self, answer: Tensor) -> dict[str, str]:
         """What shows in one more evaluation, of the first sample's state under the text of every sample."""
         x = self.point()
         again = self.answer(x=x[:1].expand_as(x))
         size = answer[0].norm().clamp(min=1e-12)
         moved = ((again[0] - answer[0]).norm() / size).item()
-        odd = []
+        odd = {}
         if moved > 0.01:
-            odd.append(
+            odd[DROPOUT] = (
                 f"two calls with the same input differ by {moved:.0%}: dropout, or another layer that draws, is on; put the "
                 "network into eval mode or set its dropout to 0"
             )
@@ -181,44 +203,50 @@ class _Probe:
             same = _apart(again).to(different.device) < 1e-3 * size.item()
             # Tokenizers end every text with a token of its own, so that no text but the empty one is one token.
             if different.any() and isinstance(mask, Tensor) and mask.shape[-1] > 1 and mask.count_nonzero(dim=-1).max() <= 1:
-                odd.append(f"the text's mask shows one token of {mask.shape[-1]} at most: check what the text encoder gives")
+                odd[TEXTS] = f"the text's mask shows one token of {mask.shape[-1]} at most: check what the text encoder gives"
             elif different.any() and same[different].float().mean() >= 0.5:  # texts that were dropped have their own answer
-                odd.append(
+                odd[TEXTS] = (
                     "different texts get the same answer: the text's mask may show too few of its tokens, or the text encoder "
                     "is not the one that the teacher was trained with"
                 )
-        return tuple(odd)
+        return odd
 
-    def cause(self, fit: Fit, answer: Tensor) -> str:
-        """The most likely cause, in words: what makes the teacher healthy again, if anything does. Empty: nothing does, and
-        the answer is not so far off."""
+    def cause(self, fit: Fit, answer: Tensor) -> tuple[str, str]:
+        """The most likely cause, as one of KINDS and in words: what makes the teacher healthy again, if anything does. Empty:
+        nothing does, and the answer is not so far off."""
         opposite = self.fit(-answer)
-        if (
-            opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED
-        ):  # no more calls, which might be out of a network's range
-            return f"its sign is flipped (the cosine is {opposite.cosine:.2f} then)"
+        if opposite.is_within(ODD_SLOPE) and opposite.cosine > -REFUSED:
+            flipped = SIGN, "its sign is flipped", opposite
+            # On data that vary little an answer of the wrong time may be the opposite, too. Epsilon networks may have a table
+            # of timesteps, and are not asked out of its range.
+            times = () if isinstance(self.teacher.process, DDPM) else self._times()
+            tries = [flipped, *(tried for tried in times if tried[2].is_within(ODD_SLOPE))]
+            kind, words, best = max(tries, key=lambda tried: tried[2].cosine)
+            return kind, f"{words} (the cosine is {best.cosine:.2f} then)"
         better = MUCH_BETTER if fit.is_within(ODD_SLOPE) else BETTER
         least = max(fit.cosine + better, CONVINCING)
-        tries = [(words, one) for words, one in self._tries() if one.is_within(ODD_SLOPE) and one.cosine > least]
+        tries = [tried for tried in self._tries() if tried[2].is_within(ODD_SLOPE) and tried[2].cosine > least]
         if tries:
             # By the slope: data that are too small raise the cosine of an answer that is noise, as they hide less of the noise.
-            words, best = min(tries, key=lambda tried: abs(tried[1].slope - 1))
-            return f"{words} (the cosine is {best.cosine:.2f} then)"
+            kind, words, best = min(tries, key=lambda tried: abs(tried[2].slope - 1))
+            return kind, f"{words} (the cosine is {best.cosine:.2f} then)"
         if fit.is_within(WRONG_SLOPE):
-            return ""
+            return "", ""
         if fit.size <= LEAST_SIZE:
-            return "the wrong half of the network's output is taken, or the weights were not trained: the answer is nearly zero"
+            return HALVES, (
+                "the wrong half of the network's output is taken, or the weights were not trained: the answer is nearly zero"
+            )
         if abs(fit.cosine) <= LEAST_COSINE:
-            return (
+            return HALVES, (
                 "the wrong half of the network's output is taken, or the weights were not trained or not loaded: the answer "
                 "has nothing to do with the data"
             )
-        return (
+        return DATA, (
             "the latents, the text or the times are not those that the teacher was trained with (VAE and its scale, text "
             "encoder and mask, scheduler), or it is of another kind (path, sign)"
         )
 
-    def _tries(self) -> Iterator[tuple[str, Fit]]:
+    def _times(self) -> Iterator[tuple[str, str, Fit]]:
         process = self.teacher.process
         told = process.to_timestep(self.t)
         count = process.num_timesteps if process.num_timesteps > 1 else TIMESTEPS
@@ -228,10 +256,13 @@ class _Probe:
             "its time runs the other way (1 is data)": process.to_timestep(1.0 - self.t),
         }
         for words, told in times.items():
-            yield words, self.fit(self.answer(told=told))
+            yield TIME, words, self.fit(self.answer(told=told))
+
+    def _tries(self) -> Iterator[tuple[str, str, Fit]]:
+        yield from self._times()
         for factor in (10.0, 5.0, 2.0, 0.5, 0.2, 0.1):
             words = f"the latents are {max(factor, 1 / factor):g} times too {'small' if factor > 1 else 'large'}"
-            yield f"{words} (the VAE's scale)", self.fit(self.answer(factor), factor)
+            yield SCALE, f"{words} (the VAE's scale)", self.fit(self.answer(factor), factor)
 
     def _moving(self, x: Tensor) -> Tensor:
         """Without the frames that stand still."""

@@ -55,3 +55,24 @@ class Host(Protocol):
 
     def settled(self, model: nn.Module) -> nn.Module:
         """The network inside a wrapped model, with its weights complete."""
+
+    def folder(self) -> Path | None:
+        """Where the run writes its checkpoints, in the first of all processes; None in others, and where nobody knows."""
+
+    def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Show numbers where the host shows its own, in the process that does so."""
+
+    def device(self) -> torch.device | str:
+        """Where this process's numbers are, for `mean`."""
+
+    def ema(self) -> nn.Module | None:
+        """The host's average of the student's weights; None where nobody knows of one."""
+
+    def rate(self) -> float | None:
+        """The optimizer's learning rate; None where nobody knows."""
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate, of now and of what a schedule comes to."""
+
+    def keep_state(self) -> Callable[[], None]:
+        """Copy what a step changes: weights, optimizer and average. What is returned puts the copy back."""

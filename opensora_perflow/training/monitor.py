@@ -63,7 +63,7 @@ class HeldOutBatch:
                 first call only; `forget` it where they, or the teacher, change.
         """
         edges = self._solve(grids)
-        return held_out_error(self.student(self._bounds(edges)), self.states, edges, self.frame_weights)
+        return held_out_error(self.student(self.bounds(edges)), self.states, edges, self.frame_weights)
 
     @torch.no_grad()
     def squared_ends(self, grids: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +73,17 @@ class HeldOutBatch:
         if self.untrained_end is None:
             self.untrained_end = self._end_error(self.untrained, edges)
         return self._end_error(self.student, edges), self.untrained_end
+
+    @torch.no_grad()
+    def slopes(self, grids: Tensor) -> list[float]:
+        """Root mean squares of the windows' lines on the teacher's path, one a window; `grids` as above.
+
+        Raises:
+            NotFinite: see players.Player.trajectory.
+        """
+        edges = self._solve(grids)
+        lengths = (self.states.diff(dim=0).flatten(2).square().mean(dim=2)).sqrt() / edges.diff(dim=0).abs()
+        return lengths.square().mean(dim=1).sqrt().tolist()
 
     def forget(self) -> None:
         """The windows or the teacher have changed."""
@@ -86,7 +97,9 @@ class HeldOutBatch:
         return torch.cat([times[:, 0], times[-1:, -1]])
 
     @staticmethod
-    def _bounds(edges: Tensor) -> Bounds:
+    def bounds(edges: Tensor) -> Bounds:
+        """Which of the windows between edges [K + 1, B] a time lies in that is one of the edges."""
+
         def bounds(t: Tensor) -> tuple[Tensor, Tensor]:
             window_idx = ((edges >= t).sum(dim=0) - 1)[None]  # t is one of the edges, to the last bit
             return edges.gather(0, window_idx)[0], edges.gather(0, window_idx + 1)[0]
@@ -95,7 +108,7 @@ class HeldOutBatch:
 
     def _end_error(self, field_within: FieldWithin, edges: Tensor) -> Tensor:
         last = torch.full((len(self.start),), len(edges) - 1)
-        velocity = field_within(self._bounds(edges))
+        velocity = field_within(self.bounds(edges))
         x = carry_to_windows(lambda window, rows: velocity, self.start, edges, last, whole=True)
         return mean_over_frames((x - self.states[-1]).square(), self.frame_weights).double().cpu()
 
@@ -171,8 +184,9 @@ class Monitor:
             losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
             losses.append(loss.detach().mean())
 
-    def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str]:
-        """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`."""
+    def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str, Seen]:
+        """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`; and the
+        numbers."""
         ends = [held.squared_ends(grids) for held in self.batches]
         error, untrained = (torch.cat(values) for values in zip(*ends))
         count = round(self._over_ranks(host)(float(len(error))) * self.shares)
@@ -185,21 +199,19 @@ class Monitor:
             self.watch.restart()
         tolerated = (1 + self.watch.rule.tolerance) ** 2
         before = self.watch.best
-        level, text = self.watch.observe(
-            steps,
-            Seen(
-                count,
-                estimate(error).root(),
-                estimate(untrained).root(),
-                worse=estimate(error - (1 + TIE) ** 2 * untrained),
-                far=estimate(error - tolerated * untrained),
-                rise=None if self._best is None else estimate(error - tolerated * self._best),
-                spikes=self._spikes(),
-            ),
+        seen = Seen(
+            count,
+            estimate(error).root(),
+            estimate(untrained).root(),
+            worse=estimate(error - (1 + TIE) ** 2 * untrained),
+            far=estimate(error - tolerated * untrained),
+            rise=None if self._best is None else estimate(error - tolerated * self._best),
+            spikes=self._spikes(),
         )
+        level, text = self.watch.observe(steps, seen)
         if self.watch.best < before:
             self._best = error
-        return level, text
+        return level, text, seen
 
     def velocity_error(self, grids: Tensor, host: Host) -> float:
         """`HeldOutBatch.velocity_error` on the first batch, over processes, each of which has to call it."""

@@ -36,6 +36,7 @@ from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, 
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.removed import refuse_removed_keys, refuse_removed_value
 
+POLICIES = ("warn", "lower_lr", "rollback", "stop")
 SOLVERS = ("midpoint", "euler")
 GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("student", "diffused")
@@ -237,6 +238,10 @@ class WatchSettings:
     each window; the first also the teacher's path through all windows."""
     tolerance: float = key(0.25, number(low=0))
     """Share by which the error may rise above its least before a warning, >= 0."""
+    policy: str = key("warn", choice(*POLICIES))
+    """What is done where training goes wrong, see guard.py and remedies.py. warn: the log says so. lower_lr: a tenth of the
+    learning rate. rollback: weights, optimizer and EMA as they were 25 to 50 steps before, with half of their learning rate;
+    two copies are kept in the CPU's memory. stop: the script ends with the message."""
 
     def __post_init__(self) -> None:
         check_keys(self, "watch.")
@@ -260,8 +265,9 @@ class Recipe:
     objective: Any = key("perflow", _objective)
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
     watch: WatchSettings | None = key(WatchSettings(), _section(WatchSettings, none=True))
-    """Training only: dict(every=200, tolerance=0.25). Every so many steps the log says how far the student's few steps end from
-    the teacher on the run's first batch. It warns where that gets worse (see monitor.py). None: off."""
+    """Training only: dict(every=200, tolerance=0.25, policy="warn"). Every so many steps the log says how far the student's few
+    steps end from the teacher on the run's first batch. It warns where that gets worse (see monitor.py), and where a step's own
+    numbers go wrong (see guard.py). None: off."""
     allow_change: bool = key(False, switch)
     """Go on with --load although windows, process, prediction, guidance or the teacher are not those that the checkpoint was
     trained with (see state.py)."""

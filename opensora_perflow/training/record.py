@@ -1,7 +1,7 @@
 """record.jsonl: what a run measured, one line a measurement. docs/record.md has the keys.
 
-A line is appended by one write, so that a run that is killed leaves whole lines, but perhaps for the last. Readers leave out what
-is no whole line. A resumed run in the same folder appends.
+A line is appended by one write, so that a killed run leaves whole lines, but perhaps for the last. Readers leave out what is no
+whole line. A resumed run in the same folder appends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Record:
             self._end_last_line()
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append a line of a kind; NaN and infinity become null."""
+        """Append a line of a kind; NaN and infinity become null, other floats keep 6 digits."""
         if self.path is None:
             return
         line = json.dumps(_plain({"kind": kind, "step": step, **values}), allow_nan=False)
@@ -84,4 +84,6 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

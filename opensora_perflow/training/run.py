@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,21 @@ from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
-from opensora_perflow.training.blame import NotFinite, check_loss, explained
+from opensora_perflow.training.blame import blaming, check_loss
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.first_step import check_teacher, check_trainable
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.monitor import Monitor
+from opensora_perflow.training.observer import Observer
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.randomness import TrainingRandomness
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.segments import Segments, Solved, Stored
-from opensora_perflow.training.state import StudentState, check_resumed, find_state, write_state
+from opensora_perflow.training.state import StudentState, check_resumed, find_state
 from opensora_perflow.training.step import Objective, distil
 from opensora_perflow.training.store import ChainStore
 from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher, stored_teacher
+from opensora_perflow.training.vitals import Answer
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -57,11 +59,15 @@ class TrainingRun:
     A run exists from the first training step on. `TrainingRun.begin` makes it.
     """
 
+    examiner: ClassVar[Callable[[TrainingRun, Batch, nn.Module], None] | None] = None
+    """Shown each training step's batch and student, where `look` is called; `opensora-perflow doctor` sets it."""
+
     def __init__(
         self, recipe: Recipe, host: Host, teacher: Teacher, curriculum: Curriculum | None, store: ChainStore | None = None
     ) -> None:
         self.recipe, self.host, self.teacher, self.curriculum, self.store = recipe, host, teacher, curriculum, store
         self.monitor = Monitor(recipe.watch)
+        self.observer = Observer(recipe, host, self.windows.edges)
         self.randomness: TrainingRandomness | None = None
         self.looked = False
         """Was the teacher compared with data?"""
@@ -99,6 +105,8 @@ class TrainingRun:
         run._resume(model, describe)
         run.shares = check_agreement(settings_of(recipe, describe(run), host_keys), host)
         run.monitor = Monitor(recipe.watch, run.randomness.rank, run.shares)
+        run.observer.restart_at(run.windows.edges)
+        run.observer.begin(describe(run))
         return run
 
     @property
@@ -154,6 +162,8 @@ class TrainingRun:
         Raises:
             ValueError: see first_step.check_trainable and first_step.check_teacher.
         """
+        if TrainingRun.examiner is not None:
+            TrainingRun.examiner(self, batch, model)
         if self.looked:
             return
         self.looked = True
@@ -166,16 +176,21 @@ class TrainingRun:
 
     def solve(self, batch: Batch, model: nn.Module) -> Segment:
         """The first half of a step: the teacher's solution of the windows that were drawn."""
+        if torch.is_grad_enabled():
+            self.observer.before_step(self.randomness.steps - 1)
         with self._blaming(batch, model):
             return self.segments.of(batch)
 
     def learn(self, batch: Batch, segment: Segment, objective: Objective, model: nn.Module) -> Tensor:
         """The second half of a step: the losses [B]; with gradients enabled the run also measures itself."""
         with self._blaming(batch, model):
-            loss = distil(batch, objective, segment)
+            answer = Answer()
+            loss = distil(batch, objective, segment, answer.note)
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
                 self.monitor.note_loss(loss)
+                step = self.randomness.steps - 1
+                self.observer.after_loss(step, batch, segment, loss, answer, model, self.teacher.network)
                 measures = self.monitor.watch is not None or self.curriculum is not None
                 if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
@@ -184,13 +199,8 @@ class TrainingRun:
                 self._measure(model)
         return loss
 
-    @contextmanager
-    def _blaming(self, batch: Batch, model: nn.Module) -> Iterator[None]:
-        try:
-            yield
-        except NotFinite as error:
-            networks = {"the student": model, "the teacher": self.teacher.network}
-            raise explained(error, batch, self.randomness.steps, networks) from None
+    def _blaming(self, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
+        return blaming(batch, self.randomness.steps, {"the student": model, "the teacher": self.teacher.network})
 
     @property
     def segments(self) -> Segments:
@@ -223,6 +233,7 @@ class TrainingRun:
         changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
         if changed or curriculum is not self.curriculum:
             self.monitor = Monitor(recipe.watch, self.randomness.rank, self.shares)
+            self.observer = Observer(recipe, self.host, self.windows.edges)
         self.recipe, self.curriculum = recipe, curriculum
 
     def _resume(self, model: nn.Module, describe: Callable[[TrainingRun], StudentState]) -> None:
@@ -250,7 +261,7 @@ class TrainingRun:
             )
         (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
-        self.host.before_each_save(lambda folder: write_state(folder, describe(self)))
+        self.host.before_each_save(lambda folder: self.observer.save(folder, describe(self)))
 
     def _measure(self, model: nn.Module) -> None:
         """Measure where it is time to, say so, and begin the next stage where one has ended."""
@@ -260,13 +271,13 @@ class TrainingRun:
         staged = curriculum is not None and curriculum.wants_measurement()
         grids = self.solver_grids if watched or staged else None
         if watched:
-            level, text = self.monitor.observe(steps, grids, self.host)
-            if self.randomness.rank == 0:  # the others would say the same
-                logger.log(level, text)
+            seen = self.monitor.observe(steps, grids, self.host)
+            self.observer.held_out(steps, *seen)
         if staged and self._stage_ends(self.monitor.velocity_error(grids, self.host)):
             if curriculum.teacher_is_student:
                 self._teach_by(model)
             self.monitor.restart()
+            self.observer.restart(steps, self.windows.edges)
         elif curriculum is not None:
             curriculum.progress.step += 1
 

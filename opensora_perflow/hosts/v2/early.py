@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,11 +105,12 @@ def _check_plugin(config: Mapping[str, Any], recipe: Recipe) -> None:
 
 
 def _check_host() -> None:
+    colossalai = sys.modules.get("colossalai")  # train.py has imported it; `check` does not wait for that
+    if colossalai is None:
+        return
     from colossalai.checkpoint_io import CheckpointIO
 
     if not hasattr(CheckpointIO, "synchronize"):
-        import colossalai
-
         raise ValueError(
             f"Open-Sora 2.0's train.py calls CheckpointIO.synchronize, which ColossalAI {colossalai.__version__} does not "
             "have; install colossalai>=0.5.0"

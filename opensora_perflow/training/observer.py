@@ -1,0 +1,154 @@
+"""Looks after a run: measures its steps, keeps the record, and has the guard's breaches dealt with."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from opensora_perflow.method.segment import Segment
+from opensora_perflow.training.guard import Breach, Guard
+from opensora_perflow.training.host import Host
+from opensora_perflow.training.players import Batch
+from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.training.record import FORMAT, Record
+from opensora_perflow.training.remedies import Remedies
+from opensora_perflow.training.state import StudentState, write_state
+from opensora_perflow.training.vitals import Answer, Instruments, Vitals
+
+if TYPE_CHECKING:
+    from opensora_perflow.training.watch import Seen
+
+logger = logging.getLogger("opensora_perflow")
+
+FIRST_STEPS = 8
+"""What the doctor looks at."""
+SHOWN = ("loss", "update", "grad_norm")
+"""Of a step, for the host's TensorBoard and wandb."""
+
+
+class Observer:
+    """One run's.
+
+    Args:
+        recipe, host: See there.
+        edges: The windows', in untransformed time.
+    """
+
+    def __init__(self, recipe: Recipe, host: Host, edges: Sequence[float]) -> None:
+        self.recipe, self.host = recipe, host
+        self.record = Record(host.folder())
+        self.guard = None if recipe.watch is None else Guard(edges)
+        self.remedies = Remedies("warn" if recipe.watch is None else recipe.watch.policy, host)
+        self.instruments: Instruments | None = None
+        self.seen: list[Vitals] = []
+        """Of the first steps, up to FIRST_STEPS."""
+        self.rate: float | None = None
+        self.count = len(edges) - 1
+        self._began = time.time()
+
+    def begin(self, state: StudentState) -> None:
+        """The line that a run, or its next part, begins with."""
+        known = asdict(state)
+        self.record.write(
+            "begin", state.steps, format=FORMAT, version=state.version, time=round(self._began), windows=list(state.windows),
+            recipe=known_recipe(self.recipe), state=known,
+        )  # fmt: skip
+
+    def before_step(self, step: int) -> None:
+        """Deal with what the step before showed.
+
+        Raises:
+            ValueError: see remedies.Remedies.act.
+        """
+        back = self.remedies.act(step)
+        if back is not None:
+            self.record.write("rollback", step, to=back)
+            self.instruments.forget_move()
+            if self.guard is not None:
+                self.guard.go_back()
+
+    def after_loss(
+        self, step: int, batch: Batch, segment: Segment, loss: Tensor, answer: Answer, student: nn.Module, teacher: nn.Module
+    ) -> None:
+        """Measure a training step whose losses [B] are known."""
+        if self.instruments is None:
+            draws = self.recipe.draws
+            self.instruments = Instruments(student, teacher, self.host.ema(), draws.overlap == 0 and not draws.grids)
+        elif self.instruments.teacher is not teacher:
+            self.instruments.teach_by(teacher)
+        seen = self.instruments.read(batch, segment, loss, answer)
+        if len(self.seen) < FIRST_STEPS:
+            self.seen.append(seen)
+        self._write(step, seen)
+        if self.guard is not None:
+            for breach in self.guard.observe(step, seen):
+                self.report(step, breach)
+
+    def report(self, step: int, breach: Breach) -> None:
+        """Say a breach, write it down, and have it dealt with."""
+        where = "" if breach.window is None else f" in window {breach.window}"
+        logger.warning("PeRFlow after %d training steps, %s%s: %s", step, breach.cause, where, breach.text)
+        policy = self.remedies.policy if breach.curable or self.remedies.policy == "stop" else "warn"
+        self.record.write("breach", step, cause=breach.cause, window=breach.window, text=breach.text, policy=policy)
+        self.remedies.note(breach)
+
+    def held_out(self, step: int, level: int, text: str, seen: Seen) -> None:
+        """A measurement of the monitor: in the log, in the record, and a breach where the log warns."""
+        self.record.write(
+            "held_out", step, error=seen.error.mean, error_se=seen.error.error, untrained=seen.untrained.mean,
+            untrained_se=seen.untrained.error, count=seen.count,
+        )  # fmt: skip
+        self.host.log_scalars(step, {"held_out_error": seen.error.mean})
+        if level >= logging.WARNING:
+            self.report(step, Breach("held-out error", text, curable=True))
+        else:
+            logger.log(level, text)
+
+    def save(self, folder: Path, state: StudentState) -> None:
+        """What lies beside a checkpoint, and that there is one; see `state.write_state`."""
+        write_state(folder, state)
+        self.record.write("checkpoint", state.steps, folder=folder.name)
+
+    def restart_at(self, edges: Sequence[float]) -> None:
+        """A resumed run is at another stage than its first."""
+        self.count = len(edges) - 1
+        if self.guard is not None:
+            self.guard.restart(edges)
+
+    def restart(self, step: int, edges: Sequence[float]) -> None:
+        """A curriculum's next stage."""
+        self.record.write("stage", step, windows=list(edges))
+        self.restart_at(edges)
+
+    def _write(self, step: int, seen: Vitals) -> None:
+        mean = sum(seen.loss) / len(seen.loss)
+        self.rate = self.host.rate()
+        values: dict[str, Any] = {
+            "time": time.time() - self._began,
+            "loss": mean,
+            "window_loss": seen.by_window(seen.loss, self.count),
+            "window_count": [seen.window.count(k) for k in range(self.count)],
+            "window_spread": seen.by_window(seen.spread, self.count),
+            "window_shift": seen.by_window(seen.shift, self.count),
+            "window_motion": seen.by_window(seen.relative_motion, self.count),
+            "data_std": sum(seen.data_std) / len(seen.data_std),
+            "data_motion": sum(seen.data_motion) / len(seen.data_motion),
+            "grad_norm": seen.grad_norm,
+            "update": seen.update,
+            "ema_update": seen.ema_update,
+            "rate": self.rate,
+        }
+        self.record.write("step", step, **values)
+        self.host.log_scalars(step, {name: values[name] for name in SHOWN if math.isfinite(values[name])})
+
+
+def known_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The method's keys with their defaults, as JSON takes them."""
+    return {**asdict(recipe), "windows": list(recipe.windows.edges)}
