@@ -259,4 +259,7 @@ def test_threads_are_one_unless_more_are_twice_as_fast(several, one, chosen, mon
     with threads.few_threads(work):
         assert torch.get_num_threads() == chosen
     assert torch.get_num_threads() == 4
+    torch.set_num_threads(2)
+    with threads.few_threads(lambda: pytest.fail("two threads need no trial")):
+        assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
