@@ -101,6 +101,22 @@ def test_windows_may_be_edges_of_the_store(tmp_path, monkeypatch, network):
 of = segments.Stored.of
 
 
+def test_a_student_of_a_store_is_not_taken_for_its_own_teacher(tmp_path, caplog, network):
+    _, _, args = write(tmp_path, network)
+    student = deepcopy(network).train()
+    scheduler = PeRFlow(**{**FIXED, "watch": dict(every=100)}, draws=dict(seed=3), teacher=dict(stored=str(tmp_path)))
+    chains = {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)]).bfloat16()}
+    for _ in range(3):
+        loss = scheduler.training_losses(student, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})["loss"].mean()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        student.zero_grad()
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_the_run_measures_itself_without_a_teacher(tmp_path, caplog, network):
     caplog.set_level("INFO")
     _, _, args = write(tmp_path, network)

@@ -75,9 +75,16 @@ class Observer:
                 self.guard.go_back()
 
     def after_loss(
-        self, step: int, batch: Batch, segment: Segment, loss: Tensor, answer: Answer, student: nn.Module, teacher: nn.Module
+        self,
+        step: int,
+        batch: Batch,
+        segment: Segment,
+        loss: Tensor,
+        answer: Answer,
+        student: nn.Module,
+        teacher: nn.Module | None,
     ) -> None:
-        """Measure a training step whose losses [B] are known."""
+        """Measure a training step whose losses [B] are known; `teacher` None: stored chains."""
         if self.instruments is None:
             draws = self.recipe.draws
             self.instruments = Instruments(student, teacher, self.host.ema(), draws.overlap == 0 and not draws.grids)

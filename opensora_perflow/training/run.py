@@ -190,7 +190,8 @@ class TrainingRun:
             if torch.is_grad_enabled():  # not where losses are only evaluated
                 self.monitor.note_loss(loss)
                 step = self.randomness.steps - 1
-                self.observer.after_loss(step, batch, segment, loss, answer, model, self.teacher.network)
+                teacher = self.teacher.network if self.store is None else None
+                self.observer.after_loss(step, batch, segment, loss, answer, model, teacher)
                 measures = self.monitor.watch is not None or self.curriculum is not None
                 if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)

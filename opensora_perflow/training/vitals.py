@@ -153,17 +153,17 @@ class Instruments:
     """What measures a run's steps.
 
     Args:
-        student, teacher: Networks. ema: Its average; None: none that is known.
+        student: The network. teacher: Its teacher; None: stored chains. ema: Its average; None: none that is known.
         exact_windows: Do drawn times lie in the drawn window? Overlapping windows also train times above.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, ema: nn.Module | None = None, exact_windows: bool = True
+        self, student: nn.Module, teacher: nn.Module | None, ema: nn.Module | None = None, exact_windows: bool = True
     ) -> None:
         self._weights = [
             WeightSample(student, gradients=True),
             None if ema is None else WeightSample(ema),
-            WeightSample(teacher, trained=False),
+            None if teacher is None else WeightSample(teacher, trained=False),
         ]
         self.exact_windows = exact_windows
         self.teacher = teacher
@@ -200,7 +200,7 @@ class Instruments:
         count = table.shape[1]
         lists = {name: numbers[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         lists["window"] = [int(k) for k in lists["window"]]
-        trains = self.teacher.training and not adapters(self.teacher)
+        trains = self.teacher is not None and self.teacher.training and not adapters(self.teacher)
         return Vitals(**lists, **dict(zip(SINGLE, numbers[-len(SINGLE) :])), teacher_trains=trains)
 
 
