@@ -9,8 +9,7 @@ faults    Each fault in each world where it has a meaning: who named it, after h
 healthy   Runs of other seeds with batches of 4 and 16, under the doctor's checks and 50 steps of the guard: false alarms.
 rollback  The learning rate rises a hundredfold at step 60 of 200: the held-out error at the end beside a healthy run's, for
           each policy.
-cost      Seconds of the guard and the record beside those of a step; --device cuda: alone, beside weights of STDiT3-XL/2's
-number.
+cost      Seconds of the guard and the record beside those of a step.
 
 World stdit3 is Open-Sora's own class with the demo's weights: --open-sora ROOT. CPU, OMP_NUM_THREADS=1.
 """
@@ -36,17 +35,11 @@ from worlds import MixtureWorld, VideoWorld, World
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.optimizer import kept, rate_of, scale_rates
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.method.draws import draw
-from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
-from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.examination import Case, examine
-from opensora_perflow.training.guard import Guard
 from opensora_perflow.training.plan_file import write_plan
-from opensora_perflow.training.players import Batch
 from opensora_perflow.training.run import TrainingRun
 from opensora_perflow.training.state import write_state
-from opensora_perflow.training.vitals import Answer, Instruments
 
 STEPS = 50
 RATES = {"mixture": 1e-3, "video": 2e-4, "stdit3": 2e-4}
@@ -355,26 +348,6 @@ def rollback(world: World, seed: int, batch_size: int, steps: int = 200, spike: 
     return errors
 
 
-def cost_alone(device: str, tensors: int = 1000, size: int = 1024, repeats: int = 50) -> float:
-    """Seconds of one reading beside networks of `tensors` weights, size x size each, and two 360p latents of 51 frames."""
-    network = nn.ParameterList(nn.Parameter(torch.randn(size, size, device=device).bfloat16()) for _ in range(tensors))
-    teacher = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in network)
-    average = nn.ParameterList(nn.Parameter(p.detach().float(), requires_grad=False) for p in network)
-    windows = WarpedWindows(TimeWindows.uniform(4), 2, device=device)
-    drawn = draw(windows, solver_steps=2, edge_mass=0.75, per_solve=2)
-    start, end = torch.randn(2, 2, 4, 15, 45, 80, device=device)
-    batch = Batch(start, end, windows, drawn, None, 1.0)
-    segment, answer = Segment(start, end, drawn.t_start, drawn.t_end), Answer((start, drawn.t_start, end))
-    instruments, guard, seconds = Instruments(network, teacher, average), Guard(windows.windows.edges), []
-    for step in range(repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        guard.observe(step, instruments.read(batch, segment, torch.ones(2, device=device), answer))
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[repeats // 2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("faults", "healthy", "rollback", "cost"), required=True)
@@ -383,14 +356,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=int, default=10, help="healthy runs of a world")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of --what cost: networks of 1.05 B weights, without a step")
     parser.add_argument("--only", help="one fault")
     parser.add_argument("--json", type=Path, help="also write the rows of --what faults")
     args = parser.parse_args()
     logging.getLogger("opensora_perflow").propagate = False
-    if args.device:
-        print(f"{args.device}: {1e3 * cost_alone(args.device):.2f} ms a step beside 1.05 B weights")
-        return
     rows: list[dict[str, Any]] = []
     for name in args.world:
         world = make_world(name, args.open_sora)
