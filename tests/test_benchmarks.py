@@ -91,3 +91,12 @@ def test_workers_end_with_the_process_that_was_killed(tmp_path):
 def test_damaged_weights_are_refused_by_name(script):
     ends = script("faults_files").damaged_files(150, seed=3)
     assert ends["raw"] == ends["silent"] == 0 and ends["told"] > 100, ends
+
+
+def test_faults_are_named_and_a_healthy_run_is_left_alone(script):
+    faults = script("faults")
+    world = faults.make_world("mixture", None)
+    for trial in faults.FAULTS:
+        if trial.name in ("swapped edges", "dead EMA", "stale windows file"):
+            assert faults.named(faults.run(world, trial, 0, 4, steps=10), trial), trial.name
+    assert faults.run(world, faults.HEALTHY, 0, 4, steps=10).said == []

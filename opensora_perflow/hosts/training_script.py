@@ -50,7 +50,8 @@ def first_steps(script: Path, config: Path, arguments: Sequence[str], examiner: 
     with tempfile.TemporaryDirectory(prefix="perflow-doctor-") as folder:
         # 1.0 and 1.1 take no --outputs; and a config may be read from another place than its own.
         child = Path(folder) / config.name
-        child.write_text(f"_base_ = {str(config.resolve())!r}\noutputs = {str(Path(folder) / 'outputs')!r}\nwandb = False\n")
+        changes = {"_base_": str(config.resolve()), "outputs": str(Path(folder) / "outputs"), "wandb": False, "ckpt_every": 0}
+        child.write_text("".join(f"{name} = {value!r}\n" for name, value in changes.items()))
         sys.argv = [str(script), str(child), *arguments]
         TrainingRun.examiner = staticmethod(examiner)
         try:

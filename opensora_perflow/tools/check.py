@@ -99,9 +99,9 @@ def open_sora(plan: Plan) -> Iterator[Finding]:
 
 def data(plan: Plan) -> Iterator[Finding]:
     """The CSV, its files, and which of its clips fit a bucket."""
+    captions = str(plan.section("dataset").get("type", "")).startswith("perflow_captions")
     path = plan.section("dataset").get("data_path") or plan.config.get("data_path")  # 1.0 has no section
     if path is None:
-        captions = str(plan.section("dataset").get("type", "")).startswith("perflow_captions")
         yield Finding(
             "data", None if captions else False, "no data_path", "a CSV",
             "add -- --data-path videos.csv (2.0: --dataset.data-path videos.csv)",
@@ -111,6 +111,9 @@ def data(plan: Plan) -> Iterator[Finding]:
         rows = _rows(Path(path), header=plan.tag != "v1.0.0")
     except (OSError, ValueError, csv.Error) as error:
         yield Finding("data", False, f"{path}: {error}", "a CSV with path and text", "write one, see docs/recipes.md")
+        return
+    if captions:  # texts alone
+        yield Finding("data", bool(rows), f"{len(rows)} rows of captions", "rows", "write some")
         return
     files = [row["path"] for row in rows if row.get("path")]
     missing = [name for name in files[:200] if not os.path.exists(name)]

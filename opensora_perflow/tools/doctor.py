@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -36,7 +37,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         description=(
             "Runs `check`, and then Open-Sora's own train.py for its first steps, as it will run: with its VAE, text encoder,\n"
             "booster and data. Looks at teacher, student, windows, guidance, masks, targets, optimizer and EMA. What the "
-            "script\nwrites is removed. One process."
+            "script\nwrites is removed. As many processes as training has: torchrun --nproc_per_node 8 -m opensora_perflow "
+            "doctor ..."
         ),
         epilog=(
             "examples:\n"
@@ -132,5 +134,6 @@ def _subject(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(findings: Sequence[Finding], as_json_text: bool) -> int:
-    print(json.dumps(as_json(findings), indent=1) if as_json_text else table(findings))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the others have seen the same, on samples of their own
+        print(json.dumps(as_json(findings), indent=1) if as_json_text else table(findings))
     return 0 if healthy(findings) else 1

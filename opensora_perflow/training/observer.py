@@ -99,24 +99,27 @@ class Observer:
                 self.report(step, breach)
 
     def report(self, step: int, breach: Breach) -> None:
-        """Say a breach, write it down, and have it dealt with."""
+        """Say a breach, write it down, and have it dealt with. Each process tells of its own samples."""
         where = "" if breach.window is None else f" in window {breach.window}"
         logger.warning("PeRFlow after %d training steps, %s%s: %s", step, breach.cause, where, breach.text)
+        self._deal_with(step, breach)
+
+    def _deal_with(self, step: int, breach: Breach) -> None:
         policy = self.remedies.policy if breach.curable or self.remedies.policy == "stop" else "warn"
         self.record.write("breach", step, cause=breach.cause, window=breach.window, text=breach.text, policy=policy)
         self.remedies.note(breach)
 
     def held_out(self, step: int, level: int, text: str, seen: Seen) -> None:
-        """A measurement of the monitor: in the log, in the record, and a breach where the log warns."""
+        """A measurement of the monitor, of all processes: in the log, in the record, and a breach where the log warns."""
+        if self.host.rank() == 0:  # the others would say the same
+            logger.log(level, text)
         self.record.write(
             "held_out", step, error=seen.error.mean, error_se=seen.error.error, untrained=seen.untrained.mean,
             untrained_se=seen.untrained.error, count=seen.count,
         )  # fmt: skip
         self.host.log_scalars(step, {"held_out_error": seen.error.mean})
         if level >= logging.WARNING:
-            self.report(step, Breach("held-out error", text, curable=True))
-        else:
-            logger.log(level, text)
+            self._deal_with(step, Breach("held-out error", text, curable=True))
 
     def save(self, folder: Path, state: StudentState) -> None:
         """What lies beside a checkpoint, and that there is one; see `state.write_state`."""
