@@ -24,7 +24,7 @@ from opensora_perflow.training.guard import BLANK, SHARE_BLANK, STILL
 from opensora_perflow.training.monitor import HeldOutBatch, Monitor
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.run import TrainingRun
-from opensora_perflow.training.step import held
+from opensora_perflow.training.segments import held
 from opensora_perflow.training.teacher import fingerprint
 from opensora_perflow.training.vitals import data_variation
 
