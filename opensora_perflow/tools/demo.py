@@ -104,6 +104,7 @@ def run(settings: DemoSettings) -> dict[str, Any]:
         outcome = _distil_and_compare(settings, clips, vae, text_encoder, teacher, folder)
         _say(5)
         report.write(folder, outcome, vae)
+        logger.info("the page")
         outcome.result.update({"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu})
         report.write_result(folder, outcome.result)
     return outcome.result
