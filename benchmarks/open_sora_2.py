@@ -1,4 +1,4 @@
-"""A tiny Open-Sora 2.0: its own MMDiT on the demo's clips, trained and sampled by the expressions of its scripts.
+"""Open-Sora 2.0 without its scripts: its own MMDiT, tiny or whole, trained and sampled by the scripts' expressions.
 
 Text encoders are the stand-ins of hosts/v2/tiny.py, latents those of the demo's codec (worlds/codec.py).
 """

@@ -55,7 +55,9 @@ def test_sampling_tells_each_step_its_length(steps):
     text.null = network.y_embedder.y_embedding.new_zeros
     sizes = {name: torch.full((2,), float(value)) for name, value in TOLD.items()}
     call = lambda: scheduler.sample(network, text, z, CAPTIONS, additional_args=sizes, progress=False)  # noqa: E731
-    for k, (t, told_length) in enumerate(lengths_told(network, call)):
+    found = lengths_told(network, call)
+    assert len(found) == steps
+    for k, (t, told_length) in enumerate(found):
         assert torch.allclose(t, torch.full((2,), 1 - k / steps, dtype=torch.float64), atol=1e-3)
         # Features of a timestep are float32 and have a small part in this direction, see scale_input.py.
         assert torch.allclose(told_length, torch.full((2,), 1 / steps, dtype=torch.float64), atol=2e-3)

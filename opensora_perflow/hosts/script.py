@@ -16,6 +16,22 @@ from mmengine.registry import Registry
 from opensora_perflow.training.state import find_state
 
 
+def use_checkout(open_sora: Path | None, version: str = "") -> None:
+    """Have `opensora` imported from a checkout; None: the installed one.
+
+    `version`: Of Open-Sora, that is wanted, in words for the error.
+
+    Raises:
+        ValueError: no checkout there.
+    """
+    if open_sora is None:
+        return
+    root = open_sora.resolve()
+    if not (root / "opensora" / "registry.py").is_file():
+        raise ValueError(f"--open-sora must be the root of an Open-Sora{version and ' ' + version} checkout, got {str(root)!r}")
+    sys.path.insert(0, str(root))
+
+
 def main_variable(name: str) -> Any:
     """A variable of main() of the Open-Sora script that is calling; None where it has none, or when called from elsewhere."""
     frame = sys._getframe(1)

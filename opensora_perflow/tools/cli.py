@@ -256,12 +256,14 @@ def _embed(args: dict) -> int:
 
 
 def _add_merge(commands: argparse._SubParsersAction) -> None:
+    from opensora_perflow.tools.layouts import LAYOUTS
+
     parser = commands.add_parser(
         "merge",
         help="write adapters (LoRA) and their base as the weights of one network",
         description=(
             'Adds what a training with model=dict(type="perflow_lora") has learned to the weights that it started from, and\n'
-            "writes OUT/model/model.safetensors and OUT/perflow.json: a checkpoint folder that the base's own type loads."
+            "writes a network that the base's own type loads, with its perflow.json."
         ),
         epilog=(
             "example: opensora-perflow merge outputs/000-perflow_lora/epoch0-global_step4000 student \\\n"
@@ -270,7 +272,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("out", type=Path, metavar="OUT", help=f"not there yet: {LAYOUTS}")
     parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
     _add_ema(parser)
 

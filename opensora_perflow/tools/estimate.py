@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from opensora_perflow import portable
 from opensora_perflow.checks import check_num_steps, number
 from opensora_perflow.hosts import meta
 from opensora_perflow.hosts.outline import Outline
+from opensora_perflow.hosts.script import use_checkout
 from opensora_perflow.tools.residents import residents
 from opensora_perflow.tools.step_memory import changes, memory_of, seconds_of, stored_bytes
 from opensora_perflow.tools.step_units import Units
@@ -30,11 +30,7 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
     """
     if not config.is_file():
         raise ValueError(f"no config at {str(config)!r}")
-    if open_sora is not None:
-        root = open_sora.resolve()
-        if not (root / "opensora" / "registry.py").is_file():
-            raise ValueError(f"--open-sora must be the root of an Open-Sora checkout, got {str(root)!r}")
-        sys.path.insert(0, str(root))
+    use_checkout(open_sora)
     logging.getLogger("opensora_perflow.portable").setLevel(logging.WARNING)  # nothing of it is computed with
     portable.activate()
     meta.prepare()

@@ -32,7 +32,6 @@ PARITY = 0.02
 """Relative difference that two ways to the same number may have: bfloat16 has steps of 1/256."""
 ROUNDINGS = 8
 """Of a network's precision, that a guided answer may be off by: guidance multiplies the difference of two answers."""
-LESS = f"less than {PARITY:.0%}"
 LARGEST_SLOPE = 20.0
 """Of a window's line, in root mean squares of data and noise."""
 

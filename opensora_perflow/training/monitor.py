@@ -22,9 +22,9 @@ from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.objectives import mean_over_frames, perflow
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.players import Batch
-from opensora_perflow.training.recipe import Guidance, WatchSettings
+from opensora_perflow.training.recipe import Guidance
 from opensora_perflow.training.segments import Segments, held, path_times, teacher_path
-from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch
+from opensora_perflow.training.watch import ENOUGH, TIE, Estimate, Seen, Watch, WatchSettings
 
 FieldWithin = Callable[[Bounds], Velocity]
 """A student's field, given where the window of a time begins and ends."""

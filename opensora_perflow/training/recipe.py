@@ -35,8 +35,8 @@ from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.removed import refuse_removed_keys, refuse_removed_value
+from opensora_perflow.training.watch import WatchSettings
 
-POLICIES = ("warn", "lower_lr", "rollback", "stop")
 SOLVERS = ("midpoint", "euler")
 GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("student", "diffused")
@@ -226,25 +226,6 @@ class Stages:
 
     def __post_init__(self) -> None:
         check_keys(self, "curriculum.")
-
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """When a run measures itself, and what it warns of."""
-
-    every: int = key(200, whole())
-    """Training steps between two measurements, >= 1. The first ones come after a quarter and a half of that: a learning rate
-    that is too high shows early. Not earlier: a good one may lose a little at first. One costs an evaluation of the student for
-    each window; the first also the teacher's path through all windows."""
-    tolerance: float = key(0.25, number(low=0))
-    """Share by which the error may rise above its least before a warning, >= 0."""
-    policy: str = key("warn", choice(*POLICIES))
-    """What is done where training goes wrong, see guard.py and remedies.py. warn: the log says so. lower_lr: a tenth of the
-    learning rate. rollback: weights, optimizer and EMA as they were 25 to 50 steps before, with half of their learning rate;
-    two copies are kept in the CPU's memory. stop: the script ends with the message."""
-
-    def __post_init__(self) -> None:
-        check_keys(self, "watch.")
 
 
 @dataclass(frozen=True)

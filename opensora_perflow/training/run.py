@@ -207,7 +207,7 @@ class TrainingRun:
     def segments(self) -> Segments:
         """Where segments come from. A student of the stage before takes the Euler steps that it was trained for."""
         if self.store is not None:
-            return Stored(self.store, self.windows)
+            return Stored(self.store)
         solver = "euler" if self.teacher.is_student else self.recipe.teacher.solver
         return Solved(self.recipe.draws.starts, solver, self.teacher.source)
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from opensora_perflow.conventions import shift_time, unshift_time
 from opensora_perflow.method.sampler import carry_to_windows
 from opensora_perflow.method.segment import Segment
-from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.blame import NotFinite, check_way
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.recipe import Guidance
@@ -74,13 +73,9 @@ class Solved:
 
 @dataclass(frozen=True)
 class Stored:
-    """Segments of a store's chains: no teacher is asked.
-
-    windows: The student's, whose edges are among the store's.
-    """
+    """Segments of a store's chains, among whose edges the student's are: no teacher is asked."""
 
     store: ChainStore
-    windows: TimeWindows
 
     def of(self, batch: Batch) -> Segment:
         drawn, ratio = batch.drawn, batch.windows.ratio
@@ -93,8 +88,8 @@ class Stored:
         return self.store.states(batch.chains, torch.zeros_like(batch.chains)).to(batch.noise)
 
     def edge(self, batch: Batch, guidance: Guidance, x: Tensor, times: Tensor, k: int) -> Tensor:
-        place = self.store.places(self.windows)[k + 1]
-        return self.store.states(batch.chains, place.expand(len(x))).to(x)
+        places = self.store.nearest(unshift_time(times[-1], batch.windows.ratio))
+        return self.store.states(batch.chains, places).to(x)
 
 
 def _units(batch: Batch) -> Callable[[Tensor], Tensor] | None:

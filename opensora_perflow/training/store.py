@@ -236,14 +236,6 @@ class ChainStore:
             scales[samples] = self._shards.tensor(number, "scales")[rows]
         return scales
 
-    def places(self, windows: TimeWindows) -> Tensor:
-        """Which of the store's edges a training's edges are, [K + 1].
-
-        Raises:
-            ValueError: an edge that the store does not have.
-        """
-        return torch.tensor([self.origin.windows.index(edge) for edge in windows.edges])
-
     def nearest(self, u: Tensor) -> Tensor:
         """Which of the store's edges each untransformed time [B] is, [B], on the CPU."""
         edges = torch.tensor(self.origin.windows, dtype=torch.float64)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opensora_perflow.training.recipe import WatchSettings
+from opensora_perflow.checks import check_keys, choice, key, number, whole
+
+POLICIES = ("warn", "lower_lr", "rollback", "stop")
 
 ENOUGH = 16
 """Samples that a measurement needs before it may warn: 4 of 5 healthy runs with 4 of them were told that they got worse."""
@@ -19,6 +21,25 @@ TIE = 0.02
 """Share by which an error may exceed an untrained network's without a word: the first steps of a warm-up change nothing yet."""
 SURE = 3.0
 """Standard errors beyond which a difference is no accident of the samples."""
+
+
+@dataclass(frozen=True)
+class WatchSettings:
+    """When a run measures itself, and what it warns of."""
+
+    every: int = key(200, whole())
+    """Training steps between two measurements, >= 1. The first ones come after a quarter and a half of that: a learning rate
+    that is too high shows early. Not earlier: a good one may lose a little at first. One costs an evaluation of the student for
+    each window; the first also the teacher's path through all windows."""
+    tolerance: float = key(0.25, number(low=0))
+    """Share by which the error may rise above its least before a warning, >= 0."""
+    policy: str = key("warn", choice(*POLICIES))
+    """What is done where training goes wrong, see guard.py and remedies.py. warn: the log says so. lower_lr: a tenth of the
+    learning rate. rollback: weights, optimizer and EMA as they were 25 to 50 steps before, with half of their learning rate;
+    two copies are kept in the CPU's memory. stop: the script ends with the message."""
+
+    def __post_init__(self) -> None:
+        check_keys(self, "watch.")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """`opensora-perflow embed`: a prompt through the text encoder of an Open-Sora config, to a file for guidance.negative."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opensora_perflow import portable
+from opensora_perflow.hosts.script import use_checkout
 from opensora_perflow.hosts.v1.negative_text import write_negative
 
 
@@ -29,11 +29,7 @@ def embed(config: Path, prompt: str, out: Path, open_sora: Path | None = None) -
 
 
 def _text_encoder(config: Path, open_sora: Path | None) -> Any:
-    if open_sora is not None:
-        root = open_sora.resolve()
-        if not (root / "opensora" / "registry.py").is_file():
-            raise ValueError(f"--open-sora must be the root of an Open-Sora 1.x checkout, got {str(root)!r}")
-        sys.path.insert(0, str(root))
+    use_checkout(open_sora, "1.x")
     portable.activate()
     try:
         from opensora.registry import MODELS, build_module

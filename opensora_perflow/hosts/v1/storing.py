@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from opensora_perflow import portable
+from opensora_perflow.hosts.script import use_checkout
 from opensora_perflow.hosts.v1.chain_solver import ChainSolver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
 from opensora_perflow.hosts.v1.encoded_text import EncodedText, are_encoded, encode_captions, write_latent_sizes
@@ -130,11 +130,7 @@ def read_training_config(config: Path, open_sora: Path | None, data_path: Path |
     Raises:
         ValueError: no Open-Sora 1.x, a config without a section that is needed, or another scheduler than perflow.
     """
-    if open_sora is not None:
-        root = open_sora.resolve()
-        if not (root / "opensora" / "registry.py").is_file():
-            raise ValueError(f"--open-sora must be the root of an Open-Sora 1.x checkout, got {str(root)!r}")
-        sys.path.insert(0, str(root))
+    use_checkout(open_sora, "1.x")
     portable.activate()
     try:
         import opensora.datasets
