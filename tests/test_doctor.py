@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from opensora_perflow import PeRFlow
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.tools.check import check_config
 from opensora_perflow.tools.cli import main
+from opensora_perflow.tools.doctor import estimated
 from opensora_perflow.training.examination import Case, examine
 from opensora_perflow.training.findings import Finding, as_json, healthy, table
 from opensora_perflow.training.run import TrainingRun
@@ -190,3 +192,28 @@ def test_a_network_that_overflows_fp16_is_named_with_its_windows(monkeypatch):
     network.register_forward_hook(lambda module, args, output: (output * 1e6).half().float() / 1e6)
     with pytest.raises(ValueError, match="NaN or infinity"):
         examined(monkeypatch, network)
+
+
+def counted(peak: float, changes: list[str]) -> str:
+    """What `estimate --json` prints, behind what packages say when they are imported."""
+    rows = [
+        {"bucket": "144p x 1", "batch": 8, "peak": 2**30, "changes": []},
+        {"bucket": "144p x 51", "batch": 4, "peak": int(peak * 2**30), "changes": changes},
+    ]
+    return "a package's words\n" + json.dumps({"gpus": 8, "parts": {"weights": 2**30, "EMA": 2**29}, "buckets": rows})
+
+
+def test_the_memory_that_is_counted_is_compared_with_the_card(monkeypatch):
+    """1.5 GiB stay; the largest bucket decides, and its remedies are the estimator's."""
+    found = estimated(counted(22.5, []), "")
+    assert found.passed is None and "1.50 GiB stay on each, 22.50 at the peak of a step (144p x 51, batch 4)" in found.measured
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * 2**30))
+    assert estimated(counted(22.5, []), "").passed is True
+    found = estimated(counted(30.0, ["batch size 2 (20.0 GiB)"]), "")
+    assert found.passed is False and found.remedy == "144p x 51: batch size 2 (20.0 GiB)" and "24.0 GiB" in found.expected
+
+
+def test_a_training_that_cannot_be_counted_is_no_failure():
+    found = estimated("", "Traceback\nopensora-perflow: the config has no model\n")
+    assert found.passed is None and found.measured == "not counted: the config has no model"

@@ -198,9 +198,10 @@ def disk(plan: Plan) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     source = plan.section("model").get("from_pretrained")
     size = os.path.getsize(source) if isinstance(source, str) and os.path.isfile(source) else 0
+    needed = f"{2 * CHECKPOINT * size / 2**30:.1f} GiB for two checkpoints" if size else "more than 64 MiB: no weights to go by"
     yield Finding(
-        "disk", free > max(2 * CHECKPOINT * size, 2**26), f"{free / 2**30:.1f} GiB free in {folder}",
-        f"{2 * CHECKPOINT * size / 2**30:.1f} GiB for two checkpoints", "free some, or set outputs to another disk",
+        "disk", free > max(2 * CHECKPOINT * size, 2**26), f"{free / 2**30:.1f} GiB free in {folder}", needed,
+        "free some, or set outputs to another disk",
     )  # fmt: skip
 
 

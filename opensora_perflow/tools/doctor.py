@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from opensora_perflow.tools.check import check_config
@@ -35,10 +37,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "doctor",
         help="check a training config with its networks and data: the first steps of Open-Sora's own train.py",
         description=(
-            "Runs `check`, and then Open-Sora's own train.py for its first steps, as it will run: with its VAE, text encoder,\n"
-            "booster and data. Looks at teacher, student, windows, guidance, masks, targets, optimizer and EMA. What the "
-            "script\nwrites is removed. As many processes as training has: torchrun --nproc_per_node 8 -m opensora_perflow "
-            "doctor ..."
+            "Runs `check` and `estimate`, and then Open-Sora's own train.py for its first steps, as it will run: with VAE,\n"
+            "text encoder, booster and data. Looks at teacher, student, windows, guidance, masks, targets, optimizer and EMA.\n"
+            "What the script writes is removed. As many processes as training has:\n"
+            "torchrun --nproc_per_node 8 -m opensora_perflow doctor ..."
         ),
         epilog=(
             "examples:\n"
@@ -75,8 +77,11 @@ def doctor(args: dict[str, Any]) -> int:
     """
     findings = check_config(**_subject(args))
     if healthy(findings):
-        with redirect_stdout(sys.stderr):  # the script's own words
-            findings += first_steps(**_subject(args))
+        with _start_estimate(args["config"], args["open_sora"]) if _is_first() else nullcontext() as counting:
+            with redirect_stdout(sys.stderr):  # the script's own words
+                findings += first_steps(**_subject(args))
+            if counting is not None:
+                findings.append(estimated(*counting.communicate()))
     else:
         findings.append(Finding("first steps", None, "not run before the above is mended"))
     return _show(findings, args["json"])
@@ -129,11 +134,46 @@ def first_steps(config: Path, root: Path | None, arguments: Sequence[str]) -> li
     return findings
 
 
+def _start_estimate(config: Path, root: Path | None) -> subprocess.Popen[str]:
+    """`estimate` in a process of its own: one that counts on the meta device cannot train."""
+    command = [sys.executable, "-m", "opensora_perflow", "estimate", str(config), "--json"]
+    command += ["--gpus", os.environ.get("WORLD_SIZE", "1"), *(() if root is None else ("--open-sora", str(root)))]
+    if torch.cuda.is_available():
+        command += ["--memory", str(torch.cuda.get_device_properties(0).total_memory / 2**30)]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone)
+
+
+def estimated(answer: str, errors: str) -> Finding:
+    """What `estimate --json` printed on its two streams, as a finding; skipped where no GPU is there to compare with."""
+    try:
+        found = json.loads(answer[answer.index("{") :])
+        largest = max(found["buckets"], key=lambda row: row["peak"])
+    except ValueError:
+        said = errors.strip().splitlines() or ["nothing"]
+        return Finding("estimate", None, f"not counted: {said[-1].removeprefix('opensora-perflow: ')}")
+    resident, peak = sum(found["parts"].values()) / 2**30, largest["peak"] / 2**30
+    measured = (
+        f"counted for {found['gpus']} GPU: {resident:.2f} GiB stay on each, {peak:.2f} at the peak of a step "
+        f"({largest['bucket']}, batch {largest['batch']})"
+    )
+    if not torch.cuda.is_available():
+        return Finding("estimate", None, measured)
+    too_much = [f"{row['bucket']}: {'; or '.join(row['changes'])}" for row in found["buckets"] if row["changes"]]
+    limit = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Finding("estimate", not too_much, measured, f"at most 95 % of {limit:.1f} GiB", " | ".join(too_much))
+
+
 def _subject(args: dict[str, Any]) -> dict[str, Any]:
     return {"config": args["config"], "root": args["open_sora"], "arguments": args["host_arguments"]}
 
 
 def _show(findings: Sequence[Finding], as_json_text: bool) -> int:
-    if os.environ.get("RANK", "0") == "0":  # under torchrun the others have seen the same, on samples of their own
+    if _is_first():
         print(json.dumps(as_json(findings), indent=1) if as_json_text else table(findings))
     return 0 if healthy(findings) else 1
+
+
+def _is_first() -> bool:
+    """Is this the process that speaks? Under torchrun the others see the same, on samples of their own."""
+    return os.environ.get("RANK", "0") == "0"

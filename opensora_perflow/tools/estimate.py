@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
         raise ValueError(f"no config at {str(config)!r}")
     use_checkout(open_sora)
     logging.getLogger("opensora_perflow.portable").setLevel(logging.WARNING)  # nothing of it is computed with
+    warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # sizes are all that is wanted
     portable.activate()
     meta.prepare()
     try:
@@ -85,6 +88,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="TFLOP/s that a GPU reaches, not its data sheet's (default: an H200 in bf16, 175 for STDiT and 450 for MMDiT)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=4000, help="training steps, for the hours (default 4000)")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds, instead of tables")
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
 
 
@@ -100,8 +104,32 @@ def run(args: dict[str, Any]) -> int:
     if gpus % plan.sequence_parallel:
         raise ValueError(f"--gpus must be a multiple of the config's sp_size {plan.sequence_parallel}, got {gpus}")
     parts = parts_of(plan, gpus)
-    _print_parts(plan, parts, gpus)
-    return _print_buckets(plan, parts, gpus, args["tflops"] or plan.tflops, steps, None if limit is None else limit * GIB)
+    rows = _rows(plan, parts, gpus, args["tflops"] or plan.tflops, None if limit is None else limit * GIB)
+    if args["json"]:
+        rows = list(rows)
+        print(json.dumps({"gpus": gpus, "parts": parts, "buckets": rows}, indent=1))
+    else:
+        _print_parts(plan, parts, gpus)
+        rows = _print_buckets(plan, rows, args["tflops"] or plan.tflops, steps)
+    return int(any(row["changes"] for row in rows))
+
+
+def _rows(plan: Outline, parts: Mapping[str, int], gpus: int, tflops: float, limit: float | None) -> Iterator[dict[str, Any]]:
+    """Of each bucket: bytes, seconds, and what to change where its peak is above the limit, in bytes."""
+    for bucket in plan.buckets:
+        memory = memory_of(plan, bucket, parts, gpus)
+        kept, checkpointed = memory.activations(False, True)
+        fits = limit is None or memory.peak <= MARGIN * limit
+        yield {
+            "bucket": bucket.name,
+            "batch": bucket.batch,
+            "kept": kept,
+            "checkpointed": checkpointed,
+            "peak": memory.peak,
+            "seconds": seconds_of(plan, bucket, memory, tflops),
+            "clip": stored_bytes(plan, bucket),
+            "changes": [] if fits else changes(bucket, memory, MARGIN * limit),
+        }
 
 
 def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:
@@ -114,8 +142,9 @@ def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:
     print(f"  {'together':14}{sum(parts.values()) / GIB:8.3g} GiB a GPU, without activations\n")
 
 
-def _print_buckets(plan: Outline, parts: Mapping[str, int], gpus: int, tflops: float, steps: int, limit: float | None) -> int:
-    units, missing = Units.of(plan.recipe), 0
+def _print_buckets(plan: Outline, rows: Iterator[dict[str, Any]], tflops: float, steps: int) -> list[dict[str, Any]]:
+    """Print each row as soon as it is counted; the rows."""
+    units, printed = Units.of(plan.recipe), []
     forwards = units.forwards(plan.checkpointing, plan.adapters)
     print(
         f"a step: {forwards:.1f} forwards (way {units.way:g}, teacher {units.teacher:g}, {units.trained} with a gradient), "
@@ -123,14 +152,10 @@ def _print_buckets(plan: Outline, parts: Mapping[str, int], gpus: int, tflops: f
     )
     columns = ("batch", "kept", "checkp.", "peak", "s a step", "hours", "MiB a clip")
     print(f"{'bucket (GiB)':>16}" + "".join(f"{name:>11}" for name in columns))
-    for bucket in plan.buckets:
-        memory = memory_of(plan, bucket, parts, gpus)
-        seconds = seconds_of(plan, bucket, memory, tflops)
-        sizes = [*memory.activations(False, True), memory.peak]
-        row = [*(size / GIB for size in sizes), seconds, seconds * steps / 3600, stored_bytes(plan, bucket) / 2**20]
-        line = f"{bucket.name:>16}{bucket.batch:11d}" + "".join(f"{value:11.3g}" for value in row)
-        if limit is not None and memory.peak > MARGIN * limit:
-            missing += 1
-            line += f"   too much: {'; or '.join(changes(bucket, memory, MARGIN * limit))}"
-        print(line, flush=True)
-    return int(missing > 0)
+    for row in rows:
+        printed.append(row)
+        sizes = [row[name] / GIB for name in ("kept", "checkpointed", "peak")]
+        numbers = [*sizes, row["seconds"], row["seconds"] * steps / 3600, row["clip"] / 2**20]
+        line = f"{row['bucket']:>16}{row['batch']:11d}" + "".join(f"{value:11.3g}" for value in numbers)
+        print(line + (f"   too much: {'; or '.join(row['changes'])}" if row["changes"] else ""), flush=True)
+    return printed

@@ -50,6 +50,7 @@ def test_the_doctor_runs_the_first_steps_of_train_py(host_root: Path, host_tag: 
     sound = [name for name in SOUND if host_tag not in ("1.0", "1.1") or name not in ("CFG parity", "targets")]
     assert {name: rows[name]["status"] for name in sound} == dict.fromkeys(sound, "passed"), rows
     assert rows["trained weights"]["status"] == "passed" and rows["EMA"]["status"] == "passed", rows
+    assert "at the peak of a step" in rows["estimate"]["measured"], rows["estimate"]
     assert not (tmp_path / "outputs").exists()
 
 
@@ -66,3 +67,4 @@ def test_the_doctor_runs_the_first_steps_of_2_0(host2_root: Path, small_clips: C
     rows = doctor(host2_root, config, tmp_path)
     assert {name: rows[name]["status"] for name in SOUND} == dict.fromkeys(SOUND, "passed"), rows
     assert rows["trained weights"]["status"] == "passed", rows
+    assert "at the peak of a step" in rows["estimate"]["measured"], rows["estimate"]
