@@ -573,11 +573,14 @@ def test_cached_download_can_be_imported_and_says_what_to_install(packages) -> N
 
 
 ACCELERATOR = """
+import torch
 class CpuAccelerator:
     name = "cpu"
     def Stream(self): raise RuntimeError("not supported")
     current_stream = default_stream = stream = synchronize = Stream
     def get_current_device(self): return "cpu"
+    def get_rng_state(self, device=None): return torch.get_rng_state(device)
+    def manual_seed(self, seed): raise RuntimeError("not supported")
 _current = CpuAccelerator()
 def get_accelerator(): return _current
 def set_accelerator(accelerator):
@@ -596,6 +599,15 @@ def test_cpu_accelerator_gets_streams(no_cuda: None, packages) -> None:
     accelerator.Stream().wait_stream(accelerator.current_stream())
     with accelerator.stream(accelerator.default_stream()):
         accelerator.synchronize()
+
+
+def test_cpu_accelerator_seeds_torchs_generator(no_cuda: None, packages) -> None:
+    packages("colossalai", {"accelerator/__init__.py": ACCELERATOR})
+    assert cpu_accelerator.install()
+    from colossalai.accelerator import get_accelerator
+
+    get_accelerator().manual_seed(3)
+    assert torch.equal(get_accelerator().get_rng_state(), torch.Generator().manual_seed(3).get_state())
 
 
 ZERO = """

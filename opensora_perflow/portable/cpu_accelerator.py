@@ -1,7 +1,9 @@
 """ColossalAI's CPU accelerator with streams that do nothing, so that its ZeRO optimizer can ask for them.
 
 The accelerator of 0.4.6 raises for Stream, current_stream, stream and synchronize (accelerator/cpu_accelerator.py), and
-zero/low_level/low_level_optim.py:326-330 and bookkeeping/bucket_store.py:22 call them without looking.
+zero/low_level/low_level_optim.py:326-330 and bookkeeping/bucket_store.py:22 call them without looking. Linear layers
+of tensor parallelism (shardformer/layer/utils.py:158) read a generator's state, where the accelerator of 0.4.6 and 0.5.0 hands
+torch an argument that torch does not take, and seed the generator, where it raises.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from opensora_perflow.portable.imports import announce, has_cuda, is_installed, when_imported
 
@@ -39,6 +44,12 @@ def _with_streams(base: type) -> type:
 
         def synchronize(self, device: Any = None) -> None:
             return None
+
+        def get_rng_state(self, device: Any = None) -> Tensor:
+            return torch.get_rng_state()
+
+        def manual_seed(self, seed: int) -> None:
+            torch.manual_seed(seed)
 
     return StreamingCpuAccelerator
 

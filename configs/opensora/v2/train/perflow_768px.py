@@ -1,4 +1,4 @@
-# As perflow_256px.py at 768px as well, with Open-Sora's sequence parallelism of stage 2, in which this plugin was not run yet.
+# As perflow_256px.py at 768px as well, with Open-Sora's sequence parallelism of stage 2, whose ring attention was not run.
 #   torchrun --nproc_per_node 8 scripts/diffusion/train.py CONFIG --dataset.data-path videos.csv --exp_name full_768px
 #
 # Four GPUs share one video of 77,000 tokens. Weights of student, teacher and encoders are whole on each of them, see
