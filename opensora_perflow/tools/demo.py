@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow.checks import check_keys, key, number, whole
+from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
-from opensora_perflow.method.motion import motion_report
-from opensora_perflow.method.solvers import solve
-from opensora_perflow.planning.fine_path import follow
-from opensora_perflow.planning.probe import Probe
 from opensora_perflow.registry import SCHEDULERS, build_module
-from opensora_perflow.tools import outputs, report
+from opensora_perflow.tools import compare, outputs, report
 from opensora_perflow.tools.probes import LATENT_SHAPE, guided_field, shuffled, sizes
 from opensora_perflow.tools.threads import few_threads
 from opensora_perflow.training.ema import Ema, decay_of
@@ -35,12 +32,8 @@ from opensora_perflow.worlds.text import TinyTextEncoder
 
 logger = logging.getLogger("opensora_perflow")
 
-WINDOWS = (1.0, 0.90625, 0.796875, 0.53125, 0.0)
-"""Every second edge of those that `opensora-perflow plan --windows 8` chose for the tiny teacher: most errors begin early."""
-REFERENCE = (10, 8, 10, 8)
-"""Midpoint steps in each window of the guided teacher that the others are compared with: most where the path is curved. As near
-to the converged path as 512 Euler steps, see benchmarks/README.md."""
 STAGES = ("clips", "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
+STUDENT = "student, 4 steps"
 QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8}
 """What `--quick` changes."""
 
@@ -75,15 +68,6 @@ class DemoSettings:
             raise ValueError(f"num_samples must be >= 2, to compare distributions, got {self.num_samples}")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Noise and prompts that every sampler gets, with the sizes that Open-Sora's scripts send along."""
-
-    noise: Tensor
-    prompts: list[str]
-    sizes: dict[str, Tensor]
-
-
 def run(settings: DemoSettings) -> dict[str, Any]:
     """Run the demo and return what it wrote to results.json.
 
@@ -110,6 +94,16 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     return outcome.result
 
 
+class _Host(OpenSora):
+    """No script of Open-Sora: the run writes its record into the demo's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def folder(self) -> Path:
+        return self._folder
+
+
 @torch.no_grad()
 def _evaluate(network: nn.Module, text_encoder: TinyTextEncoder) -> None:
     """One guided evaluation of eight samples."""
@@ -134,66 +128,61 @@ def _distil_and_compare(
     scheduler = build_module(
         dict(
             type="perflow",
-            windows=WINDOWS,
+            windows=compare.WINDOWS,
             guidance=dict(mode="fixed", scale=settings.guidance_scale),
             draws=dict(seed=settings.seed),
         ),
         SCHEDULERS,
     )
+    scheduler.host = _Host(folder)
     student = build_network(settings.open_sora)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
     _say(2)
-    path = _teacher_path(teacher, text_encoder, batch, settings)
-    report.write_frames(folder, {"teacher": path.states[-1]}, batch.prompts, vae)
+    path = compare.teacher_path(teacher, text_encoder, batch, settings.guidance_scale, progress=True)
+    report.write_frames(folder, {"teacher": path.end}, batch.prompts, vae)
     logger.info("first picture, what the teacher draws: %s", folder / "frames.png")
     _say(3)
     history, averaged = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
     _say(4)
+    own = {steps: compare.teacher_sampler(steps, settings.guidance_scale) for steps in (30, 4)}
     samplers = {
-        "teacher, 30 steps": (30, 2, teacher),
-        "teacher, 4 steps": (4, 2, teacher),
-        "student, 4 steps": (4, 1, averaged),
-        report.RAW: (4, 1, student),
+        "teacher, 30 steps": (own[30], teacher),
+        "teacher, 4 steps": (own[4], teacher),
+        STUDENT: (scheduler, averaged),
+        report.RAW: (scheduler, student),
     }
-    steps = sum(REFERENCE)
-    samples, rows = {f"teacher, {steps} midpoint steps": path.states[-1]}, []
-    rows.append(_row(*samples, 4 * steps, path.seconds, path.states[-1], path, batch.prompts, vae))
-    for name, (steps, branches, network) in samplers.items():
-        start = time.process_time()
-        own = _teacher_sampler(steps, settings.guidance_scale) if network is teacher else scheduler
-        with torch.no_grad():
-            samples[name] = own.sample(
-                network, text_encoder, batch.noise, batch.prompts, "cpu", additional_args=batch.sizes, progress=steps > 4
-            )
-        rows.append(_row(name, steps * branches, time.process_time() - start, samples[name], path, batch.prompts, vae))
+    sampled = {name: compare.sample(*pair, text_encoder, batch, progress=pair[0] is own[30]) for name, pair in samplers.items()}
+    steps = len(path.fine.times) - 1
+    reference = compare.Sampled(path.end, path.fine.states[:-1], 4 * steps, path.seconds)
+    sampled = {f"teacher, {steps} midpoint steps": reference, **sampled}
+    fields = [
+        guided_field(network, text_encoder, batch.prompts, batch.sizes, scale)
+        for network, scale in ((teacher, settings.guidance_scale), (averaged, 1.0))
+    ]
+    edges = scheduler.windows.edges
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "samplers": rows,
-        "windows": _window_errors(scheduler, teacher, averaged, text_encoder, batch, path),
+        "samplers": [_row(name, one, path.end, batch.prompts, vae) for name, one in sampled.items()],
+        "windows": compare.window_errors(edges, *fields, path.at(edges)),
+        "paths": compare.drawn_paths(path, sampled[STUDENT], batch.prompts),
         "loss": {"first": float(np.mean(history[:10])), "last": float(np.mean(history[-10:]))},
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
         "unknown_captions": report.unknown_captions(clips.captions),
     }
+    samples = {name: one.latents for name, one in sampled.items()}
     own_clips = None if settings.videos is None else clips
     return report.Outcome(result, samples, batch.prompts, averaged, scheduler.state(), history, own_clips)
 
 
-@dataclass(frozen=True)
-class TeacherPath:
-    """The guided teacher's states at every window edge, from fine steps, and the CPU seconds that they took."""
-
-    states: list[Tensor]
-    seconds: float
-
-
-def _row(name: str, nfe: int, seconds: float, x: Tensor, path: TeacherPath, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
+def _row(name: str, sampled: compare.Sampled, reference: Tensor, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
     """A sampler's row of the table."""
+    x = sampled.latents
     return {
         "sampler": name,
-        "nfe": nfe,
-        "seconds_per_sample": seconds / len(x),
-        "endpoint_error": endpoint_error(x, path.states[-1]),
-        "energy_distance": energy_distance(x, path.states[-1]),
+        "nfe": sampled.nfe,
+        "seconds_per_sample": sampled.seconds / len(x),
+        "endpoint_error": endpoint_error(x, reference),
+        "energy_distance": energy_distance(x, reference),
         "motion_energy": temporal_difference_energy(x),
         "as_described": report.as_described(vae, x, prompts),
     }
@@ -245,31 +234,11 @@ def _own_clips(settings: DemoSettings, folder: Path) -> ClipSet:
 
 def _sampling_batch(
     settings: DemoSettings, captions: list[str], latent_shape: torch.Size, shape: tuple[int, int, int]
-) -> Batch:
+) -> compare.Batch:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     noise = torch.randn(settings.num_samples, *latent_shape, generator=generator)
     prompts = shuffled(captions, settings.num_samples, generator)
-    return Batch(noise, prompts, sizes(settings.num_samples, *shape))
-
-
-def _teacher_sampler(steps: int, guidance_scale: float) -> Any:
-    """The teacher's own sampler: one window and guidance make `perflow` Open-Sora's rflow (benchmarks/sampler_parity.py)."""
-    return build_module(dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=guidance_scale), SCHEDULERS)
-
-
-@torch.no_grad()
-def _teacher_path(teacher: nn.Module, text_encoder: Any, batch: Batch, settings: DemoSettings) -> TeacherPath:
-    start = time.process_time()
-    velocity = guided_field(teacher, text_encoder, batch.prompts, batch.sizes, settings.guidance_scale)
-    path = follow(Probe(velocity, batch.noise), reference_times(), substeps=1, method="midpoint", progress=True)
-    states = [path.states[path.times.tolist().index(edge)] for edge in WINDOWS]
-    return TeacherPath(states, time.process_time() - start)
-
-
-def reference_times() -> list[float]:
-    """The grid of REFERENCE, from 1 to 0."""
-    windows = zip(WINDOWS, WINDOWS[1:], REFERENCE)
-    return [start + (end - start) * i / count for start, end, count in windows for i in range(count)] + [0.0]
+    return compare.Batch(noise, prompts, sizes(settings.num_samples, *shape))
 
 
 def _train(
@@ -311,24 +280,3 @@ def _train(
     averaged = deepcopy(student.eval())
     averaged.load_state_dict(ema.averages, strict=False)  # buffers are not averaged
     return history, averaged
-
-
-@torch.no_grad()
-def _window_errors(
-    scheduler: Any, teacher: nn.Module, student: nn.Module, text_encoder: Any, batch: Batch, path: TeacherPath
-) -> list[dict[str, float]]:
-    """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at."""
-    edges = scheduler.windows.edges
-    fields = {
-        "teacher": guided_field(teacher, text_encoder, batch.prompts, batch.sizes, scheduler.recipe.guidance.scale),
-        "student": guided_field(student, text_encoder, batch.prompts, batch.sizes, 1.0),
-    }
-    rows = []
-    for k, (t_start, t_end) in enumerate(zip(edges, edges[1:])):
-        times = torch.tensor([[t_start], [t_end]], dtype=torch.float64).expand(2, len(batch.noise))
-        row = {"t_start": t_start, "t_end": t_end}
-        for name, velocity in fields.items():
-            row[name] = endpoint_error(solve(velocity, path.states[k], times), path.states[k + 1])
-        rows.append(row)
-    motion = motion_report(fields["student"], path.states, torch.tensor(edges, dtype=torch.float64))
-    return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]
