@@ -18,7 +18,9 @@ from opensora_perflow.hosts.v1 import keys as keys_v1
 from opensora_perflow.hosts.v2 import keys as keys_v2
 from opensora_perflow.registry import OBJECTIVES, SCHEDULERS, build_module
 from opensora_perflow.tools import cli
+from opensora_perflow.tools.compare import WINDOWS
 from opensora_perflow.training import recipe
+from opensora_perflow.training.state import METADATA_KEY, StudentState
 from opensora_perflow.worlds.model import load_teacher
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -98,7 +100,9 @@ def test_every_opensora_perflow_command_is_accepted_as_written(path, monkeypatch
 def test_code_of_the_pages_runs(tmp_path, monkeypatch):
     """The tutorial's sampling of a demo's student in both languages, and the README's clips."""
     monkeypatch.chdir(tmp_path)
-    write_state_dict(tmp_path / "perflow_demo" / "student.safetensors", load_teacher().state_dict(), {"format": "pt"})
+    state = StudentState(windows=WINDOWS, transform=None, path="linear", prediction="velocity", guidance={})
+    metadata = {"format": "pt", METADATA_KEY: state.to_json()}
+    write_state_dict(tmp_path / "perflow_demo" / "student.safetensors", load_teacher().state_dict(), metadata)
     for name in ("tutorial.md", "tutorial_zh.md"):
         (code,) = blocks(REPOSITORY / "docs" / name, "python")
         exec(compile(code, name, "exec"), {})

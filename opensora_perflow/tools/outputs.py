@@ -75,18 +75,18 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
     # A mount point, or a folder in one that may not be written to, has no place beside it.
     beside = not out.is_dir() or (os.access(out.parent, os.W_OK) and not os.path.ismount(out))
     home = out.parent if beside else out
-    unfinished, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
+    prefix, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
     # A run that was killed while it replaced files one by one left some of them.
     killed = any(home.glob(f"{_escaped(finished)}*"))
     if not killed:
         kind.refuse_foreign(out)
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
-        for left in _left_by_killed(home, unfinished):
+        for left in _left_by_killed(home, prefix):
             shutil.rmtree(left, ignore_errors=True)
         for left in _left_by_killed(home, finished):
             _recover(left, out, kind)
-        folder = Path(tempfile.mkdtemp(prefix=unfinished, dir=home))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
         in_use = _try_lock(folder)
     removable = True
     try:
@@ -96,7 +96,7 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
                 kind.refuse_foreign(out)
             removable = False
             # From here on the folder may hold the user's files, and no half of one.
-            folder = folder.rename(home / folder.name.replace(unfinished, finished, 1))
+            folder = folder.rename(home / folder.name.replace(prefix, finished, 1))
             _put_in_place(folder, out, kind)
             removable = True
     finally:
@@ -104,6 +104,12 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
             os.close(in_use)
         if removable:  # else the next run looks what is in it
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Folders in which runs write now what will be in `out`, or did until they were killed."""
+    out = Path(os.path.realpath(out))
+    return [folder for home in (out.parent, out) for folder in home.glob(f"{_escaped(f'.{out.name}.unfinished-')}*")]
 
 
 def _put_in_place(new: Path, out: Path, kind: Kind) -> None:
