@@ -17,7 +17,8 @@ from torch import Tensor
 
 from opensora_perflow.checkpoints import read_state_dict, write_state_dict
 from opensora_perflow.hosts.script import ema_decay_of
-from opensora_perflow.tools.layouts import check_free, metadata_of, new_folder, write_weights
+from opensora_perflow.tools.layouts import check_free, metadata_of, write_weights
+from opensora_perflow.tools.outputs import new_folder
 from opensora_perflow.training.state import StudentState, averages_beside, find_state, write_state
 
 logger = logging.getLogger("opensora_perflow")

@@ -82,12 +82,9 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
         kind.refuse_foreign(out)
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
-        for left in _left_by_killed(home, prefix):
-            shutil.rmtree(left, ignore_errors=True)
         for left in _left_by_killed(home, finished):
             _recover(left, out, kind)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
-        in_use = _try_lock(folder)
+        folder, in_use = _begin(home, prefix)
     removable = True
     try:
         yield folder
@@ -104,6 +101,33 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
             os.close(in_use)
         if removable:  # else the next run looks what is in it
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` at the end, or disappears on an error; `out` is not there yet.
+
+    What killed processes left of earlier ones is removed.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent):
+        folder, in_use = _begin(out.parent, f".{out.name}.unfinished-")
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's is its owner's alone
+        os.rename(folder, out)
+    finally:
+        if in_use is not None:
+            os.close(in_use)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(home: Path, prefix: str) -> tuple[Path, int | None]:
+    """A new folder and what locks it for as long as this process lives; callers hold the lock of `home`."""
+    for left in _left_by_killed(home, prefix):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    return folder, _try_lock(folder)
 
 
 def unfinished(out: Path) -> list[Path]:
