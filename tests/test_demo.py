@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -239,6 +241,23 @@ def test_help_teaches(capsys):
     text = capsys.readouterr().out
     for expected in ("--videos", "--open-sora", "side_by_side.mp4", "3 minutes", "--quick", "default 100"):
         assert expected in text
+
+
+@pytest.mark.parametrize("start", [["-m", "opensora_perflow"], ["bin/opensora-perflow"]])
+def test_a_slow_command_says_something_before_torch_is_loaded(start, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "opensora-perflow").write_text("import opensora_perflow")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    for command, said in (("demo", "opensora-perflow demo: loading torch\n"), ("report", "")):
+        done = subprocess.run(
+            [sys.executable, *start, command],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr, done.stdout) == (7, said, "")
 
 
 def test_the_command_alone_shows_help_and_its_version(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 DEMO = Path("perflow_demo")
@@ -40,6 +41,7 @@ def ui(args: dict) -> int:
     missing = [str(path) for path in args["runs"] if not path.exists()]
     if missing:
         raise ValueError(f"RUN must be there, got {', '.join(missing)}, where nothing is")
+    print("opensora-perflow ui: loading gradio", file=sys.stderr, flush=True)
     try:
         from opensora_perflow.tools.studio.layout import serve
     except ModuleNotFoundError as error:
