@@ -12,14 +12,14 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import gradio
+import torch
 
 from opensora_perflow.tools import report
 from opensora_perflow.tools.studio import runs, show
 from opensora_perflow.tools.studio.students import MOST_STEPS, Studio, find_students
-from opensora_perflow.tools.threads import few_threads
 
 TITLE = "PeRFlow studio"
-EVERY = 3.0
+EVERY = 5.0
 """Seconds between two looks at a run."""
 CSS = """
 .gradio-container { max-width: 1360px !important; margin: 0 auto; }
@@ -127,16 +127,16 @@ def serve(places: Sequence[Path], out: Path, port: int | None, share: bool, read
         ready: Called with the page's address.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks its own server whether it is there
+    torch.set_num_threads(1)  # threads of one sample of a tiny network wait for each other
     training = runs.Training(out)
-    with few_threads(lambda: None):
-        page = build(places, out, training)
-        try:
-            _, address, public = page.launch(
-                server_name="127.0.0.1", server_port=port, share=share, quiet=True, prevent_thread_lock=True, css=CSS,
-                theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=[],
-            )  # fmt: skip
-            ready(public or address)
-            threading.Event().wait()
-        finally:
-            training.stop()
-            page.close(verbose=False)
+    page = build(places, out, training)
+    try:
+        _, address, public = page.launch(
+            server_name="127.0.0.1", server_port=port, share=share, quiet=True, prevent_thread_lock=True, css=CSS,
+            theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]), footer_links=[],
+        )  # fmt: skip
+        ready(public or address)
+        threading.Event().wait()
+    finally:
+        training.stop()
+        page.close(verbose=False)

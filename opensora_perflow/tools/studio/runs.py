@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -13,10 +14,18 @@ from pathlib import Path
 from opensora_perflow.tools import outputs
 from opensora_perflow.tools.page.runs import CURVE, RECORD, RESULT, Run, read_run
 
+DEMO = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from opensora_perflow.tools.cli import main
+sys.exit(main())
+"""
+"""The command, which Ctrl-C ends also where a shell has this process ignore Ctrl-C."""
+
 
 def find_runs(places: Sequence[Path]) -> dict[str, Path]:
     """Folders of runs that have something to show, by the name that they are chosen by: a place itself, and those in it."""
-    folders = [folder for place in places for folder in (place, *sorted(place.glob("*/"), reverse=True))]
+    folders = [folder for place in places for folder in (place, *sorted(place.glob("[!.]*/"), reverse=True))]
     return {str(folder): folder for folder in folders if newest(folder) is not None}
 
 
@@ -64,14 +73,14 @@ class Training:
         """Begin a demo, unless one runs."""
         if self.runs:
             return
-        command = [sys.executable, "-m", "opensora_perflow", "demo", "--out", str(self.out), *(["--quick"] if quick else [])]
+        command = [sys.executable, "-c", DEMO, "demo", "--out", str(self.out), *(["--quick"] if quick else [])]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def stop(self) -> None:
         """End it as Ctrl-C does: what was complete before stays."""
         if self.runs:
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate() if os.name == "nt" else self._process.send_signal(signal.SIGINT)
             try:
                 self._process.wait(timeout=30)
             except subprocess.TimeoutExpired:
@@ -85,11 +94,8 @@ class Training:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
         if not self.runs:
-            return (
-                f"Finished: {self.out}/report.html"
-                if self._process.returncode == 0
-                else f"Ended: {lines[-1] if lines else 'no word'}"
-            )
+            last = lines[-1] if lines else "without a word"
+            return f"Finished: {self.out}/report.html" if self._process.returncode == 0 else f"Ended: {last}"
         stage = next((line for line in reversed(lines) if line.startswith("stage ")), "starting")
         bar = lines[-1] if lines and "%|" in lines[-1] else ""
         return f"{stage}. {bar}"
