@@ -23,12 +23,11 @@ out (on a GPU they say little: the process waits).
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import multiprocessing
 import os
-import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -39,19 +38,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chains import solve
 from distil import distil
-from matplotlib.figure import Figure
+from measures import squared_errors
+from tables import write
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from worlds import MixtureWorld, MMDiTWorld, VideoWorld, World
 
-from opensora_perflow.atomic import replacing
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
-from opensora_perflow.tools.plots import save_figure
+from opensora_perflow.planning.fine_path import follow
+from opensora_perflow.planning.probe import Probe
+from opensora_perflow.tools.probes import guided_field
 from opensora_perflow.training.ema import Ema, decay_of
 
 REFERENCE_STEPS = 512
 TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
+AT_ONCE = 32
+"""Samples whose fine path is solved together."""
 CURVE_POINTS = 15
 EMA = " (EMA)"
 """After a recipe's name: the average of its weights, by the rule of training/ema.py; without, those of its last step."""
@@ -70,6 +74,8 @@ class Recipe:
     steps: tuple[int, ...] = (4, 8, 16)
     lr_factor: float = 1.0
     """What the world's peak learning rate is multiplied by."""
+    chains: int = 0
+    """Of the store that it trains from, solved at its beginning; 0: the teacher solves at every step."""
 
 
 @dataclass(frozen=True)
@@ -155,20 +161,33 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, world: World, num_samples: int, seed: int, floor: bool = True, reference_steps: int = REFERENCE_STEPS
+        cls, world: World, num_samples: int, seed: int, floor: bool = True, reference_steps: int | None = None
     ) -> Evaluation:
+        """`reference_steps`: Euler steps to the endpoints; None: as the world says."""
         generator = torch.Generator().manual_seed(1000 + seed)
         noise, other = torch.randn(2, num_samples, *world.latent_shape, generator=generator).to(world.device)
         # Seeds take turns, so that few samples each see all prompts together.
         prompts = [world.prompts[(seed * num_samples + i) % len(world.prompts)] for i in range(num_samples)]
         evaluation = cls(world, noise, prompts)
-        evaluation.endpoints = evaluation.sample(host_sampler(world, reference_steps), world.teacher, progress=True)
+        evaluation.endpoints = evaluation.reference(reference_steps)
         if not floor:
             return evaluation
         # 64 steps are the same distribution to well below the floor's own noise, and 8 times cheaper.
         again = evaluation.sample(host_sampler(world, 64), world.teacher, other)
         evaluation.floor = energy_distance(again, evaluation.endpoints)
         return evaluation
+
+    def reference(self, steps: int | None) -> Tensor:
+        """Where the fine teacher carries the noise."""
+        world, times = self.world, self.world.reference_times
+        if steps is not None or times is None:
+            return self.sample(host_sampler(world, steps or REFERENCE_STEPS), world.teacher, progress=True)
+        ends = []
+        for first in range(0, len(self.noise), AT_ONCE):
+            noise, prompts = self.noise[first : first + AT_ONCE], self.prompts[first : first + AT_ONCE]
+            field = guided_field(world.teacher, world.text, prompts, world.sizes(len(noise)), world.guidance)
+            ends.append(follow(Probe(field, noise), times, substeps=1, method="midpoint").endpoints)
+        return torch.cat(ends)
 
     @torch.no_grad()
     def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None, progress: bool = False) -> Tensor:
@@ -182,6 +201,10 @@ class Evaluation:
             "energy_distance": energy_distance(x, self.endpoints),
             **self.world.describe(x, self.endpoints, self.prompts),
         }
+
+    def row(self, x: Tensor) -> dict[str, Any]:
+        """The measures of samples, and what tables.py makes those of all seeds from."""
+        return {**self.metrics(x), "x": x.cpu(), "squared_errors": squared_errors(x, self.endpoints).cpu()}
 
 
 def host_sampler(world: World, steps: int) -> Any:
@@ -206,33 +229,48 @@ def teacher_evaluations(kind: type[nn.Module]) -> Iterator[list[int]]:
 
 def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:
     """Distil one student, and measure it at each of its step counts."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     # watch=None: this measures for itself, and its teacher's calls are counted.
     config = dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
+    with tempfile.TemporaryDirectory() as folder, teacher_evaluations(world.counted) as samples:
+        return _train(recipe, world, seed, evaluation, scale, config, Path(folder), samples)
+
+
+def _train(
+    recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale: Scale, config: dict[str, Any], folder: Path,
+    samples: list[int],
+) -> dict[str, Any]:  # fmt: skip
+    began, chains = time.process_time(), None
+    if recipe.chains:
+        chains = solve(world, folder, recipe.chains, seed + 1000, config)
+        config = changed(config, teacher=dict(stored=str(chains.folder)))
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     student, scheduler = world.learner(recipe.width, config)
 
     def loss() -> Tensor:
-        data, model_args = world.batch(scale.batch_size, generator)
+        if chains is None:
+            data, model_args = world.batch(scale.batch_size, generator)
+        else:
+            data = torch.zeros(scale.batch_size, *world.latent_shape, device=world.device)
+            model_args = chains.next(scale.batch_size, generator)
         return scheduler.training_losses(student, data, model_args)["loss"].mean()
 
     curve: list[list[float]] = []
     every = max(1, recipe.iterations // CURVE_POINTS)
-    seconds, began = 0.0, time.process_time()
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     averages = Ema(trained, decay_of(recipe.iterations))
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
-    with teacher_evaluations(world.counted) as samples:
-        for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
-            averages.update(trained)
-            if bar.n % every == 0:
-                seconds += time.process_time() - began
-                student.eval()
-                error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
-                student.train()
-                curve.append([bar.n, samples[0] / scale.batch_size, seconds, error])
-                bar.set_postfix(error=f"{error:.4f}")
-                began = time.process_time()
+    seconds, began = time.process_time() - began, time.process_time()
+    for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
+        averages.update(trained)
+        if bar.n % every == 0:
+            seconds += time.process_time() - began
+            student.eval()
+            error = endpoint_error(evaluation.sample(scheduler, student), evaluation.endpoints)
+            student.train()
+            curve.append([bar.n, samples[0] / scale.batch_size, seconds, error])
+            bar.set_postfix(error=f"{error:.4f}")
+            began = time.process_time()
     seconds += time.process_time() - began
     student.eval()
     rows = []
@@ -241,8 +279,7 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
         student.load_state_dict(weights, strict=False)
         for steps in recipe.steps:
             sampler = world.scheduler(dict(config, num_sampling_steps=steps))
-            measured = evaluation.metrics(evaluation.sample(sampler, student))
-            rows.append({"sampler": name, "steps": steps, "nfe": steps, **measured})
+            rows.append({"sampler": name, "steps": steps, "nfe": steps, **evaluation.row(evaluation.sample(sampler, student))})
     cost = {
         "teacher_calls": samples[0] / scale.batch_size,
         "optimizer_steps": recipe.iterations,
@@ -256,7 +293,7 @@ def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) ->
     rows = []
     for steps in (4, 8, 16, 30):
         x = evaluation.sample(host_sampler(world, steps), world.teacher)
-        rows.append({"sampler": world.host_sampler, "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x)})
+        rows.append({"sampler": world.host_sampler, "steps": steps, "nfe": 2 * steps, **evaluation.row(x)})
     curves = {}
     for recipe in chosen:
         result = train(recipe, world, seed, evaluation, scale)
@@ -269,117 +306,8 @@ def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) ->
                 f"{row['train_seconds']:.0f} s",
                 flush=True,
             )
-    return {"seed": seed, "floor": evaluation.floor, "rows": rows, "curves": curves}
-
-
-def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per sampler and step count: mean and standard deviation over the seeds."""
-    table: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for result in results:
-        for row in result["rows"]:
-            table.setdefault((row["sampler"], row["steps"]), []).append(row)
-    summary = []
-    for rows in table.values():
-        merged = {key: rows[0][key] for key in ("sampler", "steps", "nfe")}
-        for key in rows[0].keys() - merged.keys():
-            values = [row[key] for row in rows]
-            merged[key] = statistics.mean(values)
-            merged[key + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary.append(merged)
-    return summary
-
-
-def reaches(results: list[dict[str, Any]], first: str, second: str) -> dict[str, float] | None:
-    """Where the second recipe's error first falls to the best of the first: shares of its calls, steps and seconds.
-
-    Mean over the seeds; None if a seed never gets there, or a recipe is missing.
-    """
-    shares = []
-    for result in results:
-        if not {first, second} <= result["curves"].keys():
-            return None
-        best = min(result["curves"][first], key=lambda point: point[3])
-        there = next((point for point in result["curves"][second] if point[3] <= best[3]), None)
-        if there is None:
-            return None
-        shares.append([mine / theirs for mine, theirs in zip(there[:3], best[:3])])
-    steps, calls, seconds = (statistics.mean(values) for values in zip(*shares))
-    return {"optimizer_steps": steps, "teacher_calls": calls, "seconds": seconds}
-
-
-def markdown(world: World, results: list[dict[str, Any]], command: str) -> str:
-    """The table, as benchmarks/README.md shows it."""
-    floors = [result["floor"] for result in results]
-    several = len(floors) > 1
-
-    def cell(mean: float, spread: float, digits: int) -> str:
-        return f"{mean:.{digits}f} ± {spread:.{digits}f}" if several else f"{mean:.{digits}f}"
-
-    floor = cell(1000 * statistics.mean(floors), 1000 * statistics.stdev(floors) if several else 0.0, 2)
-    own = world.own_column.replace("_", " ")
-    lines = [
-        f"`{command}`",
-        "",
-        (f"Mean and standard deviation of {len(floors)} seeds." if several else f"Seed {results[0]['seed']} alone.")
-        + f" Energy distance in 1/1000; two independent sets of the teacher's samples are {floor} apart.",
-        "",
-        f"| sampler | NFE | endpoint error | energy distance | {own} | teacher calls | optimizer steps | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in summarise(results):
-        cost = "| | | |"
-        if "teacher_calls" in row:
-            cost = f"| {row['teacher_calls']:.0f} | {row['optimizer_steps']:.0f} | {row['train_seconds']:.0f} |"
-        lines.append(
-            f"| {row['sampler'].strip()}, {row['steps']} steps | {row['nfe']} "
-            f"| {cell(row['endpoint_error'], row['endpoint_error_std'], 4)} "
-            f"| {cell(1000 * row['energy_distance'], 1000 * row['energy_distance_std'], 2)} "
-            f"| {row[world.own_column]:.1%} {cost}"
-        )
-    names = list(results[0]["curves"])
-    for name in names[1:]:
-        if name.startswith("ours") and (share := reaches(results, names[0], name)) is not None:
-            lines += ["", f"The best error of the {names[0]} is reached by \"{name}\" with {share['teacher_calls']:.2f} of its "
-                      f"teacher calls, {share['optimizer_steps']:.2f} of its optimizer steps, {share['seconds']:.2f} of its "
-                      "CPU seconds."]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def figure(results: list[dict[str, Any]], path: Path) -> None:
-    """Error against NFE, and error while training against what the teacher was asked."""
-    summary = summarise(results)
-    drawing = Figure(figsize=(15, 4.4), dpi=110, layout="constrained")
-    left, right = drawing.subplots(1, 2)
-    names = list(dict.fromkeys(row["sampler"] for row in summary))
-    for i, name in enumerate(names):
-        rows = [row for row in summary if row["sampler"] == name]
-        nfe, error, spread = ([row[key] for row in rows] for key in ("nfe", "endpoint_error", "endpoint_error_std"))
-        style = {"color": "#8a8a8a"} if i == 0 else {"color": f"C{(i - 1) % 10}", "linestyle": ("-", "--", ":")[(i - 1) // 10]}
-        left.errorbar(nfe, error, spread, marker="o", capsize=3, label=name.strip(), **style)
-        curve = results[0]["curves"].get(name, [])
-        right.plot([point[1] for point in curve], [point[3] for point in curve], **style)
-    left.set(xscale="log", yscale="log", xlabel="network evaluations a sample (NFE)", ylabel="endpoint error", title="Sampling")
-    left.set_xticks([4, 8, 16, 32, 60], ["4", "8", "16", "32", "60"])
-    left.minorticks_off()
-    right.set(
-        xscale="log", yscale="log", xlabel="teacher evaluations per sample of a batch", ylabel="error, one step a window",
-        title=f"Training, seed {results[0]['seed']}",
-    )  # fmt: skip
-    drawing.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    save_figure(drawing, path)
-
-
-def write(world: World, results: list[dict[str, Any]], out: Path, command: str) -> str:
-    """Table, numbers and plot of a world; returns the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = markdown(world, results, command)
-    record = {"command": command, "torch": torch.__version__, "summary": summarise(results), "seeds": results}
-    with replacing(out / f"{world.name}.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1))
-    with replacing(out / f"{world.name}.md") as temporary:
-        temporary.write_text(text)
-    figure(results, out / f"{world.name}.png")
-    return text
+    endpoints = evaluation.endpoints.cpu()
+    return {"seed": seed, "floor": evaluation.floor, "rows": rows, "curves": curves, "endpoints": endpoints}
 
 
 def make_world(name: str, device: str, open_sora: Path | None, teacher: Path = TEACHER) -> World:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.method.metrics import temporal_difference_energy
-from opensora_perflow.tools.demo import build_network
+from opensora_perflow.tools.demo import build_network, reference_times
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
@@ -76,6 +76,8 @@ class World(ABC):
 
     own_column: str
     """Key of `describe`."""
+    reference_times: Sequence[float] | None = None
+    """Of the midpoint steps to the endpoints; None: as many Euler steps as few_step.py says."""
     host_sampler = "host's rflow"
     """Name of the teacher's sampler in tables."""
 
@@ -107,7 +109,7 @@ class MixtureWorld(World):
 class VideoWorld(World):
     """Args: open_sora: checkout whose STDiT3 class takes the place of the tiny copy of it; num_clips: size of the data set."""
 
-    guidance, own_column = 3.0, "motion"
+    guidance, own_column, reference_times = 3.0, "motion", reference_times()
 
     def __init__(self, device: str = "cpu", open_sora: Path | None = None, num_clips: int = 512) -> None:
         self.name = "video" if open_sora is None else "stdit3"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -41,22 +42,26 @@ def test_the_worlds_keep_everything_on_their_device(script, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_comparison_of_two_recipes(script, tmp_path, device):
-    few_step, worlds = script("few_step"), script("worlds")
+    few_step, tables, worlds = script("few_step"), script("tables"), script("worlds")
     world, scale = worlds.MixtureWorld(device), few_step.Scale(iterations=2, batch_size=8, lr=1e-3, num_samples=16)
     chosen = [few_step.Recipe("reference recipe", few_step.REFERENCE, 2, 16), few_step.Recipe("ours", few_step.OURS, 3, 16)]
+    chosen.append(few_step.Recipe("ours, stored", few_step.OURS, 3, 16, chains=24))
     results = [few_step.run_seed(world, seed, chosen, scale) for seed in (0, 1)]
-    rows = {(row["sampler"], row["steps"]): row for row in few_step.summarise(results)}
+    rows = {(row["sampler"], row["steps"]): row for row in tables.summarise(results)}
     # A solution takes 8 Euler steps or 2 midpoint steps of 2 evaluations, guided: 16 or 8 evaluations a sample and step.
     # Two more are those of the first step's look at the teacher.
     assert rows["reference recipe", 4]["teacher_calls"] == 2 * 16 + 2
     assert rows["ours", 16]["teacher_calls"] == 3 * 8 + 2
+    # 24 chains of 4 windows, as many evaluations each; a store has no look.
+    assert rows["ours, stored", 4]["teacher_calls"] == 24 * 4 * 8 / 8
     assert rows["host's rflow", 30]["endpoint_error"] < rows["host's rflow", 4]["endpoint_error"]
-    text = few_step.write(world, results, tmp_path, "a command")
+    text = tables.write(world, results, tmp_path, "a command")
     assert "| ours, 4 steps | 4 |" in text and "| ours (EMA), 4 steps | 4 |" in text
-    assert text.count("±") == 1 + 2 * 16  # the floor, and two columns of 4 + 2 * 2 * 3 rows
+    assert text.count(" to ") == 2 * (4 + 3 * 2 * 3)  # intervals of error and energy in each row
+    both = torch.cat([row["squared_errors"] for result in results for row in result["rows"][:1]])
+    assert rows["host's rflow", 4]["error"].value == both.mean().sqrt().item()
     # the rule's average of three steps is the last step's weights, but for rounding
     assert rows["ours (EMA)", 4]["endpoint_error"] == pytest.approx(rows["ours", 4]["endpoint_error"], rel=1e-4)
-    assert "±" not in few_step.markdown(world, results[:1], "a command")  # one seed has no spread
     assert {path.name for path in tmp_path.iterdir()} == {"mixture.json", "mixture.md", "mixture.png"}
 
 
