@@ -15,8 +15,8 @@ from opensora_perflow.hosts.v1.chain_solver import ChainSolver
 from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
 from opensora_perflow.training.store import ChainWriter, chain_noise
 
-AT_ONCE = {"mixture": 8192}
-"""Chains that are solved together, and written as a shard; 16 in other worlds."""
+AT_ONCE = {"video": 16}
+"""Chains that are solved together, and written as a shard; 8192 in worlds of a closed form."""
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Chains:
     told: dict[str, Tensor]
     names: Tensor
     """What `CHAIN` says of each, [n, 4]."""
-    _order: list[int] = field(default_factory=list)
+    _order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -39,8 +39,8 @@ class Chains:
     def next(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """model_args of the next `size` chains: every chain once in a pass, in an order of its own."""
         while len(self._order) < size:
-            self._order += torch.randperm(len(self), generator=generator).tolist()
-        rows, self._order = torch.tensor(self._order[:size]), self._order[size:]
+            self._order = torch.cat([self._order, torch.randperm(len(self), generator=generator)])
+        rows, self._order = self._order[:size], self._order[size:]
         return self.batch(rows)
 
     def first(self, count: int) -> Chains:
@@ -55,7 +55,7 @@ def solve(
     solver = ChainSolver(world.scheduler(settings), world.teacher, None, seed, torch.float32)
     writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype)) for dtype in dtypes]
     generator, told = torch.Generator().manual_seed(seed), []
-    at_once = AT_ONCE.get(world.name, 16)
+    at_once = AT_ONCE.get(world.name, 8192)
     for number, first in enumerate(range(0, count, at_once)):
         rows = min(at_once, count - first)
         _, args = world.batch(rows, generator)

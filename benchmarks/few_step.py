@@ -1,6 +1,6 @@
 """Few-step students against their teacher, in one run: endpoint error, distribution and cost, with several seeds.
 
-    python benchmarks/few_step.py [--world mixture video stdit3 mmdit] [--size cpu|full|gpu] [--seeds 0 1 2]
+    python benchmarks/few_step.py [--world mixture forty rings ar1 video stdit3 mmdit] [--size cpu|full|gpu] [--seeds 0 1 2]
                                   [--recipes NAME ...] [--jobs N] [--open-sora ROOT] [--teacher FILE] [--out FOLDER]
 
 Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
@@ -44,7 +44,7 @@ from measures import squared_errors
 from tables import write
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from worlds import MixtureWorld, MMDiTWorld, VideoWorld, World
+from worlds import MODES, MixtureWorld, MMDiTWorld, ModesWorld, VideoWorld, World
 
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.planning.fine_path import follow
@@ -92,11 +92,17 @@ class Scale:
 
 
 SCALES = {
-    "cpu": {"mixture": Scale(2000, 256, 2e-3, 2048), "video": Scale(300, 16, 1.5e-4, 32), "mmdit": Scale(200, 16, 5e-4, 32)},
+    "cpu": {
+        "mixture": Scale(2000, 256, 2e-3, 2048),
+        "video": Scale(300, 16, 1.5e-4, 32),
+        "mmdit": Scale(200, 16, 5e-4, 32),
+        **{name: Scale(400, 256, 2e-3, 2048) for name in MODES},
+    },
     "full": {
         "mixture": Scale(8000, 256, 2e-3, 4096),
         "video": Scale(3000, 16, 1.5e-4, 128),
         "mmdit": Scale(2000, 16, 5e-4, 128),
+        **{name: Scale(2000, 256, 2e-3, 4096) for name in MODES},
     },
     "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
 }
@@ -317,12 +323,14 @@ def make_world(name: str, device: str, open_sora: Path | None, teacher: Path = T
         return MMDiTWorld(open_sora, teacher)
     if name == "stdit3" and open_sora is None:
         raise SystemExit("world stdit3 is Open-Sora's own class: give --open-sora ROOT, a v1.2.0 or v1.3 checkout")
+    if name in MODES:
+        return ModesWorld(name, MODES[name](), device)
     return MixtureWorld(device) if name == "mixture" else VideoWorld(device, open_sora if name == "stdit3" else None)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", nargs="+", choices=("mixture", "video", "stdit3", "mmdit"), default=["mixture"])
+    parser.add_argument("--world", nargs="+", choices=(*SCALES["full"], "stdit3"), default=["mixture"])
     parser.add_argument(
         "--size",
         choices=tuple(SCALES),

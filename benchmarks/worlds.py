@@ -1,6 +1,7 @@
 """The small worlds of the benchmarks, behind one interface: a guided teacher, students of it, data and prompts.
 
 mixture  16 dimensions, 24 modes, closed-form teacher (opensora_perflow/worlds/mixture.py), MLP students of any width
+forty, rings, ar1  further closed-form teachers (modes.py), MLP students alike
 video    moving shapes, the demo's tiny text-to-video teacher (opensora_perflow/worlds/), students that start as its copy
 stdit3   the same weights in Open-Sora's own STDiT3 class, hidden size 96; needs an Open-Sora checkout
 mmdit    the same clips, the MMDiT class and the sampler of Open-Sora 2.0, and a teacher that is trained here at first; needs a
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from modes import Modes, ModesNetwork, ar1, forty, rings
 from open_sora_2 import GUIDANCE, Scripts, find_root
 from torch import Tensor, nn
 
@@ -104,6 +106,33 @@ class MixtureWorld(World):
     def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         nearest, also = (torch.cdist(latents.cpu().flatten(1), self.mixture.means).argmin(dim=1) for latents in (x, endpoints))
         return {"same_mode": (nearest == also).double().mean().item()}
+
+
+class ModesWorld(World):
+    """A world of modes.py. Guidance 1.5: with 2 the rings' teacher leaves its rings."""
+
+    guidance, own_column = 1.5, "same_mode"
+
+    def __init__(self, name: str, modes: Modes, device: str = "cpu") -> None:
+        self.name, self.modes, self.device = name, modes, torch.device(device)
+        self.latent_shape = modes.shape
+        self.prompts = [f"class {k}" for k in range(NUM_CLASSES)]
+        self.text = ClassText(device)
+        self.teacher = ModesNetwork(modes, width=1).eval().to(device)
+
+    def student(self, width: int | None) -> nn.Module:
+        return ModesNetwork(self.modes, width or 256).train().to(self.device)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        class_idx = torch.randint(NUM_CLASSES, (size,), generator=generator)
+        return self.modes.draw(class_idx, generator).to(self.device), self.text.of(class_idx)
+
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        nearest, also = (torch.cdist(latents.cpu().flatten(1), self.modes.means).argmin(dim=1) for latents in (x, endpoints))
+        return {"same_mode": (nearest == also).double().mean().item()}
+
+
+MODES = {"forty": forty, "rings": rings, "ar1": ar1}
 
 
 class VideoWorld(World):
