@@ -240,6 +240,7 @@ def test_no_keys_are_the_defaults(host, missing):
             "teacher.stored='store': stores are written and trained from under Open-Sora 1.2",
         ),
         (dict(cfg_scale=[7.0, 4.0]), {}, "cfg_scale"),
+        (dict(draws=dict(starts="diffused", shares=[1, 2, 2, 1])), {}, r'shares=\[1, 2, 2, 1\] with starts="diffused"'),
         (dict(draws=dict(starts="diffused", overlap=0.5)), {}, 'overlap=0.5 with starts="diffused": .* use starts="student"'),
         (dict(prediction="ddim_eps"), {}, "prediction='ddim_eps' needs an epsilon network"),
         (FIXED, dict(plugin="hybrid", plugin_config=dict(pp_size=2)), "pp_size=2: .* use pp_size=1 with"),

@@ -141,6 +141,7 @@ class TrainingRun:
             solver_steps=self.recipe.teacher_steps if self.curriculum is None else self.solver_grids,
             edge_mass=draws.edge_mass,
             per_solve=1 if single else self.recipe.times_a_solve,
+            shares=draws.shares,
             overlap=draws.overlap,
             grids=grids,
             num_levels=num_levels,

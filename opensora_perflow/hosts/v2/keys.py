@@ -81,6 +81,11 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
             f'draws.overlap={recipe.draws.overlap:g} with starts="diffused": Open-Sora 2.0 hands over noised data, which may '
             'have more noise than the start of an overlapping window; use starts="student", or overlap=0'
         )
+    if recipe.draws.starts == "diffused" and recipe.draws.shares:
+        raise ValueError(
+            f'draws.shares={list(recipe.draws.shares)} with starts="diffused": windows are those that the times of Open-Sora '
+            '2.0\'s train.py lie in; use starts="student", or leave the key out'
+        )
     if recipe.draws.two_time:
         raise ValueError(
             "draws.two_time=True is for Open-Sora 1.x, whose networks can be told one more number; leave the key out"
