@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from worlds import World
 
 from opensora_perflow.hosts.v1.chain_solver import ChainSolver
 from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
-from opensora_perflow.training.store import ChainWriter, chain_noise
+from opensora_perflow.planning.fine_path import FinePath
+from opensora_perflow.planning.probe import Probe
+from opensora_perflow.planning.windows import added_errors
+from opensora_perflow.training.store import ChainStore, ChainWriter, chain_noise
 
 AT_ONCE = {"video": 16}
 """Chains that are solved together, and written as a shard; 8192 in worlds of a closed form."""
@@ -46,6 +49,26 @@ class Chains:
     def first(self, count: int) -> Chains:
         """A part of the store."""
         return Chains(self.folder, {name: value[:count] for name, value in self.told.items()}, self.names[:count])
+
+
+def needed_shares(world: World, network: nn.Module, chains: Chains, edges: Sequence[float], count: int = 512) -> list[float]:
+    """Shares by which a student draws its windows: what each of them adds to the error at the end (planning/windows.py).
+
+    Args:
+        network: A pilot student. edges: Of its windows, which are the store's. count: Chains that are followed.
+    """
+    store, count = ChainStore(chains.folder), min(count, len(chains))
+    rows, told = torch.arange(count), chains.batch(torch.arange(count))
+    del told[CHAIN]
+    times = torch.tensor(edges, dtype=torch.float64)
+    states = torch.stack([store.states(rows, place.expand(count)) for place in store.nearest(times)]).to(world.device)
+    flow_times = times[:, None].expand(-1, count)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return -network(x, 1000 * t.to(x), **told)[:, : x.shape[1]]
+
+    path = FinePath(times, flow_times, states, torch.empty(0))
+    return [round(added, 4) for added in added_errors(Probe(velocity, states[0]), path)]
 
 
 def solve(

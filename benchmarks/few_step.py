@@ -30,7 +30,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chains import solve
+from chains import Chains, needed_shares, solve
 from distil import distil
 from measures import squared_errors
 from tables import write
@@ -51,6 +51,7 @@ from opensora_perflow.planning.fine_path import follow
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.tools.probes import guided_field
 from opensora_perflow.training.ema import Ema, decay_of
+from opensora_perflow.training.plan_file import windows_of
 
 REFERENCE_STEPS = 512
 TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
@@ -76,6 +77,8 @@ class Recipe:
     """What the world's peak learning rate is multiplied by."""
     chains: int = 0
     """Of the store that it trains from, solved at its beginning; 0: the teacher solves at every step."""
+    pilot: int = 0
+    """Steps of a pilot, whose errors say how often each window is drawn; 0: each as often. Needs chains."""
 
 
 @dataclass(frozen=True)
@@ -129,29 +132,42 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**settings, **merged}
 
 
+BEST_RATE = {"reference": 3.0, "ours": 3.0, "ours, video": 1.0}
+"""Of the peak learning rates that tune.py tries, over the world's: the best of each recipe (benchmarks/README.md)."""
+STORED = dict(windows=4, draws=dict(edge_mass=0.95, per_solve=1))
+"""From stored paths nearly all times lie at the edge, so that each evaluation of the student has a target of its own."""
+
+
 def recipes(world: World, iterations: int) -> list[Recipe]:
     """The students that are compared. A solution of ours takes half of the teacher calls of the reference recipe's."""
+    closed = world.name in ("mixture", *MODES)
+    rate, ours = BEST_RATE["reference"], BEST_RATE["ours" if closed else "ours, video"]
     edge = changed(REFERENCE, draws=dict(edge_mass=0.75))
+    student = changed(edge, draws=dict(starts="student"))
     chosen = [
-        Recipe("reference recipe", REFERENCE, iterations),
+        Recipe("reference recipe", REFERENCE, iterations, lr_factor=rate),
         Recipe("K=1 reflow (InstaFlow)", changed(REFERENCE, windows=1, teacher=dict(steps_per_window=32)), iterations // 4,
                steps=(1, 4, 8, 16)),
-        Recipe("ours, the reference's teacher calls", OURS, 2 * iterations),
+        Recipe("ours, the reference's teacher calls", OURS, 2 * iterations, lr_factor=ours),
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
-            Recipe("reference + 3/4 of the times at the edge", edge, iterations),
-            Recipe("reference + edge + student starts", changed(edge, draws=dict(starts="student")), iterations),
-            Recipe("ours", OURS, iterations),
+            Recipe("reference + 3/4 of the times at the edge", edge, iterations, lr_factor=rate),
+            Recipe("reference + edge + student starts", student, iterations, lr_factor=rate),
+            Recipe("ours", OURS, iterations, lr_factor=ours),
         ]
-        chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2))
-        chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384))
-    else:
+        chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2, lr_factor=ours))
+        chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384, lr_factor=ours))
+    elif not closed:
         # One midpoint step in each of 8 windows takes half of the calls of 2 in each of 4.
         chosen.append(Recipe("ours, 8 planned windows", changed(OURS, windows=VIDEO_PLAN), 3 * iterations, steps=(8, 16)))
+    if closed:
+        once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
+        chosen.append(Recipe("stored paths", STORED, 10_000, lr_factor=7.5, chains=65_536, pilot=500))
+        chosen.append(Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768))
     return chosen
 
 
@@ -246,26 +262,21 @@ def _train(
     samples: list[int],
 ) -> dict[str, Any]:  # fmt: skip
     began, chains = time.process_time(), None
+    rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
     if recipe.chains:
         chains = solve(world, folder, recipe.chains, seed + 1000, config)
         config = changed(config, teacher=dict(stored=str(chains.folder)))
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    student, scheduler = world.learner(recipe.width, config)
-
-    def loss() -> Tensor:
-        if chains is None:
-            data, model_args = world.batch(scale.batch_size, generator)
-        else:
-            data = torch.zeros(scale.batch_size, *world.latent_shape, device=world.device)
-            model_args = chains.next(scale.batch_size, generator)
-        return scheduler.training_losses(student, data, model_args)["loss"].mean()
-
+    if recipe.pilot:
+        pilot, loss = _learner(recipe, world, seed, config, scale, chains)[::2]
+        for _ in distil(pilot, loss, iterations=recipe.pilot, lr=rate, desc=f"{desc}, pilot"):
+            pass
+        shares = needed_shares(world, pilot.eval(), chains, windows_of(config["windows"]).edges)
+        config = changed(config, draws=dict(shares=shares))
+    student, scheduler, loss = _learner(recipe, world, seed, config, scale, chains)
     curve: list[list[float]] = []
     every = max(1, recipe.iterations // CURVE_POINTS)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     averages = Ema(trained, decay_of(recipe.iterations))
-    rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
     seconds, began = time.process_time() - began, time.process_time()
     for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
         averages.update(trained)
@@ -290,8 +301,28 @@ def _train(
         "teacher_calls": samples[0] / scale.batch_size,
         "optimizer_steps": recipe.iterations,
         "train_seconds": seconds,
+        "shares": config.get("draws", {}).get("shares"),
     }
     return {"rows": [{**row, **cost} for row in rows], "curve": curve, "cost": cost, "student": student, "scheduler": scheduler}
+
+
+def _learner(
+    recipe: Recipe, world: World, seed: int, config: dict[str, Any], scale: Scale, chains: Chains | None
+) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
+    """A new student, its scheduler, and the loss of a step."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    student, scheduler = world.learner(recipe.width, config)
+
+    def loss() -> Tensor:
+        if chains is None:
+            data, model_args = world.batch(scale.batch_size, generator)
+        else:
+            data = torch.zeros(scale.batch_size, *world.latent_shape, device=world.device)
+            model_args = chains.next(scale.batch_size, generator)
+        return scheduler.training_losses(student, data, model_args)["loss"].mean()
+
+    return student, scheduler, loss
 
 
 def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for key, rows in table.items():
         merged = {name: rows[0][name] for name in ("sampler", "steps", "nfe")}
-        for name in rows[0].keys() - merged.keys() - {"x", "squared_errors"}:
+        for name in rows[0].keys() - merged.keys() - {"x", "squared_errors", "shares"}:
             values = [row[name] for row in rows]
             merged[name] = statistics.mean(values)
             merged[name + "_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -92,7 +92,7 @@ def markdown(world: World, results: list[dict[str, Any]], summary: list[dict[str
         )
     names = list(results[0]["curves"])
     for name in names[1:]:
-        if name.startswith("ours") and (share := reaches(results, names[0], name)) is not None:
+        if name.startswith(("ours", "stored")) and (share := reaches(results, names[0], name)) is not None:
             lines += ["", f"The best error of the {names[0]} is reached by \"{name}\" with {share['teacher_calls']:.2f} of its "
                       f"teacher calls, {share['optimizer_steps']:.2f} of its optimizer steps, {share['seconds']:.2f} of its "
                       "CPU seconds."]  # fmt: skip

@@ -45,13 +45,16 @@ def test_a_comparison_of_two_recipes(script, tmp_path, device):
     few_step, tables, worlds = script("few_step"), script("tables"), script("worlds")
     world, scale = worlds.MixtureWorld(device), few_step.Scale(iterations=2, batch_size=8, lr=1e-3, num_samples=16)
     chosen = [few_step.Recipe("reference recipe", few_step.REFERENCE, 2, 16), few_step.Recipe("ours", few_step.OURS, 3, 16)]
-    chosen.append(few_step.Recipe("ours, stored", few_step.OURS, 3, 16, chains=24))
+    chosen.append(few_step.Recipe("ours, stored", few_step.OURS, 3, 16, chains=24, pilot=2))
     results = [few_step.run_seed(world, seed, chosen, scale) for seed in (0, 1)]
     rows = {(row["sampler"], row["steps"]): row for row in tables.summarise(results)}
     # A solution takes 8 Euler steps or 2 midpoint steps of 2 evaluations, guided: 16 or 8 evaluations a sample and step.
     # Two more are those of the first step's look at the teacher.
     assert rows["reference recipe", 4]["teacher_calls"] == 2 * 16 + 2
     assert rows["ours", 16]["teacher_calls"] == 3 * 8 + 2
+    for result in results:
+        (shares,) = {tuple(row["shares"]) for row in result["rows"] if row["sampler"] == "ours, stored"}
+        assert len(shares) == 4 and min(shares) > 0
     # 24 chains of 4 windows, as many evaluations each; a store has no look.
     assert rows["ours, stored", 4]["teacher_calls"] == 24 * 4 * 8 / 8
     assert rows["host's rflow", 30]["endpoint_error"] < rows["host's rflow", 4]["endpoint_error"]
