@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import multiprocessing
 import os
 import tempfile
@@ -32,221 +31,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from chains import Chains, needed_shares, solve
 from distil import distil
-from measures import squared_errors
+from evaluation import Evaluation, host_sampler, teacher_evaluations
+from recipes import SCALES, Recipe, Scale, changed, recipes
 from tables import write
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 from worlds import MODES, MixtureWorld, MMDiTWorld, ModesWorld, VideoWorld, World
 
-from opensora_perflow.method.metrics import endpoint_error, energy_distance
-from opensora_perflow.planning.fine_path import follow
-from opensora_perflow.planning.probe import Probe
-from opensora_perflow.tools.probes import guided_field
+from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.training.ema import Ema, decay_of
 from opensora_perflow.training.plan_file import windows_of
 
-REFERENCE_STEPS = 512
 TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
-AT_ONCE = 32
-"""Samples whose fine path is solved together."""
 CURVE_POINTS = 15
 EMA = " (EMA)"
 """After a recipe's name: the average of its weights, by the rule of training/ema.py; without, those of its last step."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A student: how it is trained, and with how many steps it is sampled."""
-
-    name: str
-    settings: dict[str, Any]
-    """Scheduler config besides type and guidance."""
-    iterations: int
-    width: int | None = None
-    """Of the mixture's students."""
-    steps: tuple[int, ...] = (4, 8, 16)
-    lr_factor: float = 1.0
-    """What the world's peak learning rate is multiplied by."""
-    chains: int = 0
-    """Of the store that it trains from, solved at its beginning; 0: the teacher solves at every step."""
-    pilot: int = 0
-    """Steps of a pilot, whose errors say how often each window is drawn; 0: each as often. Needs chains."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much work a world gets."""
-
-    iterations: int
-    """Training steps of the reference recipe."""
-    batch_size: int
-    lr: float
-    """Peak learning rate: warm-up over 50 steps or a tenth of them, then half a cosine to 0."""
-    num_samples: int
-    """Samples that are compared."""
-
-
-SCALES = {
-    "cpu": {
-        "mixture": Scale(2000, 256, 2e-3, 2048),
-        "video": Scale(300, 16, 1.5e-4, 32),
-        "mmdit": Scale(200, 16, 5e-4, 32),
-        **{name: Scale(400, 256, 2e-3, 2048) for name in MODES},
-    },
-    "full": {
-        "mixture": Scale(8000, 256, 2e-3, 4096),
-        "video": Scale(3000, 16, 1.5e-4, 128),
-        "mmdit": Scale(2000, 16, 5e-4, 128),
-        **{name: Scale(2000, 256, 2e-3, 4096) for name in MODES},
-    },
-    "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
-}
-
-REFERENCE = dict(
-    windows=4,
-    teacher=dict(steps_per_window=8, solver="euler"),
-    draws=dict(starts="diffused", edge_mass=0.0, per_solve=1),
-)
-"""The public PeRFlow recipe: uniform windows and times, diffused starts, one time a solve (arXiv:2405.07510)."""
-OURS = dict(windows=4)
-"""The scheduler's defaults: student starts, 3/4 of the times at the edge, 2 times a solve, 2 midpoint steps a window."""
-
-VIDEO_PLAN = [1.0, 0.953125, 0.90625, 0.859375, 0.796875, 0.734375, 0.53125, 0.265625, 0.0]
-"""What `opensora-perflow plan --windows 8 --student perflow_demo/student.safetensors --student-windows 4` chooses for the tiny
-video model after `opensora-perflow demo` (seed 0)."""
-
-
-def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Settings with some changed; those of teacher and draws are merged into what is there."""
-    merged = {
-        key: {**settings.get(key, {}), **value} if key in ("teacher", "draws") else value for key, value in changes.items()
-    }
-    return {**settings, **merged}
-
-
-BEST_RATE = {"reference": 3.0, "ours": 3.0, "ours, video": 1.0}
-"""Of the peak learning rates that tune.py tries, over the world's: the best of each recipe (benchmarks/README.md)."""
-STORED = dict(windows=4, draws=dict(edge_mass=0.95, per_solve=1))
-"""From stored paths nearly all times lie at the edge, so that each evaluation of the student has a target of its own."""
-
-
-def recipes(world: World, iterations: int) -> list[Recipe]:
-    """The students that are compared. A solution of ours takes half of the teacher calls of the reference recipe's."""
-    closed = world.name in ("mixture", *MODES)
-    rate, ours = BEST_RATE["reference"], BEST_RATE["ours" if closed else "ours, video"]
-    edge = changed(REFERENCE, draws=dict(edge_mass=0.75))
-    student = changed(edge, draws=dict(starts="student"))
-    chosen = [
-        Recipe("reference recipe", REFERENCE, iterations, lr_factor=rate),
-        Recipe("K=1 reflow (InstaFlow)", changed(REFERENCE, windows=1, teacher=dict(steps_per_window=32)), iterations // 4,
-               steps=(1, 4, 8, 16)),
-        Recipe("ours, the reference's teacher calls", OURS, 2 * iterations, lr_factor=ours),
-    ]  # fmt: skip
-    if world.name == "mmdit":
-        chosen.insert(1, Recipe("ours", OURS, iterations))
-    elif world.name == "mixture":
-        # What each change contributes, and how little and how much training does.
-        chosen[1:1] = [
-            Recipe("reference + 3/4 of the times at the edge", edge, iterations, lr_factor=rate),
-            Recipe("reference + edge + student starts", student, iterations, lr_factor=rate),
-            Recipe("ours", OURS, iterations, lr_factor=ours),
-        ]
-        chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2, lr_factor=ours))
-        chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384, lr_factor=ours))
-    elif not closed:
-        # One midpoint step in each of 8 windows takes half of the calls of 2 in each of 4.
-        chosen.append(Recipe("ours, 8 planned windows", changed(OURS, windows=VIDEO_PLAN), 3 * iterations, steps=(8, 16)))
-    if closed:
-        once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
-        chosen.append(Recipe("stored paths", STORED, 10_000, lr_factor=7.5, chains=65_536, pilot=500))
-        chosen.append(Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768))
-    return chosen
-
-
-@dataclass
-class Evaluation:
-    """Noise and prompts that every sampler gets, and where the fine teacher carries them."""
-
-    world: World
-    noise: Tensor
-    prompts: list[str]
-    endpoints: Tensor = field(init=False)
-    floor: float = field(init=False, default=math.nan)
-
-    @classmethod
-    def of(
-        cls, world: World, num_samples: int, seed: int, floor: bool = True, reference_steps: int | None = None
-    ) -> Evaluation:
-        """`reference_steps`: Euler steps to the endpoints; None: as the world says."""
-        generator = torch.Generator().manual_seed(1000 + seed)
-        noise, other = torch.randn(2, num_samples, *world.latent_shape, generator=generator).to(world.device)
-        # Seeds take turns, so that few samples each see all prompts together.
-        prompts = [world.prompts[(seed * num_samples + i) % len(world.prompts)] for i in range(num_samples)]
-        evaluation = cls(world, noise, prompts)
-        evaluation.endpoints = evaluation.reference(reference_steps)
-        if not floor:
-            return evaluation
-        # 64 steps are the same distribution to well below the floor's own noise, and 8 times cheaper.
-        again = evaluation.sample(host_sampler(world, 64), world.teacher, other)
-        evaluation.floor = energy_distance(again, evaluation.endpoints)
-        return evaluation
-
-    def reference(self, steps: int | None) -> Tensor:
-        """Where the fine teacher carries the noise."""
-        world, times = self.world, self.world.reference_times
-        if steps is not None or times is None:
-            return self.sample(host_sampler(world, steps or REFERENCE_STEPS), world.teacher, progress=True)
-        ends = []
-        for first in range(0, len(self.noise), AT_ONCE):
-            noise, prompts = self.noise[first : first + AT_ONCE], self.prompts[first : first + AT_ONCE]
-            field = guided_field(world.teacher, world.text, prompts, world.sizes(len(noise)), world.guidance)
-            ends.append(follow(Probe(field, noise), times, substeps=1, method="midpoint").endpoints)
-        return torch.cat(ends)
-
-    @torch.no_grad()
-    def sample(self, scheduler: Any, network: nn.Module, noise: Tensor | None = None, progress: bool = False) -> Tensor:
-        z, world = self.noise if noise is None else noise, self.world
-        sizes = world.sizes(len(z))
-        return scheduler.sample(network, world.text, z, self.prompts, world.device, additional_args=sizes, progress=progress)
-
-    def metrics(self, x: Tensor) -> dict[str, float]:
-        return {
-            "endpoint_error": endpoint_error(x, self.endpoints),
-            "energy_distance": energy_distance(x, self.endpoints),
-            **self.world.describe(x, self.endpoints, self.prompts),
-        }
-
-    def row(self, x: Tensor) -> dict[str, Any]:
-        """The measures of samples, and what tables.py makes those of all seeds from."""
-        return {**self.metrics(x), "x": x.cpu(), "squared_errors": squared_errors(x, self.endpoints).cpu()}
-
-
-def host_sampler(world: World, steps: int) -> Any:
-    return world.scheduler(dict(windows=1, num_sampling_steps=steps, cfg_scale=world.guidance))
-
-
-@contextmanager
-def teacher_evaluations(kind: type[nn.Module]) -> Iterator[list[int]]:
-    """Counts evaluations of frozen networks of a class, in samples: [count]."""
-    samples = [0]
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, kind) and not next(module.parameters()).requires_grad:
-            samples[0] += len(inputs[0])
-
-    handle = register_module_forward_pre_hook(count)
-    try:
-        yield samples
-    finally:
-        handle.remove()
 
 
 def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale: Scale) -> dict[str, Any]:

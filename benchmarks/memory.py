@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import OURS, REFERENCE, set_up_process
+from few_step import set_up_process
+from recipes import OURS, REFERENCE
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module, portable

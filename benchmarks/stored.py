@@ -31,7 +31,9 @@ from typing import Any
 import torch
 from chains import Chains, solve
 from distil import distil
-from few_step import SCALES, Evaluation, Scale, make_world, set_up_process
+from evaluation import Evaluation
+from few_step import make_world, set_up_process
+from recipes import SCALES, Scale
 from torch import Tensor
 from worlds import World
 

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from chains import Chains, solve
 from distil import distil
-from few_step import SCALES, Evaluation, make_world, set_up_process
+from evaluation import Evaluation
+from few_step import make_world, set_up_process
+from recipes import SCALES
 from stored import REFERENCE_STEPS
 from torch import Tensor
 from worlds import World
