@@ -1,7 +1,7 @@
 """Few-step students against their teacher, in one run: endpoint error, distribution and cost, with several seeds.
 
     python benchmarks/few_step.py [--world mixture forty rings ar1 video stdit3 mmdit] [--size cpu|full|gpu] [--seeds 0 1 2]
-                                  [--recipes NAME ...] [--jobs N] [--open-sora ROOT] [--teacher FILE] [--out FOLDER]
+                                  [--recipes NAME ...] [--paper] [--jobs N] [--open-sora ROOT] [--teacher FILE] [--out FOLDER]
 
 Worlds: see worlds.py. Everything goes through the PeRFlow object, as Open-Sora's scripts go: `training_losses` distils,
 `sample` samples; the host's rflow sampler is PeRFlow with one window and CFG (benchmarks/sampler_parity.py). In world mmdit
@@ -11,13 +11,15 @@ three network rows for a guided step, of which text to video needs two: NFE coun
 Every student has two rows at each number of steps: the weights of its last step, and (EMA) their average by the rule of
 training/ema.py.
 
-Writes WORLD.json, WORLD.md and WORLD.png. Every seed draws new training data, new student weights (where the student does
-not start as a copy) and new noise for evaluation. Columns: NFE = network evaluations a sample (a guided step is 2); endpoint
-error = root mean square distance from where 512 guided Euler steps carry the same noise; energy distance to those endpoints
-(unbiased, so about 0 for equal distributions; the floor is that of two independent sets of the teacher's); same mode = share
-of samples whose nearest mode is the endpoint's; motion = temporal-difference energy over the endpoints'; teacher calls =
-evaluations of the teacher during training, per sample of a batch; CPU seconds = of the training process, measurements left
-out (on a GPU they say little: the process waits).
+Writes WORLD.json (with the error of every sample), WORLD.md and WORLD.png. Every seed draws new training data, new student
+weights (where the student does not start as a copy) and new noise for evaluation. Measures are those of all seeds' samples
+together, with the percentile intervals of 1,000 resamples (measures.py), and beside them each seed's. Columns: NFE = network
+evaluations a sample (a guided step is 2); endpoint error = root mean square distance from where 512 guided Euler steps carry
+the same noise (the demo's 36 midpoint steps in the video model); median = of the samples' errors; energy distance to those
+endpoints (unbiased, so about 0 for equal distributions; the floor is that of two independent sets of the teacher's); same
+mode = share of samples whose nearest mode is the endpoint's; motion = temporal-difference energy over the endpoints';
+teacher calls = evaluations of the teacher during training, per sample of a batch; CPU seconds = of the training process,
+measurements left out (on a GPU they say little: the process waits).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,7 @@ from opensora_perflow.training.plan_file import windows_of
 
 TEACHER = Path("outputs/few_step/mmdit_teacher.safetensors")
 CURVE_POINTS = 15
+PAPER_WORLDS, PAPER_SAMPLES = ("mixture", *MODES, "video"), 256
 EMA = " (EMA)"
 """After a recipe's name: the average of its weights, by the rule of training/ema.py; without, those of its last step."""
 
@@ -165,7 +169,12 @@ def make_world(name: str, device: str, open_sora: Path | None, teacher: Path = T
 
 def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", nargs="+", choices=(*SCALES["full"], "stdit3"), default=["mixture"])
+    parser.add_argument("--world", nargs="+", choices=(*SCALES["full"], "stdit3"), help="default: mixture")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help=f"all worlds that need no checkout, and at least {PAPER_SAMPLES} samples over all seeds",
+    )
     parser.add_argument(
         "--size",
         choices=tuple(SCALES),
@@ -216,11 +225,14 @@ def select(known: Sequence[Recipe], asked: Sequence[str] | None) -> list[Recipe]
 
 def run(args: argparse.Namespace, script: str, recipes_of: Any) -> None:
     set_up_process()
-    for name in args.world:
+    for name in args.world or (PAPER_WORLDS if args.paper else ["mixture"]):
         world = make_world(name, "cuda" if args.size == "gpu" else "cpu", args.open_sora, args.teacher)
         scale = SCALES[args.size]["video" if name == "stdit3" else name]
+        if args.paper:
+            scale = replace(scale, num_samples=max(scale.num_samples, -(-PAPER_SAMPLES // len(args.seeds))))
         chosen = select(recipes_of(world, scale.iterations), args.recipes)
         command = f"python benchmarks/{script} --world {name}" + f" --size {args.size}" * (args.size != "cpu")
+        command += " --paper" * args.paper
         command += f" --open-sora {args.open_sora.resolve().name}" if args.open_sora and name in ("stdit3", "mmdit") else ""
         command += "" if args.seeds == [0, 1, 2] else f" --seeds {' '.join(map(str, args.seeds))}"
         command += "" if not args.recipes else " --recipes " + " ".join(f'"{part}"' for part in args.recipes)

@@ -78,7 +78,7 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**settings, **merged}
 
 
-BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video": (3.0, 1.0)}
+BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video": (3.0, 1.0), "stdit3": (3.0, 1.0)}
 """Peak learning rates of the reference recipe and of ours, over the world's: the best of those that tune.py tries."""
 STORED = dict(windows=4, draws=dict(edge_mass=0.95, per_solve=1))
 """From stored paths nearly all times lie at the edge, so that each evaluation of the student has a target of its own."""
