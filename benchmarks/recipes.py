@@ -82,7 +82,12 @@ BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video"
 """Peak learning rates of the reference recipe and of ours, over the world's: the best of those that tune.py tries."""
 STORED = dict(windows=4, draws=dict(edge_mass=1.0))
 """From stored paths, for 4 evaluations alone: all times lie at the edge."""
-ONE_FOR_ALL = dict(windows=8, draws=dict(grids=[1, 2, 4], two_time=True, edge_mass=1.0), sampling_grid="uniform")
+ONE_FOR_ALL = dict(
+    windows=8,
+    teacher=dict(steps_per_window=2),
+    draws=dict(grids=[1, 2, 4], two_time=True, edge_mass=1.0),
+    sampling_grid="uniform",
+)
 """From stored paths, told where its steps end: all times lie at edges of the four grids."""
 
 
@@ -113,10 +118,11 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
         # One midpoint step in each of 8 windows takes half of the calls of 2 in each of 4.
         chosen.append(Recipe("ours, 8 planned windows", changed(OURS, windows=VIDEO_PLAN), 3 * iterations, steps=(8, 16)))
     if closed:
+        long = 10_000 if world.name == "mixture" else 4000
         once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
-        chosen.append(Recipe("stored paths", STORED, 10_000, steps=(4, 8), lr_factor=7.5, chains=65_536, pilot=500))
-        chosen.append(
-            Recipe("stored paths, 1 to 8 evaluations", ONE_FOR_ALL, 10_000, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768)
-        )
-        chosen.append(Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768))
+        chosen += [
+            Recipe("stored paths", STORED, long, steps=(4, 8), lr_factor=7.5, chains=65_536, pilot=500),
+            Recipe("stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768),
+            Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768),
+        ]
     return chosen

@@ -92,7 +92,7 @@ def markdown(world: World, results: list[dict[str, Any]], summary: list[dict[str
         )
     names = list(results[0]["curves"])
     for name in names[1:]:
-        if name.startswith(("ours", "stored")) and (share := reaches(results, names[0], name)) is not None:
+        if names[0] == "reference recipe" and (share := reaches(results, names[0], name)) is not None:
             lines += ["", f"The best error of the {names[0]} is reached by \"{name}\" with {share['teacher_calls']:.2f} of its "
                       f"teacher calls, {share['optimizer_steps']:.2f} of its optimizer steps, {share['seconds']:.2f} of its "
                       "CPU seconds."]  # fmt: skip
