@@ -146,7 +146,7 @@ def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) ->
         curves[recipe.name] = result["curve"]
         for row in result["rows"]:
             print(
-                f"{world.name}  seed {seed}  {recipe.name:44} {row['steps']:3d} steps  error {row['endpoint_error']:.4f}  "
+                f"{world.name}  seed {seed}  {row['sampler']:44} {row['steps']:3d} steps  error {row['endpoint_error']:.4f}  "
                 f"energy {row['energy_distance']:.5f}  {world.own_column} {row[world.own_column]:.3f}  "
                 f"{row['train_seconds']:.0f} s",
                 flush=True,
