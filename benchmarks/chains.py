@@ -72,11 +72,15 @@ def needed_shares(world: World, network: nn.Module, chains: Chains, edges: Seque
 
 
 def solve(
-    world: World, folder: Path, count: int, seed: int, settings: Mapping[str, Any], dtypes: Sequence[str] = ("float16",)
-) -> Chains:
-    """Solve chains of a training with these scheduler keys, and write a store of each dtype into folder/dtype."""
+    world: World, folder: Path, count: int, seed: int, settings: Mapping[str, Any], dtypes: Sequence[str] = ("float16",),
+    further: int = 0,
+) -> Chains:  # fmt: skip
+    """Solve chains of a training with these scheduler keys, and write a store of each dtype into folder/dtype.
+
+    further: Solutions of the first window that each chain has besides its own.
+    """
     solver = ChainSolver(world.scheduler(settings), world.teacher, None, seed, torch.float32)
-    writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype)) for dtype in dtypes]
+    writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype, further=further)) for dtype in dtypes]
     generator, told = torch.Generator().manual_seed(seed), []
     at_once = AT_ONCE.get(world.name, 8192)
     for number, first in enumerate(range(0, count, at_once)):
@@ -85,7 +89,14 @@ def solve(
         told.append(args)
         noise = torch.stack([chain_noise(seed, first + row, world.latent_shape) for row in range(rows)])
         ends, _ = solver.ends(noise, args, first)
+        more = [
+            solver.ends(
+                torch.stack([chain_noise(seed, first + row, world.latent_shape, one) for row in range(rows)]), args, first, 1
+            )
+            for one in range(1, further + 1)
+        ]
         for writer in writers:
-            writer.write(number, first, ends, [""] * rows, {})
+            more_ends = torch.cat([states for states, _ in more], dim=1) if more else None
+            writer.write(number, first, ends, [""] * rows, {}, further=more_ends)
     names = torch.stack([chain_bytes(chain) for chain in range(count)])
     return Chains(folder / dtypes[0], {name: torch.cat([args[name] for args in told]) for name in told[0]}, names)

@@ -72,7 +72,7 @@ def _train(
     began, chains = time.process_time(), None
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
     if recipe.chains:
-        chains = solve(world, folder, recipe.chains, seed + 1000, config)
+        chains = solve(world, folder, recipe.chains, seed + 1000, config, further=recipe.further)
         config = changed(config, teacher=dict(stored=str(chains.folder)))
     if recipe.pilot:
         pilot, loss = _learner(recipe, world, seed, config, scale, chains)[::2]

@@ -76,11 +76,14 @@ class ChainSolver:
             )
 
     @torch.no_grad()
-    def ends(self, noise: Tensor, model_args: Mapping[str, Any], first: int) -> tuple[Tensor, Tensor | None]:
+    def ends(
+        self, noise: Tensor, model_args: Mapping[str, Any], first: int, num_windows: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Where the teacher carries noise [B, ...] by each window's clean edge, [B, K, ...]; and drawn scales [B].
 
         Args:
             model_args: As train.py's. first: Number of the first chain, from which scales are drawn in mode range.
+            num_windows: Of the noisiest alone; None: all K.
         """
         network, guidance = self.run.teacher.network, self.run.recipe.guidance
         noise = noise.to(next(network.parameters()).device)
@@ -95,7 +98,7 @@ class ChainSolver:
         def solve(x: Tensor, times: Tensor, k: int) -> Tensor:
             return segments.edge(batch, guidance, x, times, k)
 
-        states = teacher_path(batch.noise, path_times(self.run.solver_grids, noise, windows.ratio), solve)
+        states = teacher_path(batch.noise, path_times(self.run.solver_grids[:num_windows], noise, windows.ratio), solve)
         return states[1:].transpose(0, 1).cpu(), batch.scale.cpu() if guidance.mode == "range" else None
 
     def _told(self, part: Part, count: int) -> dict[str, Tensor]:
