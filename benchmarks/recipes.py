@@ -130,7 +130,7 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
         chosen.append(Recipe(named, four, 400, steps=(4, 8), lr_factor=2.0, chains=512, further=4))
         chosen.append(Recipe(f"{named}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
     if closed:
-        long, stored, pilot = (4000, STORED, 500)
+        long, stored, pilot = (3000, STORED, 300)
         if world.name == "mixture":
             long, stored, pilot = (11_000, changed(STORED, draws=dict(shares=SHARES)), 0)
         once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))

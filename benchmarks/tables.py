@@ -73,8 +73,8 @@ def markdown(world: World, results: list[dict[str, Any]], summary: list[dict[str
         f"`{command}`",
         "",
         f"{samples} samples of the seeds {', '.join(str(result['seed']) for result in results)} together, with the 95 % "
-        "intervals of 1,000 resamples. Energy distance in 1/1000; two independent sets of the teacher's samples are "
-        f"{floors} apart.",
+        "intervals of 1,000 resamples. Energy distance in 1/1000"
+        + ("." if "nan" in floors else f"; two independent sets of the teacher's samples are {floors} apart."),
         "",
         f"| sampler | NFE | endpoint error | each seed's | median | energy distance | each seed's | {own} | teacher calls "
         "| optimizer steps | CPU seconds |",
