@@ -66,7 +66,7 @@ def energy_estimate(x: Tensor, y: Tensor) -> Estimate:
         total += kernel.double().sum()
         resampled += (counts[rows] * (kernel @ counts)).double().sum(dim=0)
     pairs = count**2 - counts.double().square().sum(dim=0)
-    return Estimate.of(total / (count * (count - 1)), resampled / pairs)
+    return Estimate.of(total / (count * (count - 1)), (resampled / pairs)[pairs > 0])  # of few samples all draws may be one
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
