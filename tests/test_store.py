@@ -8,7 +8,7 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
+from opensora_perflow.hosts.v1.chain_solver import ChainSolver, Part
 from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
 from opensora_perflow.training import segments
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
@@ -271,3 +271,25 @@ def test_further_solutions_of_the_first_window_are_trained_as_often(tmp_path, mo
             taken[key] += 1
     # A quarter of 120 windows, a third of them each: 10 +- 2.6 expected.
     assert min(sum(taken[chain, one] for chain in (0, 1)) for one in range(3)) >= 2
+
+
+@pytest.mark.parametrize("guidance", [dict(mode="fixed", scale=3.0), dict(mode="range", scale=(1.0, 5.0))])
+def test_a_solver_adds_further_solutions_of_the_first_window(network, guidance):
+    _, args = batch(network)
+    text = {name: args[name] for name in ("y", "mask")}
+
+    class Text:
+        def encode(self, captions):
+            return text
+
+    solver = ChainSolver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
+    part = Part(CAPTIONS, TOLD, (4, 5, 4, 4), 2)
+    ((ends, scales, none),) = solver.solve(part, 0)
+    solver.origin = replace(solver.origin, further=2)
+    ((same, also, further),) = solver.solve(part, 0)
+    assert none is None and torch.equal(same, ends) and further.shape == (2, 2, 4, 5, 4, 4)
+    assert (scales is None) == (guidance["mode"] == "fixed") and (scales is None or torch.equal(also, scales))
+    for one in (1, 2):
+        noise = torch.stack([chain_noise(5, chain, (4, 5, 4, 4), one) for chain in (0, 1)])
+        told = {name: torch.tensor([float(value)] * 2) for name, value in TOLD.items()}
+        assert torch.equal(further[:, one - 1], solver.ends(noise, {**text, **told}, 0)[0][:, 0])

@@ -54,6 +54,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     store_parser.add_argument(
         "--chains", type=int, help="chains that OUT is to have at least (default: one a row of the table)"
     )
+    store_parser.add_argument(
+        "--first-window",
+        type=int,
+        default=0,
+        metavar="N",
+        help="solve the first window of each chain from N further noises (default 0); draw it as often by draws.shares",
+    )
     for parser in (encode_parser, store_parser):
         parser.add_argument("config", type=Path, metavar="CONFIG", help="config of the training, whose teacher solves")
         parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to write, or to go on with")
@@ -75,12 +82,14 @@ def store(args: dict[str, Any]) -> int:
     """Run `store` with parsed arguments; returns the exit status.
 
     Raises:
-        ValueError: --chains below 1.
+        ValueError: --chains below 1, or --first-window below 0.
     """
     from opensora_perflow.hosts.v1 import storing
 
     if args["chains"] is not None:
         check_num_steps(args["chains"], "--chains")
+    if args["first_window"] < 0:
+        raise ValueError(f"--first-window must be an integer >= 0, got {args['first_window']}")
     count = storing.store(progress=_bar, **args)
     if _is_first():
         print(f'{count} chains are in {args["out"]}: scheduler = dict(teacher=dict(stored="{args["out"]}"), ...)')

@@ -66,14 +66,24 @@ class ChainSolver:
             recipe, path_settings(scheduler.keys), teacher.fingerprint, teacher.source, teacher.stage, "float16", seed
         )
 
-    def solve(self, part: Part, first: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Ends [n, K, C, T, H, W] of the part's chains first, first + 1, ..., batch by batch; and drawn scales [n], if any."""
+    def solve(self, part: Part, first: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """The part's chains first, first + 1, ..., batch by batch.
+
+        Yields:
+            Ends [n, K, C, T, H, W]; scales [n], where they are drawn; further states at the first clean edge
+            [n, M, C, T, H, W], where the origin has any.
+        """
         for start in range(0, len(part.captions), part.batch_size):
             captions = part.captions[start : start + part.batch_size]
-            noise = [chain_noise(self.seed, first + start + row, part.latent) for row in range(len(captions))]
-            yield self.ends(
-                torch.stack(noise), {**self.text.encode(captions), **self._told(part, len(captions))}, first + start
+            args = {**self.text.encode(captions), **self._told(part, len(captions))}
+            chains = range(first + start, first + start + len(captions))
+            noise, *others = (
+                torch.stack([chain_noise(self.seed, chain, part.latent, one) for chain in chains])
+                for one in range(self.origin.further + 1)
             )
+            # Scales of the same chains are drawn alike.
+            further = [self.ends(other, args, chains[0], num_windows=1)[0] for other in others]
+            yield *self.ends(noise, args, chains[0]), torch.cat(further, dim=1) if further else None
 
     @torch.no_grad()
     def ends(
@@ -123,7 +133,7 @@ def planned(dataset: Dataset, bucket_config: Mapping[str, Any], vae: Any, origin
         for bucket, rows in sampler.group_by_bucket().items():
             num_frames, height, width = sampler.bucket.get_thw(bucket)
             latent = (vae.out_channels, *vae.get_latent_size((num_frames, height, width)))
-            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1) * prod(latent)
+            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1 + origin.further) * prod(latent)
             each = min(MOST_ROWS, max(1, SHARD_BYTES // size))
             fps = IMAGE_FPS if num_frames == 1 else getattr(dataset, "fps", VIDEO_FPS)
             told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}

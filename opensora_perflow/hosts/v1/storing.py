@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -82,19 +82,23 @@ def store(
     progress: Progress,
     open_sora: Path | None = None,
     data_path: Path | None = None,
+    first_window: int = 0,
 ) -> int:
     """Solve chains until the folder `out` has `chains` of them (None: one a row of the data set); how many there are.
 
     The captions' embeddings are kept in `out`/text, unless the config's text encoder is such a folder already.
 
+    Args:
+        first_window: Further solutions of the first window, for each chain.
+
     Raises:
         ValueError: see `read_training_config`; a recipe whose chains no store has, or a folder of other chains.
     """
     cfg, workers = read_training_config(config, open_sora, data_path), Workers.started()
-    return main(cfg, out, chains, workers, progress)
+    return main(cfg, out, chains, workers, progress, first_window)
 
 
-def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress) -> int:
+def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress, first_window: int = 0) -> int:
     """`store`, as a script's main(): whatever asks for the running script's config finds `cfg` here."""
     scheduler = PeRFlow(**{name: value for name, value in cfg.scheduler.items() if name != "type"})
     _check_recipe(scheduler)
@@ -105,6 +109,7 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     text = EncodedText(folder, workers.device, _dtype(cfg))
     vae = _build(cfg.vae, "MODELS")
     solver = ChainSolver(scheduler, _network(cfg, text, vae, workers), text, int(cfg.get("seed", 1024)), _dtype(cfg))
+    solver.origin = replace(solver.origin, further=first_window)
     plan = {"captions": text_digest(map(str, dataset.data["text"])), "buckets": _plain(cfg.bucket_config)}
     writer = ChainWriter(out, solver.origin, workers.rank, **plan)
     wanted, first = len(dataset) if chains is None else chains, 0
@@ -113,10 +118,9 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     while first < wanted:
         number, part = next(parts)
         if number % workers.world == workers.rank and not writer.shards.is_there(number):
-            ends, scales = zip(*map(_reporting(done), solver.solve(part, first)))
-            writer.write(
-                number, first, torch.cat(ends), part.captions, part.told, None if scales[0] is None else torch.cat(scales)
-            )
+            solved = zip(*map(_reporting(done), solver.solve(part, first)))
+            ends, scales, further = (None if batches[0] is None else torch.cat(batches) for batches in solved)
+            writer.write(number, first, ends, part.captions, part.told, scales, further)
         else:
             done(len(part.captions))
         first += len(part.captions)
