@@ -68,7 +68,8 @@ def needed_shares(world: World, network: nn.Module, chains: Chains, edges: Seque
         return -network(x, 1000 * t.to(x), **told)[:, : x.shape[1]]
 
     path = FinePath(times, flow_times, states, torch.empty(0))
-    return [round(added, 4) for added in added_errors(Probe(velocity, states[0]), path)]
+    added = added_errors(Probe(velocity, states[0]), path)
+    return [round(one / sum(added), 4) for one in added]
 
 
 def solve(

@@ -162,7 +162,7 @@ def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
     assert report["pilot_errors"] == pytest.approx(errors, rel=1e-5)
     assert windows.edges == plan_windows((1.0, 0.5, 0.0), errors, 3)[0]
     said = capsys.readouterr().out
-    shares = f"draws=dict(shares={[round(error, 4) for error in report['pilot_errors']]})"
+    shares = f"draws=dict(shares={[round(error / sum(errors), 4) for error in report['pilot_errors']]})"
     assert "planned windows" in said and (shares in said) == (criterion == "added")
 
 
