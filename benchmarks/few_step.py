@@ -74,6 +74,7 @@ def _train(
     if recipe.chains:
         chains = solve(world, folder, recipe.chains, seed + 1000, config, further=recipe.further)
         config = changed(config, teacher=dict(stored=str(chains.folder)))
+    solved = samples[0]
     if recipe.pilot:
         pilot, loss = _learner(recipe, world, seed, config, scale, chains)[::2]
         for _ in distil(pilot, loss, iterations=recipe.pilot, lr=rate, desc=f"{desc}, pilot"):
@@ -106,7 +107,7 @@ def _train(
             sampler = world.scheduler(dict(config, num_sampling_steps=steps))
             rows.append({"sampler": name, "steps": steps, "nfe": steps, **evaluation.row(evaluation.sample(sampler, student))})
     cost = {
-        "teacher_calls": samples[0] / scale.batch_size,
+        "teacher_calls": (samples[0] if chains is None else solved) / scale.batch_size,
         "optimizer_steps": recipe.iterations,
         "train_seconds": seconds,
         "shares": config.get("draws", {}).get("shares"),

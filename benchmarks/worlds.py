@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.method.metrics import temporal_difference_energy
-from opensora_perflow.tools.demo import build_network, reference_times
+from opensora_perflow.tools.compare import reference_times
+from opensora_perflow.tools.demo import build_network
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
