@@ -35,8 +35,9 @@ from torch import Tensor
 from worlds import World
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.chains import CHAIN
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.training.store import DTYPES, ChainStore, ChainWriter, chain_noise
 
@@ -87,7 +88,7 @@ def settings(world: World, **others: Any) -> dict[str, Any]:
 
 def solve(world: World, folder: Path, count: int, seed: int, dtypes: Sequence[str] = ("float16",)) -> Chains:
     """Solve chains, and write a store of each dtype into folder/dtype."""
-    solver = ChainSolver(world.scheduler(settings(world)), world.teacher, None, seed, torch.float32)
+    solver = chain_solver(world.scheduler(settings(world)), world.teacher, None, seed, torch.float32)
     writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype)) for dtype in dtypes]
     generator, told, batch_size = torch.Generator().manual_seed(seed), [], AT_ONCE[world.name]
     for number, first in enumerate(range(0, count, batch_size)):

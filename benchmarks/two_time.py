@@ -26,7 +26,7 @@ from torch import Tensor
 from worlds import World
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training.store import ChainWriter, chain_noise
 
@@ -51,7 +51,7 @@ def base(world: World) -> dict[str, Any]:
 def solve(world: World, folder: Path, count: int, seed: int) -> Chains:
     """A store of chains with 8 windows, two midpoint steps in each."""
     scheduler = world.scheduler(dict(base(world), windows=8, teacher=dict(steps_per_window=2)))
-    solver = ChainSolver(scheduler, world.teacher, None, seed, torch.float32)
+    solver = chain_solver(scheduler, world.teacher, None, seed, torch.float32)
     writer, generator, told = ChainWriter(folder, solver.origin), torch.Generator().manual_seed(seed), []
     for number, first in enumerate(range(0, count, AT_ONCE[world.name])):
         rows = min(AT_ONCE[world.name], count - first)

@@ -8,8 +8,9 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.chains import CHAIN
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
 from opensora_perflow.training.teacher import fingerprint
@@ -27,7 +28,7 @@ def network():
 def write(folder, network, dtype="float32", first=0, **config):
     """A store of two chains on the batch of networks.py; (its writer, noise [2, ...], model_args)."""
     _, args = batch(network)
-    solver = ChainSolver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
+    solver = chain_solver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
     noise = torch.stack([chain_noise(5, first + row, (4, 5, 4, 4)) for row in range(2)])
     ends, scales = solver.ends(noise, args, first)
     writer = ChainWriter(folder, replace(solver.origin, dtype=dtype))
@@ -230,6 +231,6 @@ def test_chains_are_solved_on_a_gpu(network):
     x, args = batch(network)
     ends = []
     for device in ("cpu", "cuda"):
-        solver = ChainSolver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
+        solver = chain_solver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
         ends.append(solver.ends(x.to(device), {name: value.to(device) for name, value in args.items()}, 0)[0])
     torch.testing.assert_close(ends[1], ends[0], atol=1e-4, rtol=0)
