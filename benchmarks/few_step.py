@@ -36,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class Recipe:
     steps: tuple[int, ...] = (4, 8, 16)
     lr_factor: float = 1.0
     """What the world's peak learning rate is multiplied by."""
+    chains: int = 0
+    """Of a store that the teacher solves before the training; 0: the teacher solves at every step."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ REFERENCE = dict(
 OURS = dict(windows=4)
 """The scheduler's defaults: student starts, 3/4 of the times at the edge, 2 times a solve, 2 midpoint steps a window."""
 
+STORED = dict(windows=4, draws=dict(edge_mass=1.0))
+"""Of stored chains at window edges alone: what a sampler with one step a window asks for."""
+
 VIDEO_PLAN = [1.0, 0.953125, 0.90625, 0.859375, 0.796875, 0.734375, 0.53125, 0.265625, 0.0]
 """What `opensora-perflow plan --windows 8 --student perflow_demo/student.safetensors --student-windows 4` chooses for the tiny
 video model after `opensora-perflow demo` (seed 0)."""
@@ -128,6 +134,8 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
+        # 20,000 a 1,000 of the reference's steps: each window of a chain is trained twice.
+        chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
@@ -210,19 +218,23 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
     generator = torch.Generator().manual_seed(seed)
     # watch=None: this measures for itself, and its teacher's calls are counted.
     config = dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance), **recipe.settings)
-    student, scheduler = world.learner(recipe.width, config)
-
-    def loss() -> Tensor:
-        data, model_args = world.batch(scale.batch_size, generator)
-        return scheduler.training_losses(student, data, model_args)["loss"].mean()
-
     curve: list[list[float]] = []
     every = max(1, recipe.iterations // CURVE_POINTS)
-    seconds, began = 0.0, time.process_time()
-    trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    averages = Ema(trained, decay_of(recipe.iterations))
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
-    with teacher_evaluations(world.counted) as samples:
+    seconds, began = 0.0, time.process_time()
+    with TemporaryDirectory() as folder, teacher_evaluations(world.counted) as samples:
+        batch = world.batch
+        if recipe.chains:
+            batch = world.stored(config, Path(folder), recipe.chains, 1000 + seed)
+            config = changed(config, teacher=dict(stored=folder))
+        student, scheduler = world.learner(recipe.width, config)
+
+        def loss() -> Tensor:
+            data, model_args = batch(scale.batch_size, generator)
+            return scheduler.training_losses(student, data, model_args)["loss"].mean()
+
+        trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
+        averages = Ema(trained, decay_of(recipe.iterations))
         for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc):
             averages.update(trained)
             if bar.n % every == 0:

@@ -20,15 +20,21 @@ from open_sora_2 import GUIDANCE, Scripts, find_root
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
+from opensora_perflow.hosts.chains import CHAIN, Part
 from opensora_perflow.method.metrics import temporal_difference_energy
 from opensora_perflow.tools.demo import build_network
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
+from opensora_perflow.training.store import ChainWriter
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.worlds.text import TinyTextEncoder
 
+AT_ONCE = 16
+"""Chains of world mmdit that are solved together, and written as a shard."""
+Batches = Callable[[int, torch.Generator], tuple[Tensor, dict[str, Any]]]
+"""See World.batch."""
 TEACHER_STEPS = 6000
 """Of the teacher of world mmdit: about 8 CPU minutes."""
 
@@ -52,6 +58,14 @@ class World(ABC):
     @abstractmethod
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Clean latents and model_args of one training step."""
+
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
+        """Solve chains, and write a store of them.
+
+        Returns:
+            As `batch`, of the store's chains: each once in a pass.
+        """
+        raise ValueError(f"stores of world {self.name!r} are benchmarks/stored.py's")
 
     def learner(self, width: int | None, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         """A student, and what distils and samples it: the PeRFlow object with these keys, or what answers as that does."""
@@ -151,7 +165,8 @@ class OpenSora2:
         self.host, self.steps, self.guidance = host, steps, guidance
 
     def training_losses(self, network: nn.Module, data: Tensor, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"loss": self.host.loss(network, data, model_args["captions"], drop=False)}
+        captions, chains = model_args["captions"], model_args.get(CHAIN)
+        return {"loss": self.host.loss(network, data, captions, drop=False, chains=chains)}
 
     def sample(self, network: nn.Module, text: Any, z: Tensor, prompts: Sequence[str], *_: Any, **__: Any) -> Tensor:
         return self.host.sample(network, z, prompts, self.steps, self.guidance)
@@ -199,6 +214,29 @@ class MMDiTWorld(World):
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         index = torch.randint(len(self._latents), (size,), generator=generator)
         return self._latents[index], {"captions": [self._captions[i] for i in index.tolist()]}
+
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
+        generator, captions = torch.Generator().manual_seed(seed), []
+        solver = self.host.chain_solver(self.teacher, config, seed)
+        writer = ChainWriter(folder, solver.origin)
+        for number, first in enumerate(range(0, count, AT_ONCE)):
+            _, args = self.batch(min(AT_ONCE, count - first), generator)
+            part = Part(args["captions"], {}, self.latent_shape, AT_ONCE)
+            ((ends, _),) = solver.solve(part, first)
+            writer.write(number, first, ends, part.captions, part.told)
+            captions += part.captions
+        order: list[int] = []
+
+        def batch(size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+            if len(order) < size:
+                order.extend(torch.randperm(count, generator=generator).tolist())
+            rows = [order.pop() for _ in range(size)]
+            return torch.zeros(size, *self.latent_shape), {
+                "captions": [captions[row] for row in rows],
+                CHAIN: torch.tensor(rows),
+            }
+
+        return batch
 
     def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         with torch.no_grad():

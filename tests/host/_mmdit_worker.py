@@ -21,8 +21,9 @@ evaluation = few_step.Evaluation.of(world, 2, seed=0, floor=False, reference_ste
 guided, unguided = (few_step.host_sampler(world, 4) for _ in range(2))
 unguided.guidance = 1.0
 found = {"same": same, "before": evaluation.metrics(evaluation.sample(guided, world.teacher))}
-for name, settings in {"ours": few_step.OURS, "reference": few_step.REFERENCE}.items():
-    result = few_step.train(few_step.Recipe(name, settings, 2, steps=(4,)), world, 0, evaluation, scale)
+for name, settings, chains in (("ours", few_step.OURS, 0), ("reference", few_step.REFERENCE, 0), ("stored", few_step.OURS, 3)):
+    recipe = few_step.Recipe(name, settings, 2, steps=(4,), chains=chains)
+    result = few_step.train(recipe, world, 0, evaluation, scale)
     hooks, _ = hooks_of(result["student"])
     found[name] = {**result["rows"][0], "rows": hooks.evaluations}
 found["after"] = evaluation.metrics(evaluation.sample(guided, world.teacher))
