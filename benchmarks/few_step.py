@@ -134,7 +134,7 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
-        # 20,000 a 1,000 of the reference's steps: each window of a chain is trained twice.
+        # 16 samples a step over 4 windows: each window of a chain is trained twice.
         chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
