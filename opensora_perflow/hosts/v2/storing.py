@@ -68,8 +68,8 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     if not encoded:
         _encode(cfg, texts, out / "text", workers, progress)
     there = {"device_map": workers.device, "torch_dtype": dtype}
-    t5 = perflow_encoded_t5(cfg.t5.folder if encoded else str(out / "text"), **there)
-    clip = perflow_encoded_clip(cfg.clip.folder if encoded else str(out / "text"), **there)
+    folder = cfg.t5.folder if encoded else str(out / "text")
+    t5, clip = perflow_encoded_t5(folder, **there), perflow_encoded_clip(folder, **there)
     t5(""), clip("")  # the texts that guidance leads away from, see text.py
     seed = int(cfg.get("seed", 1024))
     torch.manual_seed(seed)  # as train.py: where no weights are named, its random ones teach
