@@ -266,7 +266,7 @@ def train(recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale
 def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) -> dict[str, Any]:
     evaluation = Evaluation.of(world, scale.num_samples, seed)
     rows = []
-    for steps in (4, 8, 16, 30):
+    for steps in world.teacher_steps:
         x = evaluation.sample(host_sampler(world, steps), world.teacher)
         rows.append({"sampler": world.host_sampler, "steps": steps, "nfe": 2 * steps, **evaluation.metrics(x)})
     curves = {}

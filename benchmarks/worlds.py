@@ -92,6 +92,8 @@ class World(ABC):
     """Key of `describe`."""
     host_sampler = "host's rflow"
     """Name of the teacher's sampler in tables."""
+    teacher_steps: tuple[int, ...] = (4, 8, 16, 30)
+    """Of that sampler."""
 
 
 class MixtureWorld(World):
@@ -178,6 +180,7 @@ class MMDiTWorld(World):
     """
 
     name, guidance, own_column, host_sampler = "mmdit", GUIDANCE, "as_described", "guided teacher, host's I2VDenoiser"
+    teacher_steps = (4, 5, 8, 16, 30)  # of 5 steps the host pays 15 rows, and of 8 steps 24, where 16 are needed
 
     def __init__(self, open_sora: Path | None, weights: Path, num_clips: int = 512, steps: int = TEACHER_STEPS) -> None:
         self._made_by = open_sora, weights, num_clips, steps
