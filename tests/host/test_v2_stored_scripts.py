@@ -37,10 +37,6 @@ def stored(host2_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store of 12 chains, each text twice, begun by one process and gone on with by two."""
     folder = tmp_path_factory.mktemp("stored2")
     (folder / "captions.csv").write_text("\n".join(TABLE) + "\n")
-    with pytest.raises(
-        AssertionError, match="condition_config has i2v_head, i2v_loop, i2v_tail, and stored chains are text to"
-    ):
-        start(host2_root, folder, "store", "perflow_tiny_i2v.py", "captions.csv", "--out", "store")
     said = start(host2_root, folder, "store", "perflow_tiny.py", "captions.csv", "--out", "store")
     assert '6 chains are in store: model = dict(perflow=dict(teacher=dict(stored="store"), ...))' in said
     more = ("--out", "store", "--chains", "12")
@@ -86,6 +82,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(host2_root: Path,
     with pytest.raises(AssertionError, match="than this training has: transform is") as raised:
         train(host2_root, stored, config, "other")
     assert "Building models" not in str(raised.value)
+
+
+def test_given_frames_are_refused(host2_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("\n".join(TABLE) + "\n")
+    with pytest.raises(
+        AssertionError, match="condition_config has i2v_head, i2v_loop, i2v_tail, and stored chains are text to"
+    ):
+        start(host2_root, tmp_path, "store", "perflow_tiny_i2v.py", "captions.csv", "--out", "store")
 
 
 def test_online_training_without_text_encoders(
