@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from worlds import World
 
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.chains import CHAIN
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.planning.fine_path import FinePath
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import added_errors
@@ -80,7 +81,7 @@ def solve(
 
     further: Solutions of the first window that each chain has besides its own.
     """
-    solver = ChainSolver(world.scheduler(settings), world.teacher, None, seed, torch.float32)
+    solver = chain_solver(world.scheduler(settings), world.teacher, None, seed, torch.float32)
     writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype, further=further)) for dtype in dtypes]
     generator, told = torch.Generator().manual_seed(seed), []
     at_once = AT_ONCE.get(world.name, 8192)

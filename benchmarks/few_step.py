@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from evaluation import Evaluation, host_sampler, teacher_evaluations
 from recipes import SCALES, Recipe, Scale, changed, recipes
 from tables import write
 from torch import Tensor, nn
-from worlds import MODES, MixtureWorld, MMDiTWorld, ModesWorld, VideoWorld, World
+from worlds import MODES, Batches, MixtureWorld, MMDiTWorld, ModesWorld, VideoWorld, World
 
 from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.training.ema import Ema, decay_of
@@ -69,19 +70,23 @@ def _train(
     recipe: Recipe, world: World, seed: int, evaluation: Evaluation, scale: Scale, config: dict[str, Any], folder: Path,
     samples: list[int],
 ) -> dict[str, Any]:  # fmt: skip
-    began, chains = time.process_time(), None
+    began, chains, batch = time.process_time(), None, world.batch
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
-    if recipe.chains:
+    if recipe.chains and isinstance(world, MMDiTWorld):
+        batch = world.stored(config, folder, recipe.chains, seed + 1000)
+        config = changed(config, teacher=dict(stored=str(folder)))
+    elif recipe.chains:
         chains = solve(world, folder, recipe.chains, seed + 1000, config, further=recipe.further)
         config = changed(config, teacher=dict(stored=str(chains.folder)))
+        batch = partial(_stored_batch, world, chains)
     solved = samples[0]
     if recipe.pilot:
-        pilot, loss = _learner(recipe, world, seed, config, scale, chains)[::2]
+        pilot, loss = _learner(recipe, world, seed, config, scale, batch)[::2]
         for _ in distil(pilot, loss, iterations=recipe.pilot, lr=rate, desc=f"{desc}, pilot"):
             pass
         shares = needed_shares(world, pilot.eval(), chains, windows_of(config["windows"]).edges)
         config = changed(config, draws=dict(shares=shares))
-    student, scheduler, loss = _learner(recipe, world, seed, config, scale, chains)
+    student, scheduler, loss = _learner(recipe, world, seed, config, scale, batch)
     curve: list[list[float]] = []
     every = max(1, recipe.iterations // CURVE_POINTS)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
@@ -107,7 +112,7 @@ def _train(
             sampler = world.scheduler(dict(config, num_sampling_steps=steps))
             rows.append({"sampler": name, "steps": steps, "nfe": steps, **evaluation.row(evaluation.sample(sampler, student))})
     cost = {
-        "teacher_calls": (samples[0] if chains is None else solved) / scale.batch_size,
+        "teacher_calls": (solved if recipe.chains else samples[0]) / scale.batch_size,
         "optimizer_steps": recipe.iterations,
         "train_seconds": seconds,
         "shares": config.get("draws", {}).get("shares"),
@@ -115,8 +120,13 @@ def _train(
     return {"rows": [{**row, **cost} for row in rows], "curve": curve, "cost": cost, "student": student, "scheduler": scheduler}
 
 
+def _stored_batch(world: World, chains: Chains, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+    """As World.batch, of a store's chains."""
+    return torch.zeros(size, *world.latent_shape, device=world.device), chains.next(size, generator)
+
+
 def _learner(
-    recipe: Recipe, world: World, seed: int, config: dict[str, Any], scale: Scale, chains: Chains | None
+    recipe: Recipe, world: World, seed: int, config: dict[str, Any], scale: Scale, batch: Batches
 ) -> tuple[nn.Module, Any, Callable[[], Tensor]]:
     """A new student, its scheduler, and the loss of a step."""
     torch.manual_seed(seed)
@@ -124,11 +134,7 @@ def _learner(
     student, scheduler = world.learner(recipe.width, config)
 
     def loss() -> Tensor:
-        if chains is None:
-            data, model_args = world.batch(scale.batch_size, generator)
-        else:
-            data = torch.zeros(scale.batch_size, *world.latent_shape, device=world.device)
-            model_args = chains.next(scale.batch_size, generator)
+        data, model_args = batch(scale.batch_size, generator)
         return scheduler.training_losses(student, data, model_args)["loss"].mean()
 
     return student, scheduler, loss

@@ -109,6 +109,8 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
+        # 16 samples a step over 4 windows: each window of a chain is trained twice.
+        chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [

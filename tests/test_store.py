@@ -8,8 +8,9 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver, Part
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.chains import CHAIN, Part
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
 from opensora_perflow.training.teacher import fingerprint
@@ -27,7 +28,7 @@ def network():
 def write(folder, network, dtype="float32", first=0, further=0, **config):
     """A store of two chains on the batch of networks.py; (its writer, noise [2, ...], model_args)."""
     _, args = batch(network)
-    solver = ChainSolver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
+    solver = chain_solver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
 
     def noise(one=0):
         return torch.stack([chain_noise(5, first + row, (4, 5, 4, 4), one) for row in range(2)])
@@ -234,7 +235,7 @@ def test_chains_are_solved_on_a_gpu(network):
     x, args = batch(network)
     ends = []
     for device in ("cpu", "cuda"):
-        solver = ChainSolver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
+        solver = chain_solver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
         ends.append(solver.ends(x.to(device), {name: value.to(device) for name, value in args.items()}, 0)[0])
     torch.testing.assert_close(ends[1], ends[0], atol=1e-4, rtol=0)
 
@@ -251,7 +252,7 @@ def test_further_solutions_of_the_first_window_are_trained_as_often(tmp_path, mo
         start, end = (store.states(chains, torch.tensor([place] * 2), torch.tensor([one] * 2)) for place in (0, 1))
         assert torch.equal(start, torch.stack([chain_noise(5, chain, (4, 5, 4, 4), one) for chain in (0, 1)]))
         # what the teacher makes of that noise alone
-        solver = ChainSolver(PeRFlow(**FIXED), network, None, seed=5, dtype=torch.float32)
+        solver = chain_solver(PeRFlow(**FIXED), network, None, seed=5, dtype=torch.float32)
         assert torch.equal(end, solver.ends(start, args, 0)[0][:, 0])
         pairs |= {(chain, one): (start[chain], end[chain]) for chain in (0, 1)}
     own = [store.states(chains, torch.tensor([place] * 2)) for place in range(5)]
@@ -282,10 +283,10 @@ def test_a_solver_adds_further_solutions_of_the_first_window(network, guidance):
         def encode(self, captions):
             return text
 
-    solver = ChainSolver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
+    solver = chain_solver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
     part = Part(CAPTIONS, TOLD, (4, 5, 4, 4), 2)
     ((ends, scales, none),) = solver.solve(part, 0)
-    solver.origin = replace(solver.origin, further=2)
+    solver = replace(solver, origin=replace(solver.origin, further=2))
     ((same, also, further),) = solver.solve(part, 0)
     assert none is None and torch.equal(same, ends) and further.shape == (2, 2, 4, 5, 4, 4)
     assert (scales is None) == (guidance["mode"] == "fixed") and (scales is None or torch.equal(also, scales))

@@ -23,8 +23,9 @@ evaluation = Evaluation.of(world, 2, seed=0, floor=False, reference_steps=4)
 guided, unguided = (host_sampler(world, 4) for _ in range(2))
 unguided.guidance = 1.0
 found = {"same": same, "before": evaluation.metrics(evaluation.sample(guided, world.teacher))}
-for name, settings in {"ours": recipes.OURS, "reference": recipes.REFERENCE}.items():
-    result = few_step.train(recipes.Recipe(name, settings, 2, steps=(4,)), world, 0, evaluation, scale)
+for name, settings, chains in (("ours", recipes.OURS, 0), ("reference", recipes.REFERENCE, 0), ("stored", recipes.OURS, 3)):
+    recipe = recipes.Recipe(name, settings, 2, steps=(4,), chains=chains)
+    result = few_step.train(recipe, world, 0, evaluation, scale)
     hooks, _ = hooks_of(result["student"])
     row = {key: value for key, value in result["rows"][0].items() if not isinstance(value, torch.Tensor)}
     found[name] = {**row, "rows": hooks.evaluations}
