@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import Evaluation, Recipe, teacher_evaluations, train
+from evaluation import Evaluation, teacher_evaluations
+from few_step import train
+from recipes import Recipe
 from smooth_windows import SCALE, WIDTH, cell, sampler
 from worlds import MixtureWorld
 

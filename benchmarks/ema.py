@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 from distil import distil
-from few_step import OURS, SCALES, Evaluation, make_world, set_up_process
+from evaluation import Evaluation
+from few_step import make_world, set_up_process
+from recipes import OURS, SCALES
 from worlds import World
 
 from opensora_perflow.atomic import replacing

@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from few_step import OURS, SCALES, Evaluation, Recipe, Scale, changed, set_up_process, train
+from evaluation import Evaluation
+from few_step import set_up_process, train
+from recipes import OURS, SCALES, Recipe, Scale, changed
 from worlds import MixtureWorld, VideoWorld, World
 
 TRIAL = {"mixture": 100, "video": 24}

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from worlds import MixtureWorld
 
+from opensora_perflow.hosts import encoded_captions
 from opensora_perflow.hosts.v1 import encoded_text
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.training.shards import file_name, read_indexes, sha256
 from opensora_perflow.training.store import KIND, ChainWriter, chain_noise
 from opensora_perflow.worlds.text import TinyTextEncoder
@@ -40,7 +41,7 @@ def storing() -> Write:
     """Solves and stores SHARDS shards of ROWS chains."""
     world = MixtureWorld()
     config = dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance))
-    solver = ChainSolver(world.scheduler(config), world.teacher, None, 0, torch.float32)
+    solver = chain_solver(world.scheduler(config), world.teacher, None, 0, torch.float32)
 
     def write(folder: Path, rank: int) -> None:
         writer = ChainWriter(folder, solver.origin, rank)
@@ -142,7 +143,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng, failed = random.Random(args.seed), False
-    for name, kind, write in (("store", KIND, storing()), ("encode", encoded_text.KIND, encoding())):
+    for name, kind, write in (("store", KIND, storing()), ("encode", encoded_captions.KIND, encoding())):
         with tempfile.TemporaryDirectory() as folder:
             counts = kill_often(name, kind, write, args.kills, rng, Path(folder))
         print(json.dumps({"of": name, **counts}), flush=True)

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from distil import distil
-from few_step import OURS, SCALES, Evaluation, host_sampler, set_up_process
+from evaluation import Evaluation, host_sampler
+from few_step import set_up_process
+from recipes import OURS, SCALES
 from torch import Tensor, nn
 from worlds import VideoWorld
 

@@ -1,14 +1,76 @@
-"""Measures that the benchmarks alone need: a student's turns at window edges, and how the clips of a long video go together."""
+"""Measures that the benchmarks alone need: bootstrap intervals, a student's turns at edges, the clips of a long video."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opensora_perflow.method.metrics import energy_distance
 from opensora_perflow.method.solvers import Velocity
+
+RESAMPLES, COVERED = 1000, 0.95
+"""Of the bootstrap: how often samples are drawn anew, and the share of the results that lies in an interval."""
+BLOCK = 1024
+"""Rows of the matrix of distances that are held at once."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure of all samples, and the percentile interval of its bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: Tensor, resampled: Tensor) -> Estimate:
+        """From the measure of the samples, and of each resample [R]."""
+        outside = (1.0 - COVERED) / 2
+        low, high = resampled.double().quantile(
+            torch.tensor([outside, 1.0 - outside], dtype=torch.float64).to(resampled.device)
+        )
+        return cls(value.item(), low.item(), high.item())
+
+
+def times_drawn(count: int, seed: int = 0) -> Tensor:
+    """How often each of N samples is in each resample, N draws with replacement: [R, N], float32. The seed fixes all."""
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    return torch.zeros(RESAMPLES, count).scatter_add_(1, drawn, torch.ones(RESAMPLES, count))
+
+
+def squared_errors(x: Tensor, reference: Tensor) -> Tensor:
+    """Mean square difference of each sample [N, ...] from its reference: [N], float32."""
+    return (x - reference).float().square().flatten(1).mean(dim=1)
+
+
+def error_estimate(squared: Tensor) -> Estimate:
+    """Endpoint error of samples with these `squared_errors` [N]."""
+    return Estimate.of(squared.mean().sqrt(), (times_drawn(len(squared)).to(squared) @ squared / len(squared)).sqrt())
+
+
+def energy_estimate(x: Tensor, y: Tensor) -> Estimate:
+    """Energy distance of paired sets [N, ...], see metrics.energy_distance. A resample draws pairs.
+
+    Two draws of one pair are left out, as equal indices are in the measure: a sample is at distance 0 from itself.
+    """
+    x, y = x.flatten(1).float(), y.flatten(1).float()
+    count, counts = len(x), times_drawn(len(x)).to(x).T
+    total, resampled = x.new_zeros((), dtype=torch.float64), x.new_zeros(RESAMPLES, dtype=torch.float64)
+    for first in range(0, count, BLOCK):
+        rows = slice(first, first + BLOCK)
+        kernel = _distances(x[rows], y) + _distances(y[rows], x) - _distances(x[rows], x) - _distances(y[rows], y)
+        kernel[torch.arange(len(kernel)), torch.arange(len(kernel)) + first] = 0.0
+        total += kernel.double().sum()
+        resampled += (counts[rows] * (kernel @ counts)).double().sum(dim=0)
+    pairs = count**2 - counts.double().square().sum(dim=0)
+    return Estimate.of(total / (count * (count - 1)), (resampled / pairs)[pairs > 0])  # of few samples all draws may be one
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
 
 
 def velocity_jump(velocity: Velocity, x: Tensor, t_edge: Tensor, delta: float) -> float:

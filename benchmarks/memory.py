@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import OURS, REFERENCE, set_up_process
+from few_step import set_up_process
+from recipes import OURS, REFERENCE
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module, portable
 from opensora_perflow.hosts import meta
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
+from opensora_perflow.hosts.chains import CHAIN
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.tools.residents import residents
 from opensora_perflow.training.store import ChainWriter, chain_noise
 from opensora_perflow.worlds.model import load_teacher
@@ -52,7 +54,7 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int]) -> int:
 
 def store(network: nn.Module, told: dict[str, Tensor], settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """Write a store of one batch's chains; the settings that train from it."""
-    solver = ChainSolver(build_module(settings, SCHEDULERS), network, None, 0, torch.float32)
+    solver = chain_solver(build_module(settings, SCHEDULERS), network, None, 0, torch.float32)
     noise = torch.stack([chain_noise(0, chain, (4, FRAMES, SIDE, SIDE)) for chain in range(BATCH)])
     ChainWriter(folder, solver.origin).write(0, 0, solver.ends(noise, told, 0)[0], [""] * BATCH, {})
     told[CHAIN] = torch.stack([chain_bytes(chain) for chain in range(BATCH)])

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow.atomic import replacing
+from opensora_perflow.hosts.chains import CHAIN, ChainSolver
 from opensora_perflow.hosts.install import find_tag
+from opensora_perflow.hosts.v2.chain_solver import chain_solver
+from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import perflow_flux
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.run import prepare
@@ -99,12 +102,15 @@ class Scripts:
         settings = {**self.settings, **named, **self.there}
         return Flux(**settings) if perflow is None else perflow_flux(perflow, **settings)
 
-    def loss(self, network: nn.Module, data: Tensor, captions: Sequence[str], *, drop: bool) -> Tensor:
+    def loss(
+        self, network: nn.Module, data: Tensor, captions: Sequence[str], *, drop: bool, chains: Tensor | None = None
+    ) -> Tensor:
         """Of one batch of train.py (prepare_inputs and run_iter) without reference frames.
 
         Args:
             data: Clean latents [B, C, T, H, W]. captions: B texts.
             drop: Whether to drop texts, as train.py does with dropout_ratio.
+            chains: Stored chain of each sample, [B]; None: there are none.
         """
         from opensora.utils.sampling import get_res_lin_function, pack, prepare, time_shift
         from opensora.utils.train import dropout_condition
@@ -121,8 +127,19 @@ class Scripts:
         inp["img"] = t_rev * x_0 + (1 - (1 - SIGMA_MIN) * t_rev) * x_1
         inp["cond"] = x_0.new_zeros(*x_0.shape[:2], x_0.shape[2] + PATCH**2)
         inp["guidance"] = torch.full_like(t, 4.0)
+        inp |= {} if chains is None else {CHAIN: chains}
         v_t = (1 - SIGMA_MIN) * x_1 - x_0
         return F.mse_loss(network(**inp, timesteps=t).float(), v_t.float(), reduction="mean")
+
+    def chain_solver(self, network: nn.Module, perflow: Mapping[str, Any], seed: int) -> ChainSolver:
+        """What solves chains of text to video by a frozen teacher. See hosts/v2/chain_solver.py."""
+        from opensora.utils.sampling import prepare
+
+        def prepared(captions: Sequence[str], latent: Sequence[int]) -> dict[str, Tensor]:
+            like = torch.zeros(len(captions), *latent, dtype=self.there["torch_dtype"], device=self.there["device_map"])
+            return prepare(self.t5, self.clip, like, prompt=list(captions), patch_size=PATCH)
+
+        return chain_solver(*read_config(perflow), network, prepared, seed)
 
     @torch.no_grad()
     def sample(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from few_step import SCALES, Evaluation, Recipe, train
+from evaluation import Evaluation
+from few_step import train
 from measures import velocity_jump
+from recipes import SCALES, Recipe
 from torch import nn
 from worlds import MixtureWorld
 

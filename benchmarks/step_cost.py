@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from few_step import SCALES, Recipe, Scale, make_world, recipes, set_up_process
+from few_step import make_world, set_up_process
+from recipes import SCALES, Recipe, Scale, recipes
 from tqdm import tqdm
 from worlds import World
 

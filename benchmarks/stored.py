@@ -23,22 +23,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from chains import Chains, solve
 from distil import distil
-from few_step import SCALES, Evaluation, Scale, make_world, set_up_process
+from evaluation import Evaluation
+from few_step import make_world, set_up_process
+from recipes import SCALES, Scale
 from torch import Tensor
 from worlds import World
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
 from opensora_perflow.method.metrics import endpoint_error
-from opensora_perflow.training.store import DTYPES, ChainStore, ChainWriter, chain_noise
+from opensora_perflow.training.store import DTYPES, ChainStore
 
 SAMPLES = {"mixture": 2048, "video": 32}
 """That are compared."""
@@ -48,32 +49,12 @@ CHAINS = {"mixture": 16384, "video": 320}
 """Of the store of part equal."""
 REFERENCE_STEPS = {"mixture": 512, "video": 64}
 """Guided Euler steps to the endpoints that errors are measured from."""
-AT_ONCE = {"mixture": 1024, "video": 16}
-"""Chains that are solved together, and written as a shard."""
 RATES = {"mixture": (1.0, 3.0), "video": (1.0,)}
 """Peak learning rates, over few_step.py's."""
 SIZES = (48, 192, 320, 640)
 """Of the stores of part chains."""
 TRAINED = 60
 """Steps of part chains and of part dtype on the video model."""
-
-
-@dataclass(frozen=True)
-class Chains:
-    """A store, and what its teacher was told of each chain."""
-
-    folder: Path
-    told: dict[str, Tensor]
-    names: Tensor
-    """What `CHAIN` says of each, [n, 4]."""
-
-    def batch(self, rows: Tensor) -> dict[str, Tensor]:
-        """model_args of some of the chains."""
-        return {name: value[rows] for name, value in self.told.items()} | {CHAIN: self.names[rows]}
-
-    def first(self, count: int) -> Chains:
-        """A part of the store."""
-        return Chains(self.folder, {name: value[:count] for name, value in self.told.items()}, self.names[:count])
 
 
 @cache
@@ -83,23 +64,6 @@ def evaluation_of(world: World, num_samples: int, seed: int) -> Evaluation:
 
 def settings(world: World, **others: Any) -> dict[str, Any]:
     return dict(watch=None, windows=4, guidance=dict(mode="fixed", scale=world.guidance), **others)
-
-
-def solve(world: World, folder: Path, count: int, seed: int, dtypes: Sequence[str] = ("float16",)) -> Chains:
-    """Solve chains, and write a store of each dtype into folder/dtype."""
-    solver = ChainSolver(world.scheduler(settings(world)), world.teacher, None, seed, torch.float32)
-    writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype)) for dtype in dtypes]
-    generator, told, batch_size = torch.Generator().manual_seed(seed), [], AT_ONCE[world.name]
-    for number, first in enumerate(range(0, count, batch_size)):
-        rows = min(batch_size, count - first)
-        _, args = world.batch(rows, generator)
-        told.append(args)
-        noise = torch.stack([chain_noise(seed, first + row, world.latent_shape) for row in range(rows)])
-        ends, _ = solver.ends(noise, args, first)
-        for writer in writers:
-            writer.write(number, first, ends, [""] * rows, {})
-    names = torch.stack([chain_bytes(chain) for chain in range(count)])
-    return Chains(folder / dtypes[0], {name: torch.cat([args[name] for args in told]) for name in told[0]}, names)
 
 
 class Student:
@@ -114,17 +78,14 @@ class Student:
         folder = None if chains is None else str(chains.folder if dtype is None else chains.folder.parent / dtype)
         self.network = world.student(None)
         self.scheduler = world.scheduler(settings(world, teacher=dict(stored=folder), draws=dict(seed=seed)))
-        self.generator, self.order = torch.Generator().manual_seed(seed), []
+        self.generator = torch.Generator().manual_seed(seed)
 
     def loss(self) -> Tensor:
         size = self.scale.batch_size
         if self.chains is None:
             data, model_args = self.world.batch(size, self.generator)
         else:
-            if len(self.order) < size:  # every chain once in a pass
-                self.order += torch.randperm(len(self.chains.names), generator=self.generator).tolist()
-            rows, self.order = torch.tensor(self.order[:size]), self.order[size:]
-            data, model_args = torch.zeros(size, *self.world.latent_shape), self.chains.batch(rows)
+            data, model_args = torch.zeros(size, *self.world.latent_shape), self.chains.next(size, self.generator)
         return self.scheduler.training_losses(self.network, data, model_args)["loss"].mean()
 
     def train(self, iterations: int, rate: float, desc: str) -> float:
@@ -174,7 +135,7 @@ def equal_seconds(world: World, scale: Scale, seed: int, steps: int, count: int)
     budget = min(row["seconds"] for row in rows)
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
-        chains = solve(world, Path(folder), count, seed + 1000)
+        chains = solve(world, Path(folder), count, seed + 1000, settings(world))
         solved = time.process_time() - began
         each = step_cost(world, scale, chains, seed, rounds=10)["stored"]
         possible = int(0.93 * (budget - solved) / each)  # a shared machine: a step may take more than it took
@@ -190,7 +151,7 @@ def store_sizes(world: World, scale: Scale, seed: int, steps: int) -> list[dict[
     """Rows of students of the first chains of one store, as many as SIZES says."""
     evaluation, rows = evaluation_of(world, scale.num_samples, seed), []
     with tempfile.TemporaryDirectory() as folder:
-        chains = solve(world, Path(folder), max(SIZES), seed + 1000)
+        chains = solve(world, Path(folder), max(SIZES), seed + 1000, settings(world))
         for size in SIZES:
             student = Student(world, scale, seed, chains.first(size))
             student.train(steps, 1.0, f"seed {seed}, {size} chains")
@@ -201,7 +162,7 @@ def store_sizes(world: World, scale: Scale, seed: int, steps: int) -> list[dict[
 
 def error_on_stored(student: Student, chains: Chains) -> float:
     """Endpoint error from the noise of chains to their stored ends, which the solver's own error is no part of."""
-    store, count = ChainStore(chains.folder), len(chains.names)
+    store, count = ChainStore(chains.folder), len(chains)
     numbers, places = torch.arange(count), torch.full((count,), len(store.origin.windows) - 1)
     told = {name: value for name, value in chains.told.items() if name not in ("y", "mask")}
 
@@ -223,7 +184,7 @@ def dtypes(world: World, scale: Scale, seed: int, steps: int, count: int) -> lis
     names = sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize)
     evaluation, rows = evaluation_of(world, scale.num_samples, seed), []
     with tempfile.TemporaryDirectory() as folder:
-        chains = solve(world, Path(folder), count, seed + 1000, names)
+        chains = solve(world, Path(folder), count, seed + 1000, settings(world), names)
         numbers = torch.arange(min(count, 256)).repeat_interleave(4)
         exact = ChainStore(chains.folder).states(numbers, torch.arange(1, 5).repeat(len(numbers) // 4))
         for name in names:
@@ -265,7 +226,7 @@ def run_part(part: str, world: World, scale: Scale, seeds: Sequence[int]) -> lis
     for seed in seeds:
         if part == "step":
             with tempfile.TemporaryDirectory() as folder:
-                chains = solve(world, Path(folder), 4 * scale.batch_size, seed)
+                chains = solve(world, Path(folder), 4 * scale.batch_size, seed, settings(world))
                 found = [step_cost(world, scale, chains, seed)]
         elif part == "equal":
             found = equal_seconds(world, scale, seed, STEPS[world.name], CHAINS[world.name])

@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from few_step import OURS, REFERENCE, Recipe, arguments, changed, run
+from few_step import arguments, run
+from recipes import OURS, REFERENCE, Recipe, changed
 from worlds import World
 
 

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chains import Chains, solve
 from distil import distil
-from few_step import SCALES, Evaluation, make_world, set_up_process
-from stored import AT_ONCE, REFERENCE_STEPS, Chains
+from evaluation import Evaluation
+from few_step import make_world, set_up_process
+from recipes import SCALES
+from stored import REFERENCE_STEPS
 from torch import Tensor
 from worlds import World
 
 from opensora_perflow.atomic import replacing
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import chain_bytes
-from opensora_perflow.training.store import ChainWriter, chain_noise
 
 COUNTS = (1, 2, 4, 8)
 STUDENTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -37,6 +37,7 @@ STUDENTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     **{f"for {count} alone": (dict(windows=count), (count,)) for count in COUNTS},
 }
 """Settings, and the numbers of steps that each is sampled with."""
+STORED = dict(windows=8, teacher=dict(steps_per_window=2))
 ITERATIONS = {"mixture": 4000, "video": 300}
 CHAINS = {"mixture": 32768, "video": 1024}
 RATE = {"mixture": 3.0, "video": 1.0}
@@ -46,21 +47,6 @@ SAMPLES = {"mixture": 2048, "video": 64}
 
 def base(world: World) -> dict[str, Any]:
     return dict(watch=None, guidance=dict(mode="fixed", scale=world.guidance))
-
-
-def solve(world: World, folder: Path, count: int, seed: int) -> Chains:
-    """A store of chains with 8 windows, two midpoint steps in each."""
-    scheduler = world.scheduler(dict(base(world), windows=8, teacher=dict(steps_per_window=2)))
-    solver = ChainSolver(scheduler, world.teacher, None, seed, torch.float32)
-    writer, generator, told = ChainWriter(folder, solver.origin), torch.Generator().manual_seed(seed), []
-    for number, first in enumerate(range(0, count, AT_ONCE[world.name])):
-        rows = min(AT_ONCE[world.name], count - first)
-        _, args = world.batch(rows, generator)
-        told.append(args)
-        noise = torch.stack([chain_noise(seed, first + row, world.latent_shape) for row in range(rows)])
-        writer.write(number, first, solver.ends(noise.to(world.device), args, first)[0], [""] * rows, {})
-    names = torch.stack([chain_bytes(chain) for chain in range(count)])
-    return Chains(folder, {name: torch.cat([args[name] for args in told]) for name in told[0]}, names)
 
 
 def train(world: World, chains: Chains, name: str, seed: int, iterations: int, evaluation: Evaluation) -> dict[str, Any]:
@@ -73,9 +59,8 @@ def train(world: World, chains: Chains, name: str, seed: int, iterations: int, e
     scale, generator = SCALES["cpu"][world.name], torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:
-        rows = torch.randint(len(chains.names), (scale.batch_size,), generator=generator)
-        data = torch.zeros(len(rows), *world.latent_shape, device=world.device)
-        return scheduler.training_losses(student, data, chains.batch(rows))["loss"].mean()
+        data = torch.zeros(scale.batch_size, *world.latent_shape, device=world.device)
+        return scheduler.training_losses(student, data, chains.next(scale.batch_size, generator))["loss"].mean()
 
     began = time.process_time()
     for _ in distil(student, loss, iterations=iterations, lr=RATE[world.name] * scale.lr, desc=f"seed {seed}, {name}"):
@@ -118,7 +103,8 @@ def main() -> None:
         for seed in args.seeds:
             evaluation = Evaluation.of(world, SAMPLES[name], seed, floor=False, reference_steps=REFERENCE_STEPS[name])
             with tempfile.TemporaryDirectory() as folder:
-                chains = solve(world, Path(folder), args.chains or CHAINS[name], seed + 1000)
+                count = args.chains or CHAINS[name]
+                chains = solve(world, Path(folder), count, seed + 1000, {**base(world), **STORED})
                 for student in args.students:
                     iterations = args.iterations or ITERATIONS[name]
                     rows.append(train(world, chains, student, seed, iterations, evaluation))

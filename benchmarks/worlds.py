@@ -1,6 +1,7 @@
 """The small worlds of the benchmarks, behind one interface: a guided teacher, students of it, data and prompts.
 
 mixture  16 dimensions, 24 modes, closed-form teacher (opensora_perflow/worlds/mixture.py), MLP students of any width
+forty, rings, ar1  further closed-form teachers (modes.py), MLP students alike
 video    moving shapes, the demo's tiny text-to-video teacher (opensora_perflow/worlds/), students that start as its copy
 stdit3   the same weights in Open-Sora's own STDiT3 class, hidden size 96; needs an Open-Sora checkout
 mmdit    the same clips, the MMDiT class and the sampler of Open-Sora 2.0, and a teacher that is trained here at first; needs a
@@ -16,19 +17,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from modes import Modes, ModesNetwork, ar1, forty, rings
 from open_sora_2 import GUIDANCE, Scripts, find_root
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
+from opensora_perflow.hosts.chains import CHAIN, Part
 from opensora_perflow.method.metrics import temporal_difference_energy
+from opensora_perflow.tools.compare import reference_times
 from opensora_perflow.tools.demo import build_network
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
+from opensora_perflow.training.store import ChainWriter
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
 from opensora_perflow.worlds.codec import TinyVAE
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.worlds.text import TinyTextEncoder
 
+AT_ONCE = 16
+"""Chains of world mmdit that are solved together, and written as a shard."""
+Batches = Callable[[int, torch.Generator], tuple[Tensor, dict[str, Any]]]
+"""See World.batch."""
 TEACHER_STEPS = 6000
 """Of the teacher of world mmdit: about 8 CPU minutes."""
 
@@ -53,6 +62,14 @@ class World(ABC):
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Clean latents and model_args of one training step."""
 
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
+        """Solve chains, and write a store of them.
+
+        Returns:
+            As `batch`, of the store's chains: each once in a pass.
+        """
+        raise ValueError(f"stores of world {self.name!r} are benchmarks/stored.py's")
+
     def learner(self, width: int | None, config: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         """A student, and what distils and samples it: the PeRFlow object with these keys, or what answers as that does."""
         return self.student(width), self.scheduler(config)
@@ -76,8 +93,12 @@ class World(ABC):
 
     own_column: str
     """Key of `describe`."""
+    reference_times: Sequence[float] | None = None
+    """Of the midpoint steps to the endpoints; None: as many Euler steps as few_step.py says."""
     host_sampler = "host's rflow"
     """Name of the teacher's sampler in tables."""
+    teacher_steps: tuple[int, ...] = (4, 8, 16, 30)
+    """Of that sampler."""
 
 
 class MixtureWorld(World):
@@ -104,10 +125,37 @@ class MixtureWorld(World):
         return {"same_mode": (nearest == also).double().mean().item()}
 
 
+class ModesWorld(World):
+    """A world of modes.py. Guidance 1.5: with 2 the rings' teacher leaves its rings."""
+
+    guidance, own_column = 1.5, "same_mode"
+
+    def __init__(self, name: str, modes: Modes, device: str = "cpu") -> None:
+        self.name, self.modes, self.device = name, modes, torch.device(device)
+        self.latent_shape = modes.shape
+        self.prompts = [f"class {k}" for k in range(NUM_CLASSES)]
+        self.text = ClassText(device)
+        self.teacher = ModesNetwork(modes, width=1).eval().to(device)
+
+    def student(self, width: int | None) -> nn.Module:
+        return ModesNetwork(self.modes, width or 256).train().to(self.device)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        class_idx = torch.randint(NUM_CLASSES, (size,), generator=generator)
+        return self.modes.draw(class_idx, generator).to(self.device), self.text.of(class_idx)
+
+    def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        nearest, also = (torch.cdist(latents.cpu().flatten(1), self.modes.means).argmin(dim=1) for latents in (x, endpoints))
+        return {"same_mode": (nearest == also).double().mean().item()}
+
+
+MODES = {"forty": forty, "rings": rings, "ar1": ar1}
+
+
 class VideoWorld(World):
     """Args: open_sora: checkout whose STDiT3 class takes the place of the tiny copy of it; num_clips: size of the data set."""
 
-    guidance, own_column = 3.0, "motion"
+    guidance, own_column, reference_times = 3.0, "motion", reference_times()
 
     def __init__(self, device: str = "cpu", open_sora: Path | None = None, num_clips: int = 512) -> None:
         self.name = "video" if open_sora is None else "stdit3"
@@ -151,7 +199,8 @@ class OpenSora2:
         self.host, self.steps, self.guidance = host, steps, guidance
 
     def training_losses(self, network: nn.Module, data: Tensor, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {"loss": self.host.loss(network, data, model_args["captions"], drop=False)}
+        captions, chains = model_args["captions"], model_args.get(CHAIN)
+        return {"loss": self.host.loss(network, data, captions, drop=False, chains=chains)}
 
     def sample(self, network: nn.Module, text: Any, z: Tensor, prompts: Sequence[str], *_: Any, **__: Any) -> Tensor:
         return self.host.sample(network, z, prompts, self.steps, self.guidance)
@@ -163,6 +212,7 @@ class MMDiTWorld(World):
     """
 
     name, guidance, own_column, host_sampler = "mmdit", GUIDANCE, "as_described", "guided teacher, host's I2VDenoiser"
+    teacher_steps = (4, 5, 8, 16, 30)  # of 5 steps the host pays 15 rows, and of 8 steps 24, where 16 are needed
 
     def __init__(self, open_sora: Path | None, weights: Path, num_clips: int = 512, steps: int = TEACHER_STEPS) -> None:
         self._made_by = open_sora, weights, num_clips, steps
@@ -199,6 +249,29 @@ class MMDiTWorld(World):
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         index = torch.randint(len(self._latents), (size,), generator=generator)
         return self._latents[index], {"captions": [self._captions[i] for i in index.tolist()]}
+
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
+        generator, captions = torch.Generator().manual_seed(seed), []
+        solver = self.host.chain_solver(self.teacher, config, seed)
+        writer = ChainWriter(folder, solver.origin)
+        for number, first in enumerate(range(0, count, AT_ONCE)):
+            _, args = self.batch(min(AT_ONCE, count - first), generator)
+            part = Part(args["captions"], {}, self.latent_shape, AT_ONCE)
+            ((ends, *_),) = solver.solve(part, first)
+            writer.write(number, first, ends, part.captions, part.told)
+            captions += part.captions
+        order: list[int] = []
+
+        def batch(size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+            if len(order) < size:
+                order.extend(torch.randperm(count, generator=generator).tolist())
+            rows = [order.pop() for _ in range(size)]
+            return torch.zeros(size, *self.latent_shape), {
+                "captions": [captions[row] for row in rows],
+                CHAIN: torch.tensor(rows),
+            }
+
+        return batch
 
     def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         with torch.no_grad():

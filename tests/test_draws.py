@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from opensora_perflow.method.draws import fill_evenly, mix_in_edge
+from opensora_perflow.method.draws import draw, fill_evenly, mix_in_edge
 from opensora_perflow.method.grids import linear_grid, sampling_grid
+from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 
 F64 = torch.float64
@@ -77,3 +78,15 @@ def test_filling_maps_windows_onto_windows():
     drawn = torch.rand(1000, dtype=F64)
     assert torch.equal(windows.lookup(fill_evenly(drawn, windows)), TimeWindows.uniform(4).lookup(drawn))
     assert torch.equal(fill_evenly(drawn, TimeWindows.uniform(4)), drawn)
+
+
+def test_windows_are_drawn_by_their_shares():
+    windows = TimeWindows((1.0, 0.9, 0.5, 0.0))
+    # Shares 1 : 2 : 5 are intervals of u from 1, 7/8 and 5/8 down; the middle of each is the middle of its window.
+    u = torch.tensor([1.0, 15 / 16, 7 / 8, 6 / 8, 5 / 8, 5 / 16, 0.0], dtype=F64)
+    expected = torch.tensor([1.0, 0.95, 0.9, 0.7, 0.5, 0.25, 0.0], dtype=F64)
+    torch.testing.assert_close(fill_evenly(u, windows, (1, 2, 5)), expected, rtol=0, atol=1e-15)
+    uniform = TimeWindows.uniform(4)
+    evenly = torch.linspace(1, 0, 6400, dtype=F64)
+    drawn = draw(WarpedWindows(uniform, 6400, None, "cpu"), solver_steps=1, given=evenly, shares=(1, 2, 3, 2))
+    assert drawn.window_idx.bincount().tolist() == [800, 1600, 2400, 1600]

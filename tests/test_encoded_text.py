@@ -5,14 +5,9 @@ import os
 import pytest
 import torch
 
+from opensora_perflow.hosts.encoded_captions import are_encoded
 from opensora_perflow.hosts.v1 import encoded_text
-from opensora_perflow.hosts.v1.encoded_text import (
-    EncodedText,
-    are_encoded,
-    encode_captions,
-    read_latent_sizes,
-    write_latent_sizes,
-)
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, read_latent_sizes, write_latent_sizes
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 CAPTIONS = ["a red circle moving right", "a blue square", "a very long caption of more than ten words that is cut there"]

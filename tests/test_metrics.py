@@ -1,6 +1,6 @@
 import pytest
 import torch
-from measures import drift, nearest_clip_distance, seam
+from measures import drift, energy_estimate, error_estimate, nearest_clip_distance, seam, squared_errors, times_drawn
 
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 
@@ -73,3 +73,30 @@ def test_nearest_clip_distance_is_zero_where_clips_repeat():
 def test_nearest_clip_distance_needs_two_clips():
     with pytest.raises(ValueError, match="at least two clips of a video, got 1"):
         nearest_clip_distance(torch.zeros(1, 3, 4))
+
+
+def test_the_interval_of_two_errors_is_known():
+    # Of two samples with squared errors 0 and 1 a quarter of the resamples has 0 twice, and a quarter 1 twice.
+    found = error_estimate(torch.tensor([0.0, 1.0]))
+    assert (found.low, found.high) == (0.0, 1.0) and found.value == pytest.approx(0.5**0.5)
+    assert squared_errors(torch.full((2, 3), 2.0), torch.zeros(2, 3)).tolist() == [4.0, 4.0]
+
+
+def test_intervals_are_those_of_samples_drawn_anew(monkeypatch):
+    monkeypatch.setattr("measures.BLOCK", 4)  # ten rows in three blocks
+    monkeypatch.setattr("measures.RESAMPLES", 60)
+    x, y = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0)).double()
+    drawn = times_drawn(10)
+    assert drawn.shape == (60, 10) and (drawn.sum(dim=1) == 10).all() and torch.equal(drawn, times_drawn(10))
+
+    def energy(rows):
+        """By the definition, over pairs of different samples."""
+        pairs = [(i, j) for i in rows for j in rows if i != j]
+        far = [(x[i] - y[j]).norm() + (y[i] - x[j]).norm() - (x[i] - x[j]).norm() - (y[i] - y[j]).norm() for i, j in pairs]
+        return sum(far) / len(far) / 3**0.5
+
+    values = torch.stack([energy(torch.arange(10).repeat_interleave(count.long()).tolist()) for count in drawn])
+    found = energy_estimate(x, y)
+    assert found.value == pytest.approx(energy_distance(x, y), abs=1e-6)  # float32
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))

@@ -161,7 +161,9 @@ def test_windows_are_planned_from_a_pilot(criterion, tmp_path, student, capsys):
     errors = CRITERIA[criterion](subject.student(8, 0), path)
     assert report["pilot_errors"] == pytest.approx(errors, rel=1e-5)
     assert windows.edges == plan_windows((1.0, 0.5, 0.0), errors, 3)[0]
-    assert "planned windows" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    shares = f"draws=dict(shares={[round(error / sum(errors), 4) for error in report['pilot_errors']]})"
+    assert "planned windows" in said and (shares in said) == (criterion == "added")
 
 
 def test_a_students_windows_are_those_that_its_file_names(tmp_path, student):

@@ -153,6 +153,12 @@ def test_draws_are_checked():
     refused("draws.grids must be a list of numbers of steps, got 5; write", draws=dict(grids=5))
     refused("each of draws.grids must be an integer >= 1, got 2.5", draws=dict(grids=(5, 2.5)))
     refused("sampling_grid must be one of edges, uniform, got 'host'", sampling_grid="host")
+    refused("draws.shares must be a list of numbers, one a window, got 5; write", draws=dict(shares=5))
+    refused("each of draws.shares must be a number >= 0.001, got 0", draws=dict(shares=[1, 0, 1, 1]))
+    refused(r"draws.shares must be one number a window, got \[1, 2\] for 4 windows", draws=dict(shares=[1, 2]))
+    refused("windows by the timesteps that they hold", draws=dict(shares=[1, 2, 2, 1]), use_discrete_timesteps=True)
+    for others in (dict(draws=dict(shares=[1, 2], grids=[5])), dict(curriculum=dict(windows=[4, 2]), draws=dict(shares=[1]))):
+        refused("so shares of windows have no meaning, got draws.shares=", **others)
     refused("draws.edge_mass must be a number >= 0 and <= 1, got 1.5", draws=dict(edge_mass=1.5))
     refused("draws.edge_mass must be a number >= 0 and <= 1, got nan", draws=dict(edge_mass=float("nan")))
     refused("draws.per_solve must be an integer >= 1", draws=dict(per_solve=0))

@@ -8,8 +8,9 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.chains import CHAIN, Part
+from opensora_perflow.hosts.v1.chain_solver import chain_solver
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
 from opensora_perflow.training.teacher import fingerprint
@@ -24,15 +25,19 @@ def network():
     return tiny_network()
 
 
-def write(folder, network, dtype="float32", first=0, **config):
+def write(folder, network, dtype="float32", first=0, further=0, **config):
     """A store of two chains on the batch of networks.py; (its writer, noise [2, ...], model_args)."""
     _, args = batch(network)
-    solver = ChainSolver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
-    noise = torch.stack([chain_noise(5, first + row, (4, 5, 4, 4)) for row in range(2)])
-    ends, scales = solver.ends(noise, args, first)
-    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype))
-    writer.write(first // 2, first, ends, CAPTIONS, TOLD, scales)
-    return writer, noise, args
+    solver = chain_solver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
+
+    def noise(one=0):
+        return torch.stack([chain_noise(5, first + row, (4, 5, 4, 4), one) for row in range(2)])
+
+    ends, scales = solver.ends(noise(), args, first)
+    more = [solver.ends(noise(one), args, first, num_windows=1)[0] for one in range(1, further + 1)]
+    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype, further=further))
+    writer.write(first // 2, first, ends, CAPTIONS, TOLD, scales, torch.cat(more, dim=1) if more else None)
+    return writer, noise(), args
 
 
 def stored_losses(folder, network, args, steps=4, **config):
@@ -230,6 +235,62 @@ def test_chains_are_solved_on_a_gpu(network):
     x, args = batch(network)
     ends = []
     for device in ("cpu", "cuda"):
-        solver = ChainSolver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
+        solver = chain_solver(PeRFlow(**FIXED), deepcopy(network).to(device), None, seed=5, dtype=torch.float32)
         ends.append(solver.ends(x.to(device), {name: value.to(device) for name, value in args.items()}, 0)[0])
     torch.testing.assert_close(ends[1], ends[0], atol=1e-4, rtol=0)
+
+
+def test_further_solutions_of_the_first_window_are_trained_as_often(tmp_path, monkeypatch, network):
+    """Each from its own noise; other windows stay the chain's."""
+    _, _, args = write(tmp_path / "more", network, further=2)
+    write(tmp_path / "plain", network)
+    store, chains = ChainStore(tmp_path / "more"), torch.tensor([0, 1])
+    plain = ChainStore(tmp_path / "plain")
+    assert "further" not in plain._shards.header and plain.origin.further == 0 and store.origin.further == 2
+    pairs = {}
+    for one in range(3):
+        start, end = (store.states(chains, torch.tensor([place] * 2), torch.tensor([one] * 2)) for place in (0, 1))
+        assert torch.equal(start, torch.stack([chain_noise(5, chain, (4, 5, 4, 4), one) for chain in (0, 1)]))
+        # what the teacher makes of that noise alone
+        solver = chain_solver(PeRFlow(**FIXED), network, None, seed=5, dtype=torch.float32)
+        assert torch.equal(end, solver.ends(start, args, 0)[0][:, 0])
+        pairs |= {(chain, one): (start[chain], end[chain]) for chain in (0, 1)}
+    own = [store.states(chains, torch.tensor([place] * 2)) for place in range(5)]
+    assert torch.equal(own[1], torch.stack([pairs[0, 0][1], pairs[1, 0][1]]))
+    found = []
+    monkeypatch.setattr(segments.Stored, "of", lambda self, batch: found.append(of(self, batch)) or found[-1])
+    stored_losses(tmp_path / "more", network, args, steps=60)
+    taken = {key: 0 for key in pairs}
+    for segment in found:
+        for chain in (0, 1):
+            start, end, place = segment.x_start[chain], segment.x_end[chain], round(4 * (1 - segment.t_start[chain].item()))
+            if place:
+                assert torch.equal(start, own[place][chain]) and torch.equal(end, own[place + 1][chain])
+                continue
+            (key,) = [key for key, (one, _) in pairs.items() if torch.equal(start, one)]
+            assert key[0] == chain and torch.equal(end, pairs[key][1])
+            taken[key] += 1
+    # A quarter of 120 windows, a third of them each: 10 +- 2.6 expected.
+    assert min(sum(taken[chain, one] for chain in (0, 1)) for one in range(3)) >= 2
+
+
+@pytest.mark.parametrize("guidance", [dict(mode="fixed", scale=3.0), dict(mode="range", scale=(1.0, 5.0))])
+def test_a_solver_adds_further_solutions_of_the_first_window(network, guidance):
+    _, args = batch(network)
+    text = {name: args[name] for name in ("y", "mask")}
+
+    class Text:
+        def encode(self, captions):
+            return text
+
+    solver = chain_solver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
+    part = Part(CAPTIONS, TOLD, (4, 5, 4, 4), 2)
+    ((ends, scales, none),) = solver.solve(part, 0)
+    solver = replace(solver, origin=replace(solver.origin, further=2))
+    ((same, also, further),) = solver.solve(part, 0)
+    assert none is None and torch.equal(same, ends) and further.shape == (2, 2, 4, 5, 4, 4)
+    assert (scales is None) == (guidance["mode"] == "fixed") and (scales is None or torch.equal(also, scales))
+    for one in (1, 2):
+        noise = torch.stack([chain_noise(5, chain, (4, 5, 4, 4), one) for chain in (0, 1)])
+        told = {name: torch.tensor([float(value)] * 2) for name, value in TOLD.items()}
+        assert torch.equal(further[:, one - 1], solver.ends(noise, {**text, **told}, 0)[0][:, 0])

@@ -6,8 +6,9 @@ from networks import batch, tiny_network
 from test_store import CAPTIONS, FIXED, TOLD, write
 
 from opensora_perflow import PeRFlow
+from opensora_perflow.hosts.chains import CHAIN
 from opensora_perflow.hosts.v1.scale_input import direction, told
-from opensora_perflow.hosts.v1.stored_chains import CHAIN, chain_bytes
+from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.training import segments
 from opensora_perflow.training.state import StudentState

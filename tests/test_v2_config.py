@@ -91,7 +91,8 @@ def script(host, perflow=None, *, model=None, **values):
 
 
 def test_registering_leaves_the_host_s_own_as_they_were(host):
-    assert set(host.MODELS.module_dict) == {"flux", "perflow_flux", "perflow_t5", "perflow_clip", "perflow_hunyuan_vae"}
+    encoders = {f"perflow_{kind}{name}" for kind in ("", "encoded_") for name in ("t5", "clip")}
+    assert set(host.MODELS.module_dict) == {"flux", "perflow_flux", "perflow_hunyuan_vae", *encoders}
     network = host.MODELS.build(dict(type="flux"))
     assert hooks_of(network) is None and not network._forward_pre_hooks and not network._forward_hooks
     assert not any(hasattr(method, "denoiser") for method in host.methods.values())
@@ -237,9 +238,17 @@ def test_no_keys_are_the_defaults(host, missing):
         (
             dict(teacher=dict(stored="store")),
             {},
-            "teacher.stored='store': stores are written and trained from under Open-Sora 1.2",
+            r"says dataset.type=None, cached_video=False; write dataset.type='perflow_stored', cached_video=True$",
         ),
+        (
+            dict(teacher=dict(stored="store")),
+            dict(dataset=dict(type="perflow_stored"), cached_video=True, condition_config=dict(t2v=1)),
+            r"the config says condition_config=\{'t2v': 1\}; write condition_config=None$",
+        ),
+        (dict(teacher=dict(stored="no"), **FIXED), dict(dataset=dict(type="perflow_stored"), cached_video=True), "no index"),
+        (FIXED, dict(dataset=dict(type="perflow_stored")), r"say which: model=dict\(perflow=dict\(teacher=dict\(stored="),
         (dict(cfg_scale=[7.0, 4.0]), {}, "cfg_scale"),
+        (dict(draws=dict(starts="diffused", shares=[1, 2, 2, 1])), {}, r'shares=\[1, 2, 2, 1\] with starts="diffused"'),
         (dict(draws=dict(starts="diffused", overlap=0.5)), {}, 'overlap=0.5 with starts="diffused": .* use starts="student"'),
         (dict(prediction="ddim_eps"), {}, "prediction='ddim_eps' needs an epsilon network"),
         (FIXED, dict(plugin="hybrid", plugin_config=dict(pp_size=2)), "pp_size=2: .* use pp_size=1 with"),

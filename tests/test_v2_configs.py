@@ -24,8 +24,8 @@ def load(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_config_loads_and_dumps(path):
     config = load(path)
-    tiny = "tiny" in path.stem
-    imports = ["opensora_perflow"] + ["opensora_perflow.hosts.v2.tiny"] * tiny
+    more = "stored" if "stored" in path.stem else "v2.tiny" if "tiny" in path.stem else None
+    imports = ["opensora_perflow"] + [f"opensora_perflow.hosts.{more}"] * (more is not None)
     assert config.custom_imports == {"imports": imports, "allow_failed_imports": False}
     json.dumps(config.to_dict())  # train.py writes its config as JSON
     assert config.model.type == "perflow_flux" and config.model.cond_embed and "perflow" not in config
@@ -50,6 +50,18 @@ def test_training_folds_in_what_open_sora_samples_with(path):
     assert config.optim.lr == (1e-3 if "tiny" in path.stem else 1e-4 if "lora" in path.stem else 1e-5)
     assert ("lora_config" in config) == ("lora" in path.stem) and ("condition_config" in config) == ("i2v" in path.stem)
     assert config.plugin == ("hybrid" if "768px" in path.stem else "zero2")
+
+
+@pytest.mark.parametrize(
+    "name, solved_by", [("256px_stored", "256px"), ("256px_stored_lora", "256px_lora"), ("tiny_stored", "tiny")]
+)
+def test_stored_chains_are_trained_as_their_config_solves_them(name, solved_by):
+    stored, solving = (load(FOLDER / "train" / f"perflow_{one}.py") for one in (name, solved_by))
+    teacher = stored.model.perflow.teacher.pop("stored")
+    changed = {key for key in stored if stored[key] != solving.get(key)}
+    assert changed == {"custom_imports", "dataset", "t5", "clip", "cached_video"}
+    assert stored.cached_video and stored.dataset.type == "perflow_stored"
+    assert stored.t5.folder == stored.clip.folder == f"{teacher}/text"
 
 
 def test_a_prediction_of_epsilon_networks_is_refused():

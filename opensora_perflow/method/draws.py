@@ -43,6 +43,7 @@ def draw(
     solver_steps: int | Tensor,
     edge_mass: float = 0.0,
     per_solve: int = 1,
+    shares: Sequence[float] = (),
     overlap: float = 0.0,
     grids: Sequence[TimeWindows] = (),
     num_levels: int | None = None,
@@ -51,10 +52,11 @@ def draw(
     as_given: bool = False,
     generator: torch.Generator | None = None,
 ) -> Drawn:
-    """Draw windows, each as often, and times inside them.
+    """Draw windows, and times inside them.
 
     Args:
         windows: The student's, for this batch.
+        shares: How often each window is drawn, relative to the others, see `fill_evenly`; (): each as often.
         solver_steps: The teacher's equal steps in each window, >= 1; or their times, [K, S + 1], untransformed.
         edge_mass, per_solve: Share of the times at the window's noisy edge, and n, see `mix_in_edge`.
         overlap, grids: Windows that overlap, see overlap.py.
@@ -75,7 +77,7 @@ def draw(
     else:
         u = torch.rand(windows.batch_size, dtype=torch.float64, device=device, generator=generator)
     if not given_only and not as_given and num_levels is None:
-        u = fill_evenly(u, windows.windows)
+        u = fill_evenly(u, windows.windows, shares)
     placed = place_windows([windows.windows, *grids], u, overlap=overlap, generator=generator)
     if isinstance(solver_steps, Tensor):
         grid = solver_steps.to(device)[placed.window_idx].T
@@ -90,16 +92,24 @@ def draw(
     return Drawn(placed.window_idx, shift_time(placed.route, ratio), shift_time(grid, ratio), times, weights)
 
 
-def fill_evenly(u: Tensor, windows: TimeWindows) -> Tensor:
-    """Times u [B], uniform on [0, 1] -> times of which every window holds as many, spread evenly inside it.
+def fill_evenly(u: Tensor, windows: TimeWindows, shares: Sequence[float] = ()) -> Tensor:
+    """Times u [B], uniform on [0, 1] -> times spread evenly inside each window, of which every window holds its share.
 
-    The k-th of K equal intervals is mapped to window k, linearly. With uniform windows that changes nothing.
+    The k-th of K intervals, as long as its share, is mapped to window k, linearly. Equal shares and uniform windows change
+    nothing.
+
+    Args:
+        shares: Of each window, noisiest first, > 0, relative to their sum; (): equal ones.
     """
-    if windows.is_uniform:
+    if windows.is_uniform and not shares:
         return u
-    uniform = TimeWindows.uniform(windows.num_windows)
-    window_idx = uniform.lookup(u)
-    from_start, from_end = uniform.bounds(window_idx)
+    if shares:
+        below = [sum(shares[k:]) / sum(shares) for k in range(1, len(shares))]
+        source = TimeWindows((1.0, *below, 0.0))
+    else:
+        source = TimeWindows.uniform(windows.num_windows)
+    window_idx = source.lookup(u)
+    from_start, from_end = source.bounds(window_idx)
     to_start, to_end = windows.bounds(window_idx)
     # From the noisy edge, which belongs to the window and stays exact.
     return (to_start - (from_start - u) * (to_start - to_end) / (from_start - from_end)).clamp(0.0, 1.0)

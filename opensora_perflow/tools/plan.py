@@ -222,6 +222,8 @@ def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
     meaning = {"added": "adds to its error at the end", "local": "errs by, from the teacher's state"}[args["criterion"]]
     print(f"\nthe pilot ends {end:.4f} from the teacher; its windows, and what each {meaning}")
     _print_windows(edges, errors)
+    if args["criterion"] == "added":
+        print(f"to draw the pilot's windows by that: draws=dict(shares={[round(error / sum(errors), 4) for error in errors]})")
     print("planned windows, and what is expected of each")
     _print_windows(planned, expected)
     report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"]}

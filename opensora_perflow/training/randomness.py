@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -26,8 +27,13 @@ def step_generator(
         purpose: Separates streams that count their steps independently.
     """
     # torch's CPU generator keeps 32 bits of its seed: hashing the step as well would let steps of a long run collide.
+    return torch.Generator(device).manual_seed((_stream(purpose, seed, rank) + step) % 2**63)
+
+
+@lru_cache
+def _stream(purpose: str, seed: int, rank: int) -> int:
     stream = hashlib.sha256(f"opensora_perflow {purpose} {seed} {rank}".encode()).digest()
-    return torch.Generator(device).manual_seed((int.from_bytes(stream[:7], "big") + step) % 2**63)
+    return int.from_bytes(stream[:7], "big")
 
 
 @dataclass

@@ -34,6 +34,7 @@ from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.removed import kept, refuse_removed_keys, refuse_removed_value
+from opensora_perflow.training.shares import check_shares
 from opensora_perflow.training.watch import WatchSettings
 
 SOLVERS = ("midpoint", "euler")
@@ -172,6 +173,8 @@ class Draws:
     """Times that one solution of the teacher feeds, >= 1. Each is an evaluation of the student, its gradient included; the
     loss is their mean (weighted by edge_mass). None: 2, or 1 where there can be one only (edge_mass=1,
     use_discrete_timesteps) and under Open-Sora 1.0 and 1.1."""
+    shares: Any = key((), listed(number(low=1e-3), "a list of numbers, one a window", "[1, 2, 2, 1]"))
+    """How often each window is drawn, noisiest first, relative to the others. (): each as often."""
     seed: int | None = key(None, optional(whole(None, 2**64, accepted="an integer, or None for the host's")))
     """Seed of all that training draws (see randomness.py), mixed with the data-parallel rank. None: the seed in the host's
     config, without one that of torch.manual_seed."""
@@ -246,6 +249,8 @@ class Recipe:
         check_keys(self)
         if self.curriculum is not None:
             self._check_curriculum()
+        if self.draws.shares:
+            check_shares(self.draws.shares, self.windows.num_windows, self.needs_one_scale)
         if self.teacher.stored is not None:
             self._check_stored()
         if self.guidance.mode == "fixed":

@@ -25,7 +25,7 @@ from opensora_perflow.training.host import Host
 from opensora_perflow.training.monitor import Monitor
 from opensora_perflow.training.observer import Observer
 from opensora_perflow.training.players import Batch
-from opensora_perflow.training.randomness import TrainingRandomness
+from opensora_perflow.training.randomness import TrainingRandomness, step_generator
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.segments import Segments, Solved, Stored
 from opensora_perflow.training.state import StudentState, check_resumed, find_state
@@ -141,6 +141,7 @@ class TrainingRun:
             solver_steps=self.recipe.teacher_steps if self.curriculum is None else self.solver_grids,
             edge_mass=draws.edge_mass,
             per_solve=1 if single else self.recipe.times_a_solve,
+            shares=draws.shares,
             overlap=draws.overlap,
             grids=grids,
             num_levels=num_levels,
@@ -207,7 +208,8 @@ class TrainingRun:
     def segments(self) -> Segments:
         """Where segments come from. A student of the stage before takes the Euler steps that it was trained for."""
         if self.store is not None:
-            return Stored(self.store)
+            numbers = self.randomness
+            return Stored(self.store, step_generator(numbers.seed, numbers.rank, numbers.steps, purpose="further"))
         solver = "euler" if self.teacher.is_student else self.recipe.teacher.solver
         return Solved(self.recipe.draws.starts, solver, self.teacher.source)
 

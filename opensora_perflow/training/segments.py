@@ -73,16 +73,29 @@ class Solved:
 
 @dataclass(frozen=True)
 class Stored:
-    """Segments of a store's chains, among whose edges the student's are: no teacher is asked."""
+    """Segments of a store's chains, among whose edges the student's are: no teacher is asked.
+
+    generator: Draws which solution of a first window is taken, each as often; None: the chain's own.
+    """
 
     store: ChainStore
+    generator: torch.Generator | None = None
 
     def of(self, batch: Batch) -> Segment:
         drawn, ratio = batch.drawn, batch.windows.ratio
         u = unshift_time(torch.cat([drawn.t_start, drawn.t_end]), None if ratio is None else ratio.repeat(2))
+        places = self.store.nearest(u)
+        further = self._further(*places.chunk(2)).repeat(2)
         # Starts and ends together: each file is asked once.
-        ends = self.store.states(batch.chains.repeat(2), self.store.nearest(u)).to(batch.noise).chunk(2)
+        ends = self.store.states(batch.chains.repeat(2), places, further).to(batch.noise).chunk(2)
         return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
+
+    def _further(self, starts: Tensor, ends: Tensor) -> Tensor:
+        """The solution that each sample's window is of, from places of its edges [B]; see ChainStore.states."""
+        if self.generator is None or not self.store.origin.further:
+            return torch.zeros_like(starts)
+        drawn = torch.randint(self.store.origin.further + 1, starts.shape, generator=self.generator)
+        return torch.where((starts == 0) & (ends == 1), drawn, 0)
 
     def noise(self, batch: Batch, seed: int) -> Tensor:
         return self.store.states(batch.chains, torch.zeros_like(batch.chains)).to(batch.noise)

@@ -1,7 +1,8 @@
 """Chains on disk: the guided teacher's way from noise through all windows, solved once, trained from many times.
 
 A chain is one sample's states at the edges 1 = e_0 > e_1 > ... > e_K = 0. The noise at e_0 is not kept: it follows from the
-store's seed and the chain's number. The K states at the clean edges are, in a shard as `ends` [n, K, C, T, H, W].
+store's seed and the chain's number. The K states at the clean edges are, in a shard as `ends` [n, K, C, T, H, W]. A chain may
+have further solutions of the first window, for the same caption from noise of their own: `further` [n, M, C, T, H, W].
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Origin:
     windows: Edges, untransformed. solver, steps: The teacher's ODE steps in each window. guidance: The keys of
     recipe.Guidance, a negative prompt as its file's SHA-256. teacher, teacher_source, stage: See state.StudentState.
     host: What of the host's settings a path depends on: the warp, sizes of time ranges. dtype: Of the ends on disk.
-    seed: Of the noise.
+    seed: Of the noise. further: Solutions of the first window that each chain has besides its own.
     """
 
     windows: Sequence[float]
@@ -51,6 +52,7 @@ class Origin:
     host: dict[str, Any]
     dtype: str
     seed: int
+    further: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, host: dict[str, Any], teacher: str, source: str, stage: int, dtype: str, seed: int) -> Origin:
@@ -103,7 +105,9 @@ class ChainWriter:
     def __init__(self, folder: str | os.PathLike, origin: Origin, rank: int = 0, **plan: Any) -> None:
         remedy = "write to another folder, or with the settings of this one"
         self.origin = origin
-        self.shards = ShardWriter(folder, KIND, {**asdict(origin), **plan}, rank, remedy)
+        # Without further solutions the header is the one of versions that knew none.
+        header = {name: value for name, value in asdict(origin).items() if name != "further" or value}
+        self.shards = ShardWriter(folder, KIND, {**header, **plan}, rank, remedy)
 
     def write(
         self,
@@ -113,6 +117,7 @@ class ChainWriter:
         captions: Sequence[str],
         told: Mapping[str, float],
         scales: Tensor | None = None,
+        further: Tensor | None = None,
     ) -> None:
         """Write the chains first, first + 1, ...
 
@@ -122,19 +127,22 @@ class ChainWriter:
             captions: What each was told.
             told: What else the teacher was told, the same of all: the video's sizes in pixels and frames, its rate.
             scales: Guidance [n], where each chain has its own.
+            further: Further states at the first clean edge, [n, M, C, T, H, W], from `chain_noise` with further = 1..M.
 
         Raises:
             ValueError: states that are not finite, or too large for the store's dtype.
         """
-        stored = ends.to(DTYPES[self.origin.dtype])
-        if not bool(stored.isfinite().all()):
-            raise ValueError(
-                f"the teacher's states reach {ends.abs().max().item():.4g}, which is not finite or too large for "
-                f"{self.origin.dtype}; check the teacher's weights and guidance"
-            )
+        stored = {"ends": ends} | ({} if further is None else {"further": further})
+        tensors = {name: states.to(DTYPES[self.origin.dtype]) for name, states in stored.items()}
+        for name, states in tensors.items():
+            if not bool(states.isfinite().all()):
+                raise ValueError(
+                    f"the teacher's states reach {stored[name].abs().max().item():.4g}, which is not finite or too large for "
+                    f"{self.origin.dtype}; check the teacher's weights and guidance"
+                )
         chains = range(first, first + len(ends))
         seen = torch.stack([chain_noise(self.origin.seed, chain, ends.shape[2:]).flatten()[:SEEN] for chain in chains])
-        tensors = {"ends": stored, "noise": seen} | ({} if scales is None else {"scales": scales.double()})
+        tensors |= {"noise": seen} | ({} if scales is None else {"scales": scales.double()})
         self.shards.write(
             number,
             tensors,
@@ -146,9 +154,10 @@ class ChainWriter:
         )
 
 
-def chain_noise(seed: int, chain: int, shape: Sequence[int]) -> Tensor:
-    """The state of a chain at t = 1, float32, on the CPU."""
-    return torch.randn(tuple(shape), generator=step_generator(seed, 0, chain, purpose="chain"))
+def chain_noise(seed: int, chain: int, shape: Sequence[int], further: int = 0) -> Tensor:
+    """The state of a chain at t = 1, float32, on the CPU; `further` >= 1: of that further solution of its first window."""
+    purpose = f"chain, further {further}" if further else "chain"
+    return torch.randn(tuple(shape), generator=step_generator(seed, 0, chain, purpose=purpose))
 
 
 class ChainStore:
@@ -203,21 +212,28 @@ class ChainStore:
             raise ValueError(f"one batch has chains with latents of different shapes, {sorted(shapes)}; use the host's buckets")
         return shapes.pop()
 
-    def states(self, chains: Tensor, places: Tensor) -> Tensor:
+    def states(self, chains: Tensor, places: Tensor, further: Tensor | None = None) -> Tensor:
         """States of B chains [B], each at an edge 0..K of its own of the store's windows, [B]: [B, C, T, H, W], float32.
+
+        Args:
+            further: Which solution each is of, [B]: 0 the chain's own, 1..M a further one, at edges 0 and 1. None: its own.
 
         Raises:
             ValueError: no such chain, or noise that this torch draws otherwise than the torch that wrote the store.
         """
         states = torch.empty(len(chains), *self.latent_shape(chains))
         for number, samples, rows in self._found(chains):  # a file is asked once, not once a sample
-            at = places[samples]
-            first, later = at == 0, at > 0
+            at, which = places[samples], torch.zeros_like(rows) if further is None else further[samples]
+            own = which == 0
+            first, later, more = at == 0, (at > 0) & own, (at > 0) & ~own
             states[samples[later]] = self._shards.tensor(number, "ends")[rows[later], at[later] - 1].float()
-            for sample in samples[first].tolist():
-                states[sample] = chain_noise(self.origin.seed, int(chains[sample]), states.shape[1:])
-            if number not in self._seen and first.any():
-                self._check_noise(self._shards.tensor(number, "noise")[rows[first]], states[samples[first]])
+            if more.any():
+                states[samples[more]] = self._shards.tensor(number, "further")[rows[more], which[more] - 1].float()
+            for sample, one in zip(samples[first].tolist(), which[first].tolist()):
+                states[sample] = chain_noise(self.origin.seed, int(chains[sample]), states.shape[1:], one)
+            seen = first & own
+            if number not in self._seen and seen.any():
+                self._check_noise(self._shards.tensor(number, "noise")[rows[seen]], states[samples[seen]])
                 self._seen.add(number)
         return states
 

@@ -70,7 +70,7 @@ class ClassText:
         return self.of(torch.full((n,), NUM_CLASSES))["y"]
 
 
-class _Sinusoids(nn.Module):
+class Sinusoids(nn.Module):
     """Cosines and sines of the timestep; `mlp` is where the host's networks have theirs, and does nothing."""
 
     def __init__(self, channels: int) -> None:
@@ -100,7 +100,7 @@ class MixtureNetwork(nn.Module):
         self.y_embedder = nn.Module()  # the null text, where the host's networks keep theirs
         self.y_embedder.register_buffer("y_embedding", ClassText().null(1)[0, 0])
         self.y_embedder.uncond_prob = 0.0
-        self.t_embedder = _Sinusoids(time_channels)
+        self.t_embedder = Sinusoids(time_channels)
         self.layers = nn.Sequential(
             nn.Linear(DIM + time_channels + NUM_CLASSES + 1, width), nn.SiLU(),
             nn.Linear(width, width), nn.SiLU(),

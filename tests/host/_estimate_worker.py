@@ -15,8 +15,8 @@ sys.path[:0] = [str(root), str(benchmarks)]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from few_step import OURS  # noqa: E402
 from memory import measure, stdit3  # noqa: E402
+from recipes import OURS  # noqa: E402
 from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 

@@ -38,11 +38,13 @@ def start(host_root: Path, folder: Path, command: str, *options: str, nproc: int
 
 @pytest.fixture(scope="module")
 def stored(host_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of 12 chains, each caption twice, begun by one process and gone on with by two."""
+    """A folder with a store of 12 chains, each caption twice, begun by one process and gone on with by two. Each chain has two
+    further solutions of the first window."""
     folder = tmp_path_factory.mktemp("stored")
     (folder / "captions.csv").write_text("\n".join(["text", *CAPTIONS]) + "\n")
-    assert "6 chains are in store" in start(host_root, folder, "store", "--out", "store")
-    assert "12 chains are in store" in start(host_root, folder, "store", "--out", "store", "--chains", "12", nproc=2)
+    options = ("--out", "store", "--first-window", "2")
+    assert "6 chains are in store" in start(host_root, folder, "store", *options)
+    assert "12 chains are in store" in start(host_root, folder, "store", *options, "--chains", "12", nproc=2)
     return folder
 
 

@@ -28,7 +28,7 @@ def test_the_teacher_is_sampled_with_the_asked_steps(found: dict) -> None:
     assert found["before"]["endpoint_error"] == found["after"]["endpoint_error"] == 0
 
 
-@pytest.mark.parametrize("recipe", ["ours", "reference"])
+@pytest.mark.parametrize("recipe", ["ours", "reference", "stored"])
 def test_a_student_goes_through_the_hooks(found: dict, recipe: str) -> None:
     """With a learning rate of 0 it stays the unguided teacher, which has its error to the last bit."""
     row = found[recipe]
@@ -42,3 +42,5 @@ def test_the_teachers_evaluations_are_counted(found: dict) -> None:
     """Two steps of 8 or 16, as test_benchmarks.py counts them; the first step's look at the teacher is the same in both."""
     ours, reference = (found[name]["teacher_calls"] for name in ("ours", "reference"))
     assert ours > 2 * 8 and reference - ours == 2 * (16 - 8)
+    # 3 chains of 4 windows with 8 evaluations each, by batches of 2; nothing else
+    assert found["stored"]["teacher_calls"] == 3 * 4 * 8 / 2

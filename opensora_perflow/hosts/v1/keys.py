@@ -252,6 +252,11 @@ def read_config(config: Mapping[str, Any]) -> tuple[Recipe, Keys]:
                 "use_discrete_timesteps draws whole timesteps as the host does, one a solution: it needs draws.per_solve=1 or "
                 f"None, got {recipe.draws.per_solve}"
             )
+        if recipe.draws.shares:
+            raise ValueError(
+                "use_discrete_timesteps draws windows by the timesteps that they hold, and draws.shares draws them otherwise; "
+                "leave one of them out"
+            )
         recipe = replace(recipe, windows=recipe.windows.rounded(keys.num_timesteps))
     as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
     if recipe.needs_one_scale:

@@ -5,70 +5,36 @@ Data set, buckets, text encoder, VAE and network are built as scripts/train.py b
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from opensora_perflow import portable
-from opensora_perflow.hosts.script import use_checkout
-from opensora_perflow.hosts.v1.chain_solver import ChainSolver, planned
+from opensora_perflow.hosts.chains import check_recipe
+from opensora_perflow.hosts.encoded_captions import are_encoded
+from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
+from opensora_perflow.hosts.v1.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
-from opensora_perflow.hosts.v1.encoded_text import EncodedText, are_encoded, encode_captions, write_latent_sizes
+from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
-from opensora_perflow.training.shards import text_digest
-from opensora_perflow.training.store import ChainWriter, Origin
 
-Progress = Callable[[int, str], Callable[[int], Any]]
-"""(total, of what) -> what is told of how many more are done."""
 SECTIONS = ("model", "vae", "text_encoder", "dataset", "bucket_config", "scheduler")
 
 
-@dataclass(frozen=True)
-class Workers:
-    """The processes that share the work: one, or those of torchrun."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def started(cls) -> Workers:
-        """This process's place, after it has met the others."""
-        found = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if found.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others may have hours of work left
-        return found
-
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    @property
-    def device(self) -> str:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
-def encode(config: Path, out: Path, progress: Progress, open_sora: Path | None = None, data_path: Path | None = None) -> int:
+def encode(config: Path, out: Path, progress: Progress, data_path: Path | None = None) -> int:
     """Encode the captions of a training config's data set that the folder `out` lacks; how many this process encoded.
 
     The sizes of latents in all buckets are written beside them, so that the training needs no VAE either.
 
     Args:
-        open_sora: Checkout that `opensora` is imported from; None: the installed one.
         data_path: The table of captions; None: the config's.
 
     Raises:
         ValueError: see `read_training_config` and encoded_text.encode_captions.
     """
-    cfg, workers = read_training_config(config, open_sora, data_path), Workers.started()
+    cfg, workers = read_training_config(config, data_path), Workers.started()
     count = _encode(cfg, _build(cfg.dataset, "DATASETS"), out, workers, progress)
     if workers.rank == 0:
         write_latent_sizes(out, _latent_sizes(cfg.bucket_config, _build(cfg.vae, "MODELS")))
@@ -76,67 +42,47 @@ def encode(config: Path, out: Path, progress: Progress, open_sora: Path | None =
 
 
 def store(
-    config: Path,
-    out: Path,
-    chains: int | None,
-    progress: Progress,
-    open_sora: Path | None = None,
-    data_path: Path | None = None,
+    config: Path, out: Path, chains: int | None, progress: Progress, data_path: Path | None = None, first_window: int = 0
 ) -> int:
     """Solve chains until the folder `out` has `chains` of them (None: one a row of the data set); how many there are.
 
     The captions' embeddings are kept in `out`/text, unless the config's text encoder is such a folder already.
 
+    Args:
+        first_window: Further solutions of the first window, for each chain.
+
     Raises:
         ValueError: see `read_training_config`; a recipe whose chains no store has, or a folder of other chains.
     """
-    cfg, workers = read_training_config(config, open_sora, data_path), Workers.started()
-    return main(cfg, out, chains, workers, progress)
+    cfg, workers = read_training_config(config, data_path), Workers.started()
+    return main(cfg, out, chains, workers, progress, first_window)
 
 
-def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress) -> int:
+def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress, first_window: int = 0) -> int:
     """`store`, as a script's main(): whatever asks for the running script's config finds `cfg` here."""
     scheduler = PeRFlow(**{name: value for name, value in cfg.scheduler.items() if name != "type"})
-    _check_recipe(scheduler)
+    check_recipe(scheduler.recipe)
     dataset = _build(cfg.dataset, "DATASETS")
     if cfg.text_encoder.type != "perflow_encoded":
         _encode(cfg, dataset, out / "text", workers, progress)
     folder = cfg.text_encoder.folder if cfg.text_encoder.type == "perflow_encoded" else out / "text"
-    text = EncodedText(folder, workers.device, _dtype(cfg))
+    text = EncodedText(folder, workers.device, dtype_of(cfg))
     vae = _build(cfg.vae, "MODELS")
-    solver = ChainSolver(scheduler, _network(cfg, text, vae, workers), text, int(cfg.get("seed", 1024)), _dtype(cfg))
-    plan = {"captions": text_digest(map(str, dataset.data["text"])), "buckets": _plain(cfg.bucket_config)}
-    writer = ChainWriter(out, solver.origin, workers.rank, **plan)
-    wanted, first = len(dataset) if chains is None else chains, 0
-    done = progress(wanted, "chains")
-    parts = enumerate(planned(dataset, cfg.bucket_config, vae, solver.origin))
-    while first < wanted:
-        number, part = next(parts)
-        if number % workers.world == workers.rank and not writer.shards.is_there(number):
-            ends, scales = zip(*map(_reporting(done), solver.solve(part, first)))
-            writer.write(
-                number, first, torch.cat(ends), part.captions, part.told, None if scales[0] is None else torch.cat(scales)
-            )
-        else:
-            done(len(part.captions))
-        first += len(part.captions)
-    workers.barrier()
-    return first
+    seed = int(cfg.get("seed", 1024))
+    solver = chain_solver(scheduler, _network(cfg, text, vae, workers), text, seed, dtype_of(cfg))
+    solver = replace(solver, origin=replace(solver.origin, further=first_window))
+    parts = planned(dataset, cfg.bucket_config, vae, solver.origin)
+    captions = list(map(str, dataset.data["text"]))
+    wanted = len(dataset) if chains is None else chains
+    return solve_chains(out, solver, parts, wanted, captions, cfg.bucket_config, workers, progress)
 
 
-def read_training_config(config: Path, open_sora: Path | None, data_path: Path | None) -> Any:
-    """A training config, with Open-Sora imported and the config's own imports done.
+def read_training_config(config: Path, data_path: Path | None) -> Any:
+    """A training config, with the config's own imports done.
 
     Raises:
-        ValueError: no Open-Sora 1.x, a config without a section that is needed, or another scheduler than perflow.
+        ValueError: a config without a section that is needed, or another scheduler than perflow.
     """
-    use_checkout(open_sora, "1.x")
-    portable.activate()
-    try:
-        import opensora.datasets
-        import opensora.models  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"Open-Sora 1.2 or 1.3 cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
     from mmengine import Config
 
     found = Config.fromfile(config)
@@ -158,11 +104,11 @@ def _encode(cfg: Any, dataset: Any, out: Path, workers: Workers, progress: Progr
     # T5's shardformer is for training in many processes, as in embed.py.
     settings = {name: value for name, value in cfg.text_encoder.items() if name != "shardformer"}
     captions = list(dict.fromkeys(map(str, dataset.data["text"])))
-    kind = {"type": settings["type"], "from_pretrained": settings.get("from_pretrained"), "dtype": str(_dtype(cfg))}
+    kind = {"type": settings["type"], "from_pretrained": settings.get("from_pretrained"), "dtype": str(dtype_of(cfg))}
     if are_encoded(out, captions, kind):  # no text encoder of 19 GB is loaded to find nothing to do
         workers.barrier()
         return 0
-    encoder = _build(settings, "MODELS", device=workers.device, dtype=_dtype(cfg))
+    encoder = _build(settings, "MODELS", device=workers.device, dtype=dtype_of(cfg))
     header = {"text_encoder": kind, "model_max_length": encoder.model_max_length, "output_dim": encoder.output_dim}
 
     @torch.no_grad()
@@ -186,15 +132,6 @@ def _latent_sizes(bucket_config: Mapping[str, Any], vae: Any) -> dict[tuple[int,
     }
 
 
-def _check_recipe(scheduler: PeRFlow) -> None:
-    recipe = scheduler.recipe
-    if recipe.teacher.stored is not None:
-        raise ValueError("the config trains from a store (teacher.stored); name the config of a training whose teacher solves")
-    if recipe.curriculum is not None and recipe.curriculum.teacher == "previous":
-        raise ValueError('curriculum.teacher="previous" teaches by students, whose paths no store has; use teacher="original"')
-    Origin.of(recipe, {}, "", "", 1, "float16", 0)  # before a text encoder of 19 GB is loaded
-
-
 def _network(cfg: Any, text: EncodedText, vae: Any, workers: Workers) -> Any:
     """The network as train.py builds it; of adapters, what they add to."""
     network = _build(
@@ -206,27 +143,10 @@ def _network(cfg: Any, text: EncodedText, vae: Any, workers: Workers) -> Any:
         model_max_length=text.model_max_length,
         enable_sequence_parallelism=False,
     )
-    return network.to(workers.device, _dtype(cfg)).eval()
+    return network.to(workers.device, dtype_of(cfg)).eval()
 
 
 def _build(settings: Any, registry: str, **others: Any) -> Any:
     import opensora.registry as host
 
     return host.build_module(settings, getattr(host, registry), **others)
-
-
-def _dtype(cfg: Any) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.get("dtype", "bf16"), torch.float32)
-
-
-def _plain(settings: Any) -> Any:
-    """A section of a config as JSON gives it back."""
-    return json.loads(json.dumps(settings.to_dict() if hasattr(settings, "to_dict") else settings))
-
-
-def _reporting(done: Callable[[int], Any]) -> Callable[[Any], Any]:
-    def report(solved: Any) -> Any:
-        done(len(solved[0]))
-        return solved
-
-    return report

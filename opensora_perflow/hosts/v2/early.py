@@ -11,10 +11,12 @@ from typing import Any
 from mmengine.registry import Registry
 
 from opensora_perflow.checks import shown
+from opensora_perflow.hosts.chains import open_store
 from opensora_perflow.hosts.script import before_builds
 from opensora_perflow.hosts.v2.host import OpenSora2
-from opensora_perflow.hosts.v2.keys import read_config
+from opensora_perflow.hosts.v2.keys import Keys, read_config
 from opensora_perflow.hosts.v2.models import register
+from opensora_perflow.hosts.v2.stored_chains import WHERE, path_settings
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.teacher import check_source
 
@@ -51,12 +53,13 @@ def check_run(config: Mapping[str, Any]) -> None:
     if model.get("type") != "perflow_flux":
         _refuse_stray_keys(config, model)
         return
-    recipe, _ = read_config(model.get("perflow"))
+    recipe, keys = read_config(model.get("perflow"))
     if "perflow" in config:
         raise ValueError("the config says perflow=... beside model=...; the keys belong inside: model=dict(perflow=dict(...))")
     if config.get("optim") is None:  # inference.py
         return
     _check_training(config, recipe)
+    _check_stored(config, recipe, keys)
 
 
 def _check_training(config: Mapping[str, Any], recipe: Recipe) -> None:
@@ -78,8 +81,31 @@ def _check_training(config: Mapping[str, Any], recipe: Recipe) -> None:
         )
     if config.get("ema_decay") is not None and not config.get("lora_config"):
         _check_ema(config)
-    if not recipe.teacher.allow_distilled:
+    if not recipe.teacher.allow_distilled and recipe.teacher.stored is None:
         check_source(recipe.teacher, OpenSora2(), kept=recipe.teacher.from_pretrained is None)
+
+
+def _check_stored(config: Mapping[str, Any], recipe: Recipe, keys: Keys) -> None:
+    """Stored chains, their data set and their latents go together."""
+    if (config.get("dataset") or {}).get("type") == "perflow_stored" and recipe.teacher.stored is None:
+        raise ValueError(f"the dataset type perflow_stored names stored chains; say which: {WHERE}")
+    if recipe.teacher.stored is None:
+        return
+    wanted = {"dataset.type": "perflow_stored", "cached_video": True, "condition_config": None}
+    found = {
+        "dataset.type": (config.get("dataset") or {}).get("type"),
+        "cached_video": bool(config.get("cached_video")),
+        "condition_config": config.get("condition_config"),
+    }
+    wrong = [name for name in wanted if found[name] != wanted[name]]
+    if wrong:
+        raise ValueError(
+            f"teacher.stored={shown(recipe.teacher.stored)} trains from stored chains of text to video, and the config says "
+            + ", ".join(f"{name}={shown(found[name])}" for name in wrong)
+            + "; write "
+            + ", ".join(f"{name}={shown(wanted[name])}" for name in wrong)
+        )
+    open_store(recipe, path_settings(keys, (config["model"]).get("patch_size", 2)))
 
 
 def _refuse_stray_keys(config: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opensora_perflow.hosts.chains import check_batch, open_store
 from opensora_perflow.hosts.script import main_variable
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.prediction import Prediction
 from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row
+from opensora_perflow.hosts.v2.stored_chains import WHERE, path_settings
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
 from opensora_perflow.hosts.wrappers import unwrap
@@ -93,8 +95,11 @@ class PeRFlowFlux:
     def _begin_step(self, network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
         call = TrainingCall.of(network, arguments)
         if self.run is None:
-            self.run = TrainingRun.begin(self.recipe, self.host, network, self.curriculum, self._describe, vars(self.keys))
+            store = open_store(self.recipe, path_settings(self.keys, network.patch_size))
+            told = self._describe, vars(self.keys), store
+            self.run = TrainingRun.begin(self.recipe, self.host, network, self.curriculum, *told)
             self.host.follow(network)
+        check_batch(call.chains, call.latent, self.run.store, WHERE)
         generator = self.run.randomness.next_generator(call.img.device)
         batch = call.batch(self.run, self.keys, generator)
         segment = self.run.solve(batch, network)

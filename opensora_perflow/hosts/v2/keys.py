@@ -71,15 +71,15 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
             f"guidance.negative={recipe.guidance.negative!r} is an embedding of Open-Sora 1.x's one text encoder; 2.0 has two, "
             "and its students lead away from the empty prompt: leave the key out"
         )
-    if recipe.teacher.stored is not None:
-        raise ValueError(
-            f"teacher.stored={recipe.teacher.stored!r}: stores are written and trained from under Open-Sora 1.2 and 1.3; leave "
-            "the key out"
-        )
     if recipe.draws.starts == "diffused" and recipe.draws.overlap > 0:
         raise ValueError(
             f'draws.overlap={recipe.draws.overlap:g} with starts="diffused": Open-Sora 2.0 hands over noised data, which may '
             'have more noise than the start of an overlapping window; use starts="student", or overlap=0'
+        )
+    if recipe.draws.starts == "diffused" and recipe.draws.shares:
+        raise ValueError(
+            f'draws.shares={list(recipe.draws.shares)} with starts="diffused": windows are those that the times of Open-Sora '
+            '2.0\'s train.py lie in; use starts="student", or leave the key out'
         )
     if recipe.draws.two_time:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""What Open-Sora 2.0 builds by name: perflow_flux, perflow_t5, perflow_clip, perflow_hunyuan_vae.
+"""What Open-Sora 2.0 builds by name: perflow_flux, perflow_t5, perflow_clip, perflow_hunyuan_vae, and encoded
+texts (encoded_text.py).
 
 Each builds Open-Sora's own model and adds to that one object. Open-Sora's own names stay as they were.
 """
@@ -14,8 +15,10 @@ from torch import nn
 from opensora_perflow.hosts.script import main_variable
 from opensora_perflow.hosts.v2.averages import copy_in_float32
 from opensora_perflow.hosts.v2.denoiser import step_students
+from opensora_perflow.hosts.v2.encoded_text import perflow_encoded_clip, perflow_encoded_t5
 from opensora_perflow.hosts.v2.flux import PeRFlowFlux
 from opensora_perflow.hosts.v2.text import noting_null
+from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.state import find_state
 from opensora_perflow.training.teacher import load_teacher
 
@@ -27,24 +30,30 @@ def perflow_flux(perflow: Mapping[str, Any] | None = None, **settings: Any) -> n
         perflow: The keys of hooks, see keys.read_config.
         settings: What `flux` takes.
     """
-    from opensora.models.mmdit.model import Flux
-
     hooks, config = PeRFlowFlux(perflow), main_variable("cfg") or {}
     trains = config.get("optim") is not None
-    told = (hooks.recipe if trains else hooks.settings.recipe).guidance.mode == "range"
-    network = Flux(**{**settings, "guidance_embed": True} if told else settings)
-    if told and trains and not _was_told(settings.get("from_pretrained")):
-        # New weights: a scale changes nothing before it was trained.
-        nn.init.zeros_(network.guidance_in.out_layer.weight)
-        nn.init.zeros_(network.guidance_in.out_layer.bias)
-    source = hooks.recipe.teacher.from_pretrained
-    if trains and (source is not None or config.get("lora_config") is None):
+    network = flux_of(hooks.recipe if trains else hooks.settings.recipe, settings, trains=trains)
+    source, stored = hooks.recipe.teacher.from_pretrained, hooks.recipe.teacher.stored
+    if trains and stored is None and (source is not None or config.get("lora_config") is None):
         # Here, as later weights may be loaded (--load) or split over processes, whose groups cannot be copied.
         hooks.host.built = load_teacher(network, source, hooks.host.weights)
     if trains and config.get("ema_decay") is not None and config.get("lora_config") is None:
         copy_in_float32(network)
     step_students(hooks)
     return hooks.attach(network)
+
+
+def flux_of(recipe: Recipe, settings: Mapping[str, Any], *, trains: bool) -> nn.Module:
+    """Open-Sora's `flux`, which in mode range is told a scale. In training new weights for a scale are zeros."""
+    from opensora.models.mmdit.model import Flux
+
+    told = recipe.guidance.mode == "range"
+    network = Flux(**{**settings, "guidance_embed": True} if told else settings)
+    if told and trains and not _was_told(settings.get("from_pretrained")):
+        # A scale changes nothing before it was trained.
+        nn.init.zeros_(network.guidance_in.out_layer.weight)
+        nn.init.zeros_(network.guidance_in.out_layer.bias)
+    return network
 
 
 def _was_told(weights: str | None) -> bool:
@@ -80,7 +89,8 @@ def perflow_hunyuan_vae(**settings: Any) -> nn.Module:
 
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {
-    factory.__name__: factory for factory in (perflow_flux, perflow_t5, perflow_clip, perflow_hunyuan_vae)
+    factory.__name__: factory
+    for factory in (perflow_flux, perflow_t5, perflow_clip, perflow_hunyuan_vae, perflow_encoded_t5, perflow_encoded_clip)
 }
 
 

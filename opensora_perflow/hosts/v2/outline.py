@@ -27,7 +27,9 @@ def outline(config: Mapping[str, Any]) -> Outline:
     cached = {"ae": "cached_video", "t5": "cached_text", "clip": "cached_text"}
     with unloaded():
         network = _network({**model, "guidance_embed": model.get("guidance_embed", False) or told}, dtype, config)
-        built = {part: _encoder(config[part], dtype) for part, key in cached.items() if part in config and not config.get(key)}
+        held = [part for part, key in cached.items() if part in config and not config.get(key)]
+        held = [part for part in held if not config[part]["type"].startswith("perflow_encoded")]
+        built = {part: meta_encoder(config[part], dtype) for part in held}
     vae, length = built.get("ae"), config.get("t5", {}).get("max_length", 512)
     width, pooled = model.get("context_in_dim", 4096), model.get("vec_in_dim", 768)
 
@@ -65,7 +67,8 @@ def _network(model: Mapping[str, Any], dtype: torch.dtype, config: Mapping[str, 
     return get_peft_model(network, LoraConfig(**config["lora_config"])).to(dtype)
 
 
-def _encoder(settings: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def meta_encoder(settings: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A text encoder or a VAE's encoder without weights; to be built inside meta.unloaded."""
     from opensora.registry import MODELS
 
     settings = {name: value for name, value in settings.items() if name != "shardformer"}

@@ -14,6 +14,7 @@ from opensora_perflow.conventions import expand_like
 from opensora_perflow.hosts.v2.keys import Keys
 from opensora_perflow.hosts.v2.network import without_reference
 from opensora_perflow.hosts.v2.players import TrainingPlayers
+from opensora_perflow.hosts.v2.stored_chains import named_chains
 from opensora_perflow.hosts.v2.tokens import Layout, alphas
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
@@ -30,6 +31,7 @@ class TrainingCall:
     """The arguments of one call.
 
     img: x_t, [B, L, D]. timesteps: t, [B], as the network is told. told: See ARGUMENTS. layout: Of the tokens.
+    chains: Stored chain of each sample, [B], see stored_chains.py; None: there are none.
     """
 
     network: nn.Module
@@ -37,6 +39,7 @@ class TrainingCall:
     timesteps: Tensor
     told: Mapping[str, Tensor]
     layout: Layout
+    chains: Tensor | None = None
 
     @classmethod
     def of(cls, network: nn.Module, arguments: Mapping[str, Any]) -> TrainingCall:
@@ -53,7 +56,15 @@ class TrainingCall:
         if not network.config.guidance_embed:
             told.pop("guidance", None)
         layout = Layout.of(arguments["img_ids"], network.patch_size)
-        return cls(network, arguments["img"].detach(), arguments["timesteps"].detach(), told, layout)
+        chains = named_chains(arguments)
+        return cls(network, arguments["img"].detach(), arguments["timesteps"].detach(), told, layout, chains)
+
+    @property
+    def latent(self) -> tuple[int, ...]:
+        """C, T, H, W."""
+        layout = self.layout
+        channels = self.img.shape[-1] // layout.patch**2
+        return channels, layout.frames, layout.rows * layout.patch, layout.columns * layout.patch
 
     @property
     def level(self) -> Tensor:
@@ -74,16 +85,22 @@ class TrainingCall:
         level = self.level.clamp(0, 1) if diffused else None
         drawn = run.draw(windows, generator, grids=grids, given=level, as_given=diffused)
         x = self.layout.unpack(self.img).float()
-        noise = torch.randn(x.shape, device=x.device, generator=generator)
+        if self.chains is None:
+            noise = torch.randn(x.shape, device=x.device, generator=generator)
+        else:
+            noise = torch.zeros_like(x)  # a store gives it where a window starts there
         data = x
         if diffused:
             data, noise = renoised(x, self.level, noise, drawn.t_start)
         scale = recipe.guidance.draw_scale(drawn.window_idx, generator)
+        if self.chains is not None and recipe.guidance.mode == "range":
+            scale = run.store.scales(self.chains).to(x.device)
         told = dict(self.told)
         if recipe.guidance.mode == "range":
             told["guidance"] = scale.to(self.img)
         players = TrainingPlayers(self.network, told, self.layout, self.img.dtype, recipe, keys, lambda: run.teacher)
-        return Batch(data, noise, windows, drawn, players, scale, inputs=partial(self._named, recipe.guidance.image_scale))
+        named = partial(self._named, recipe.guidance.image_scale)
+        return Batch(data, noise, windows, drawn, players, scale, chains=self.chains, inputs=named)
 
     def compared(self, batch: Batch, target: Tensor) -> Batch:
         """The batch with the data and the noise that train.py made x_t from; target is their difference, noise - data.

@@ -1,0 +1,144 @@
+"""The students that few_step.py compares, and how much work each world gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from worlds import MODES, World
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A student: how it is trained, and with how many steps it is sampled."""
+
+    name: str
+    settings: dict[str, Any]
+    """Scheduler config besides type and guidance."""
+    iterations: int
+    width: int | None = None
+    """Of the mixture's students."""
+    steps: tuple[int, ...] = (4, 8, 16)
+    lr_factor: float = 1.0
+    """What the world's peak learning rate is multiplied by."""
+    chains: int = 0
+    """Of the store that it trains from, solved at its beginning; 0: the teacher solves at every step."""
+    further: int = 0
+    """Solutions of the first window that each of these chains has besides its own."""
+    pilot: int = 0
+    """Steps of a pilot, whose errors say how often each window is drawn; 0: each as often. Needs chains."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much work a world gets."""
+
+    iterations: int
+    """Training steps of the reference recipe."""
+    batch_size: int
+    lr: float
+    """Peak learning rate: warm-up over 50 steps or a tenth of them, then half a cosine to 0."""
+    num_samples: int
+    """Samples that are compared."""
+
+
+SCALES = {
+    "cpu": {
+        "mixture": Scale(2000, 256, 2e-3, 2048),
+        "video": Scale(300, 16, 1.5e-4, 32),
+        "mmdit": Scale(200, 16, 5e-4, 32),
+        **{name: Scale(400, 256, 2e-3, 2048) for name in MODES},
+    },
+    "full": {
+        "mixture": Scale(8000, 256, 2e-3, 4096),
+        "video": Scale(3000, 16, 1.5e-4, 128),
+        "mmdit": Scale(2000, 16, 5e-4, 128),
+        **{name: Scale(2000, 256, 2e-3, 4096) for name in MODES},
+    },
+    "gpu": {"mixture": Scale(8000, 2048, 2e-3, 16384), "video": Scale(20000, 256, 5e-4, 1024)},
+}
+
+REFERENCE = dict(
+    windows=4,
+    teacher=dict(steps_per_window=8, solver="euler"),
+    draws=dict(starts="diffused", edge_mass=0.0, per_solve=1),
+)
+"""The public PeRFlow recipe: uniform windows and times, diffused starts, one time a solve (arXiv:2405.07510)."""
+OURS = dict(windows=4)
+"""The scheduler's defaults: student starts, 3/4 of the times at the edge, 2 times a solve, 2 midpoint steps a window."""
+
+VIDEO_PLAN = [1.0, 0.953125, 0.90625, 0.859375, 0.796875, 0.734375, 0.53125, 0.265625, 0.0]
+"""What `opensora-perflow plan --windows 8 --student perflow_demo/student.safetensors --student-windows 4` chooses for the tiny
+video model after `opensora-perflow demo` (seed 0)."""
+
+
+def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Settings with some changed; those of teacher and draws are merged into what is there."""
+    merged = {
+        key: {**settings.get(key, {}), **value} if key in ("teacher", "draws") else value for key, value in changes.items()
+    }
+    return {**settings, **merged}
+
+
+BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video": (3.0, 1.0), "stdit3": (3.0, 1.0)}
+"""Peak learning rates of the reference recipe and of ours, over the world's: the best of those that tune.py tries."""
+STORED = dict(windows=4, draws=dict(edge_mass=1.0))
+"""From stored paths, for 4 evaluations alone: all times lie at the edge."""
+SHARES = [0.2, 0.35, 0.35, 0.1]
+"""Of the mixture's windows: what each adds to the error of a student of 4,000 such steps, whose windows were drawn alike."""
+ONE_FOR_ALL = dict(
+    windows=8,
+    teacher=dict(steps_per_window=2),
+    draws=dict(grids=[1, 2, 4], two_time=True, edge_mass=1.0),
+    sampling_grid="uniform",
+)
+"""From stored paths, told where its steps end: all times lie at edges of the four grids."""
+
+
+def recipes(world: World, iterations: int) -> list[Recipe]:
+    """The students that are compared. A solution of ours takes half of the teacher calls of the reference recipe's."""
+    closed = world.name in ("mixture", *MODES)
+    rate, ours = BEST_RATES.get(world.name, (1.0, 1.0))
+    edge = changed(REFERENCE, draws=dict(edge_mass=0.75))
+    student = changed(edge, draws=dict(starts="student"))
+    chosen = [
+        Recipe("reference recipe", REFERENCE, iterations, lr_factor=rate),
+        Recipe("K=1 reflow (InstaFlow)", changed(REFERENCE, windows=1, teacher=dict(steps_per_window=32)), iterations // 4,
+               steps=(1, 4, 8, 16)),
+        Recipe("ours, the reference's teacher calls", OURS, 2 * iterations, lr_factor=ours),
+    ]  # fmt: skip
+    if world.name == "mmdit":
+        chosen.insert(1, Recipe("ours", OURS, iterations))
+        # 16 samples a step over 4 windows: each window of a chain is trained twice.
+        chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
+    elif world.name == "mixture":
+        # What each change contributes, and how little and how much training does.
+        chosen[1:1] = [
+            Recipe("reference + 3/4 of the times at the edge", edge, iterations, lr_factor=rate),
+            Recipe("reference + edge + student starts", student, iterations, lr_factor=rate),
+            Recipe("ours", OURS, iterations, lr_factor=ours),
+        ]
+        chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2, lr_factor=ours))
+        chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384, lr_factor=ours))
+    elif not closed:
+        # One midpoint step in each of 8 windows takes half of the calls of 2 in each of 4.
+        chosen.append(Recipe("ours, 8 planned windows", changed(OURS, windows=VIDEO_PLAN), 3 * iterations, steps=(8, 16)))
+        # Most samples decide for their mode in the first window.
+        four, eight = (
+            dict(windows=windows, teacher=dict(steps_per_window=steps), draws=dict(edge_mass=1.0, shares=shares))
+            for windows, steps, shares in ((VIDEO_PLAN[::2], 3, [5, 1, 1, 1]), (VIDEO_PLAN, 2, [4, 2, 2, 2, 1, 1, 1, 1]))
+        )
+        named = "stored paths, 5 solutions of the first window"
+        chosen.append(Recipe(named, four, 400, steps=(4, 8), lr_factor=2.0, chains=512, further=4))
+        chosen.append(Recipe(f"{named}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
+    if closed:
+        long, stored, pilot = (3000, STORED, 300)
+        if world.name == "mixture":
+            long, stored, pilot = (11_000, changed(STORED, draws=dict(shares=SHARES)), 0)
+        once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
+        chosen += [
+            Recipe("stored paths", stored, long, steps=(4, 8), lr_factor=5.0, chains=65_536, pilot=pilot),
+            Recipe("stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768),
+            Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768),
+        ]
+    return chosen

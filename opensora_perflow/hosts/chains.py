@@ -1,0 +1,217 @@
+"""Stored chains, whichever host's they are: which a store holds, their solution, and whether a store fits a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_perflow.training.players import Batch
+from opensora_perflow.training.randomness import step_generator
+from opensora_perflow.training.recipe import Recipe
+from opensora_perflow.training.run import TrainingRun
+from opensora_perflow.training.segments import path_times, teacher_path
+from opensora_perflow.training.store import DTYPES, SHARD_BYTES, ChainStore, Origin, chain_noise
+
+CHAIN = "perflow_chain"
+"""Name of each sample's chain in a batch."""
+MOST_ROWS = 64
+"""Chains of a shard."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Chains of one size: captions, what else the teacher is told of each, their latents' shape, and how many at once."""
+
+    captions: Sequence[str]
+    told: Mapping[str, float]
+    latent: tuple[int, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ChainSolver:
+    """Solves chains by a recipe's teacher.
+
+    run: Whose teacher and windows count. origin: Of the chains.
+    arguments: (captions, the part that they are of) -> what the host tells networks of a batch.
+    batch: (noise [B, ...], arguments, generator of scales) -> a training's batch, from this noise.
+    """
+
+    run: TrainingRun
+    origin: Origin
+    arguments: Callable[[Sequence[str], Part], Any]
+    batch: Callable[[Tensor, Any, torch.Generator], Batch]
+
+    def solve(self, part: Part, first: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """The part's chains first, first + 1, ..., batch by batch.
+
+        Yields:
+            Ends [n, K, C, T, H, W]; scales [n], where they are drawn; further states at the first clean edge
+            [n, M, C, T, H, W], where the origin has any.
+        """
+        for start in range(0, len(part.captions), part.batch_size):
+            captions = part.captions[start : start + part.batch_size]
+            arguments, chains = self.arguments(captions, part), range(first + start, first + start + len(captions))
+            noise, *others = (
+                torch.stack([chain_noise(self.origin.seed, chain, part.latent, one) for chain in chains])
+                for one in range(self.origin.further + 1)
+            )
+            # Scales of the same chains are drawn alike.
+            further = [self.ends(other, arguments, chains[0], num_windows=1)[0] for other in others]
+            yield *self.ends(noise, arguments, chains[0]), torch.cat(further, dim=1) if further else None
+
+    @torch.no_grad()
+    def ends(self, noise: Tensor, arguments: Any, first: int, num_windows: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Where the teacher carries noise [B, ...] by each window's clean edge, [B, K, ...]; and drawn scales [B].
+
+        Args:
+            arguments: See `ChainSolver`. first: Number of the first chain, from which scales are drawn in mode range.
+            num_windows: Of the noisiest alone; None: all K.
+        """
+        network, guidance = self.run.teacher.network, self.run.recipe.guidance
+        noise = noise.to(next(network.parameters()).device)
+        generator = step_generator(self.origin.seed, 0, first, device=noise.device, purpose="scales")
+        batch, segments = self.batch(noise, arguments, generator), self.run.segments
+
+        def solve(x: Tensor, times: Tensor, k: int) -> Tensor:
+            return segments.edge(batch, guidance, x, times, k)
+
+        states = teacher_path(batch.noise, path_times(self.run.solver_grids[:num_windows], noise, batch.windows.ratio), solve)
+        return states[1:].transpose(0, 1).cpu(), batch.scale.cpu() if guidance.mode == "range" else None
+
+
+def planned(buckets: Callable[[int], Iterable[Part]], origin: Origin, rows: int) -> Iterator[Part]:
+    """What a store holds, shard after shard without end.
+
+    A longer store begins as a shorter one does.
+
+    Args:
+        buckets: Number of a pass over the data set -> its rows, in the buckets that the host draws.
+        rows: Of the data set, for the error.
+
+    Raises:
+        ValueError: a pass in which no row falls into a bucket.
+    """
+    for one_pass in count():
+        generator, parts = step_generator(origin.seed, 0, one_pass, purpose="plan"), []
+        for bucket in buckets(one_pass):
+            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1 + origin.further) * prod(bucket.latent)
+            each = min(MOST_ROWS, max(1, SHARD_BYTES // size))
+            order = torch.randperm(len(bucket.captions), generator=generator).tolist()
+            captions = [bucket.captions[place] for place in order]
+            parts += [replace(bucket, captions=captions[start : start + each]) for start in range(0, len(captions), each)]
+        if not parts:
+            raise ValueError(
+                f"none of the {rows} rows of the data set falls into a bucket of bucket_config; add a bucket that they fit, or "
+                "name larger sizes"
+            )
+        yield from (parts[place] for place in torch.randperm(len(parts), generator=generator).tolist())
+
+
+def open_store(recipe: Recipe, host: Mapping[str, Any]) -> ChainStore | None:
+    """The store that a recipe names; None where there is none.
+
+    Args:
+        host: The host's settings that a teacher's path depends on, plain.
+
+    Raises:
+        ValueError: the store is damaged, or does not fit; see store.ChainStore and store.Origin.check.
+    """
+    folder = recipe.teacher.stored
+    if folder is None:
+        return None
+    if "perflow_consistency" in json.dumps(recipe.objective):
+        raise ValueError(
+            "teacher.stored has a teacher's states at window edges alone, and the objective perflow_consistency needs those "
+            "between; use another objective, or a teacher that solves"
+        )
+    store = ChainStore(folder)
+    store.origin.check(recipe, dict(host), folder)
+    return store
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe whose chains no store has."""
+    if recipe.teacher.stored is not None:
+        raise ValueError("the config trains from a store (teacher.stored); name the config of a training whose teacher solves")
+    if recipe.curriculum is not None and recipe.curriculum.teacher == "previous":
+        raise ValueError('curriculum.teacher="previous" teaches by students, whose paths no store has; use teacher="original"')
+    Origin.of(recipe, {}, "", "", 1, "float16", 0)  # before a text encoder of 19 GB is loaded
+
+
+def check_batch(chains: Tensor | None, latent: Sequence[int], store: ChainStore | None, where: str) -> None:
+    """Raises ValueError where a batch and a run's store do not go together.
+
+    Args:
+        chains: Of the batch, [B]; None: it names none. latent: C, T, H, W of its latents.
+        where: How a config names a store.
+    """
+    if (chains is None) != (store is None):
+        raise ValueError(
+            'teacher.stored trains from stored chains, and this batch names none; use dataset=dict(type="perflow_stored")'
+            if store is not None
+            else f"the dataset type perflow_stored names stored chains; say which: {where}"
+        )
+    if store is not None and store.latent_shape(chains) != tuple(latent):
+        raise ValueError(
+            f"the batch has latents {list(latent)}, and its stored chains {list(store.latent_shape(chains))}; train with "
+            "the dataset type perflow_stored and its latents"
+        )
+
+
+def training_store(data_path: str | None, named: str | None, where: str) -> ChainStore:
+    """The store of a training set.
+
+    Args:
+        data_path: Given to the training set, or None. named: Given to the recipe, or None. where: How a config names a store.
+
+    Raises:
+        ValueError: no store, or two.
+    """
+    folder = named if data_path is None else data_path
+    if folder is None or (named is not None and Path(folder).resolve() != Path(named).resolve()):
+        raise ValueError(
+            f"perflow_stored takes the store that {where} names, got {named!r} there and data_path={data_path!r}; name one "
+            "store"
+        )
+    return ChainStore(folder)
+
+
+def whole_buckets(bucket_config: Mapping[str, Any], store: ChainStore) -> dict[str, Any]:
+    """The buckets of a config with all of their chains: shares were drawn when the store was written.
+
+    Raises:
+        ValueError: they are not those that the store was written for.
+    """
+    here = {name: sorted(map(int, sizes)) for name, sizes in bucket_config.items()}
+    there = {name: sorted(map(int, sizes)) for name, sizes in store.plan["buckets"].items()}
+    if here != there:
+        raise ValueError(
+            f"the store {str(store.folder)!r} was written for the buckets {there} (resolution: frames), and this config's "
+            f"bucket_config has {here}; use the one that the store was written with"
+        )
+    return {name: {frames: (1.0, one[1]) for frames, one in sizes.items()} for name, sizes in bucket_config.items()}
+
+
+def chain_at(store: ChainStore, index: str) -> tuple[int, dict[str, float]]:
+    """The chain of a sample "row-frames-height-width" of the host's buckets, and what its teacher was told.
+
+    Raises:
+        ValueError: a bucket of another size than the chain's.
+    """
+    row, *size = (int(value) for value in index.split("-"))
+    chain, told = store.chains[row]
+    if size != [told["num_frames"], told["height"], told["width"]]:
+        raise ValueError(
+            f"a chain of {told['num_frames']} frames of {told['height']} x {told['width']} came into a bucket of "
+            f"{size[0]} frames of {size[1]} x {size[2]}; use the bucket_config that the store was written with"
+        )
+    return chain, told

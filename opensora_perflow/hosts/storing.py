@@ -1,0 +1,118 @@
+"""What `opensora-perflow encode` and `store` do, whichever host's configs they read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from opensora_perflow import portable
+from opensora_perflow.hosts.chains import ChainSolver, Part
+from opensora_perflow.hosts.script import use_checkout
+from opensora_perflow.training.shards import text_digest
+from opensora_perflow.training.store import ChainWriter
+
+Progress = Callable[[int, str], Callable[[int], Any]]
+"""(total, of what) -> what is told of how many more are done."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes that share the work: one, or those of torchrun."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def started(cls) -> Workers:
+        """This process's place, after it has met the others."""
+        found = cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if found.world > 1 and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))  # the others may have hours of work left
+        return found
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    @property
+    def device(self) -> str:
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+
+
+def use_host(open_sora: Path | None) -> bool:
+    """Have Open-Sora imported from a checkout; None: the installed one. Is it 2.0?
+
+    Raises:
+        ValueError: there is none.
+    """
+    use_checkout(open_sora)
+    portable.activate()
+    try:
+        import opensora.datasets
+        import opensora.models
+        import opensora.registry
+    except ImportError as error:
+        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+    return not hasattr(opensora.registry, "SCHEDULERS")
+
+
+def solve_chains(
+    out: Path,
+    solver: ChainSolver,
+    parts: Iterator[Part],
+    wanted: int,
+    captions: Sequence[str],
+    bucket_config: Any,
+    workers: Workers,
+    progress: Progress,
+) -> int:
+    """Solve parts until the folder `out` has so many chains; how many there are.
+
+    Args:
+        captions: Of the data set.
+
+    Raises:
+        ValueError: a folder of other chains, see ShardWriter.
+    """
+    writer = ChainWriter(out, solver.origin, workers.rank, captions=text_digest(captions), buckets=plain(bucket_config))
+    done, first = progress(wanted, "chains"), 0
+    numbered = enumerate(parts)
+    while first < wanted:
+        number, part = next(numbered)
+        if number % workers.world == workers.rank and not writer.shards.is_there(number):
+            solved = zip(*map(_reporting(done), solver.solve(part, first)))
+            ends, scales, further = (None if batches[0] is None else torch.cat(batches) for batches in solved)
+            writer.write(number, first, ends, part.captions, part.told, scales, further)
+        else:
+            done(len(part.captions))
+        first += len(part.captions)
+    workers.barrier()
+    return first
+
+
+def plain(settings: Any) -> Any:
+    """A section of a config as JSON gives it back."""
+    return json.loads(json.dumps(settings.to_dict() if hasattr(settings, "to_dict") else settings))
+
+
+def dtype_of(config: Any) -> torch.dtype:
+    """Of networks and texts."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.get("dtype", "bf16"), torch.float32)
+
+
+def _reporting(done: Callable[[int], Any]) -> Callable[[Any], Any]:
+    def report(solved: Any) -> Any:
+        done(len(solved[0]))
+        return solved
+
+    return report
