@@ -76,7 +76,7 @@ def test_the_page_shows_the_run(finished):
 def test_the_student_is_trained_and_can_be_loaded(finished):
     state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
     found, _ = find_state(finished / "student.safetensors")
-    assert found.windows == demo.WINDOWS and found.guidance["mode"] == "fixed"
+    assert found.windows == demo.STDiT3Model.windows and found.guidance["mode"] == "fixed"
     assert found.steps > 0 and found.teacher == fingerprint(load_teacher())
     assert state.keys() == teacher.keys()
     assert any(not torch.equal(state[key], teacher[key]) for key in state)
@@ -101,7 +101,7 @@ def test_own_videos_with_a_corrupt_one(tmp_path, caplog, capsys):
         (["--num-samples", "1"], "num_samples must be >= 2"),
         (["--guidance-scale", "-1"], "guidance_scale must be a number >= 0"),
         (["--videos", "nowhere"], "nowhere"),
-        (["--open-sora", "nowhere"], "must be the root of an Open-Sora"),
+        (["--open-sora", "nowhere"], "must be the root of an Open-Sora v1.2.0, v1.3 or 2.0 checkout"),
     ],
 )
 def test_mistakes_are_one_line_and_touch_nothing(options, message, tmp_path, capsys):
@@ -110,12 +110,6 @@ def test_mistakes_are_one_line_and_touch_nothing(options, message, tmp_path, cap
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("opensora-perflow: ") and message in error
     assert not out.exists()
-
-
-def test_open_sora_2_is_sent_to_the_benchmark(tmp_path, capsys):
-    (tmp_path / "scripts" / "diffusion").mkdir(parents=True)
-    assert cli.main(["demo", "--open-sora", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "few_step.py --world mmdit" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
@@ -235,7 +229,7 @@ def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
 def test_the_reference_has_every_window_edge():
     times = demo.reference_times()
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
-    assert len(times) == sum(demo.REFERENCE) + 1 and set(demo.WINDOWS) <= set(times)
+    assert len(times) == sum(demo.REFERENCE) + 1 and set(demo.STDiT3Model.windows) <= set(times)
 
 
 def test_stages_and_a_first_picture_are_told(tmp_path, caplog):

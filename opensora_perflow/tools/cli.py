@@ -80,6 +80,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "lr": "learning rate, > 0",
         "num_clips": "clips to write where no --videos are given, >= 1",
         "num_samples": "samples that are compared, >= 2",
+        "teacher_iterations": "with --open-sora of 2.0: training steps of its teacher, >= 1",
         "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
         "seed": "of clips, noise and training",
     }
@@ -98,7 +99,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--videos", type=Path, help="folder of videos, or a CSV with path and text (default: write moving shapes)"
     )
     parser.add_argument("--out", type=Path, default=Path("perflow_demo"), help="folder to write to (default perflow_demo)")
-    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="use the real STDiT3 class of this Open-Sora checkout")
+    parser.add_argument(
+        "--open-sora", type=Path, metavar="ROOT", help="use this Open-Sora checkout's own class, STDiT3 or MMDiT"
+    )
     from opensora_perflow.tools.demo import QUICK, DemoSettings
 
     less = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())

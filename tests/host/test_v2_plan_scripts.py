@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from _harness import run_python
 from _harness_v2 import inference_config_v2
-from open_sora_2 import NETWORK
 
+from opensora_perflow.tools.open_sora_2 import NETWORK
 from opensora_perflow.training.plan_file import windows_of
 
 pytestmark = pytest.mark.host
@@ -20,7 +20,7 @@ MAKE = """
 import sys, torch
 from pathlib import Path
 sys.path.append(sys.argv[3])
-from open_sora_2 import Scripts
+from opensora_perflow.tools.open_sora_2 import Scripts
 Scripts(Path(sys.argv[1])).train_teacher(torch.zeros(1, 4, 3, 8, 8), ["a clip"], Path(sys.argv[2]), steps=1)
 """
 

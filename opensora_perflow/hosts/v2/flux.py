@@ -168,6 +168,10 @@ class PeRFlowFlux:
             **known_of(recipe, self.curriculum, run),
         )
 
+    def state(self) -> StudentState:
+        """What has to be kept with a student's weights. To be asked after the first training step."""
+        return self._describe(self.run)
+
     def _describe(self, run: TrainingRun) -> StudentState:
         return self._state(SamplingSettings(self.recipe, self.keys, run.windows, self.recipe.draws.grids), run)
 

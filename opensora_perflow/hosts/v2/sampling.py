@@ -115,8 +115,8 @@ class SamplingSettings:
                 said.append(
                     (
                         logging.WARNING,
-                        f"the student is sampled with sampling_option.{name}={now:g}, and was trained on the states that guidance "
-                        f"{listed} leads to; sample with that, or train with perflow=dict({key}={now:g}), or in mode range",
+                        f"the student is sampled with sampling_option.{name}={now:g}, and was trained on the states that "
+                        f"guidance {listed} leads to; sample with that, train with perflow=dict({key}={now:g}), or mode range",
                     )
                 )
         return said
