@@ -265,8 +265,8 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "merge",
         help="write adapters (LoRA) and their base as the weights of one network",
         description=(
-            'Adds what a training with model=dict(type="perflow_lora") has learned to the weights that it started from, and\n'
-            "writes a network that the base's own type loads, with its perflow.json."
+            'Adds what a training with model=dict(type="perflow_lora"), or lora_config in 2.0, learned to the weights that\n'
+            "it started from, and writes a network that the base's own type loads, with its perflow.json."
         ),
         epilog=(
             "example: opensora-perflow merge outputs/000-perflow_lora/epoch0-global_step4000 student \\\n"
@@ -274,7 +274,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG; of 2.0 an export too")
     parser.add_argument("out", type=Path, metavar="OUT", help=f"not there yet: {LAYOUTS}")
     parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
     _add_ema(parser)
@@ -284,7 +284,7 @@ def _merge(args: dict) -> int:
     from opensora_perflow.tools.merge import merge
 
     merge(**args)
-    print(f"written to {args['out']}/; sample it with --ckpt-path {args['out']}")
+    print(f"written to {args['out']}; sample it with --ckpt-path (Open-Sora 2.0: --ckpt_path) {args['out']}")
     return 0
 
 
