@@ -112,6 +112,16 @@ def test_mistakes_are_one_line_and_touch_nothing(options, message, tmp_path, cap
     assert not out.exists()
 
 
+def test_an_environment_without_the_hosts_packages_is_told(tmp_path):
+    for name in ("opensora/__init__.py", "opensora/models/mmdit/model.py", "scripts/diffusion/train.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    command = [sys.executable, "-m", "opensora_perflow", "demo", "--open-sora", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "its modules cannot be imported here (No module named" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["demo", "--videos", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2

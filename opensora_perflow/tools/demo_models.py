@@ -181,8 +181,8 @@ def build_model(open_sora: Path | None, scale: float, seed: int) -> DemoModel:
         return STDiT3Model(open_sora, scale, seed)
     except ImportError as error:
         raise ValueError(
-            f"--open-sora {open_sora}: its modules cannot be imported here ({error}); start the demo in the environment of "
-            "that version, see docs/hosts.md"
+            f"--open-sora {open_sora}: its modules cannot be imported here ({error.__cause__ or error}); start the demo in the "
+            "environment of that version, see docs/hosts.md"
         ) from error
 
 
