@@ -28,7 +28,7 @@ setup(
     ],
     package_dir={"opensora_perflow.configs": "configs", "opensora_perflow.patches": "patches"},
     package_data={
-        "opensora_perflow": ["py.typed", "tools/page/page.html", "worlds/weights/*"],
+        "opensora_perflow": ["py.typed", "tools/page/page.html", "tools/studio/*.html", "worlds/weights/*"],
         "opensora_perflow.configs": ["opensora/*.py", "opensora/_base_/*.py", "opensora/v2/*/*.py"],
         "opensora_perflow.patches": ["*.patch", "README.md"],
     },
@@ -47,6 +47,7 @@ setup(
         # Open-Sora pins its own colossalai (0.3.7 for v1.2.0, >= 0.4.1 for v1.3), so it is never required here.
         "train": ["colossalai>=0.3.7"],
         "lora": ["peft>=0.7.1"],
+        "ui": ["gradio>=6,<7"],
         "test": ["pytest>=7", "peft>=0.7.1"],
         "docs": ["mkdocs-material>=9.5,<10"],
     },

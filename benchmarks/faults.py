@@ -339,7 +339,7 @@ def healthy(world: World, runs: int, first: int) -> int:
 
 def rollback(world: World, seed: int, batch_size: int, steps: int = 200, spike: int = 60) -> dict[str, float]:
     errors = {"healthy": run(world, HEALTHY, seed, batch_size, steps, stop=False, doctor=False).error}
-    for policy in ("rollback", "lower_lr", "warn"):
+    for policy in ("rollback", "warn"):
         outcome = run(world, HEALTHY, seed, batch_size, steps, policy, spike, stop=False, doctor=False)
         errors[policy] = outcome.error
         share = errors[policy] / errors["healthy"]

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from opensora_perflow.checkpoints import read_state_dict, write_state_dict
-from opensora_perflow.tools import delta, demo
+from opensora_perflow.tools import compare, delta, demo
 from opensora_perflow.tools.report import KIND
 from opensora_perflow.training.delta_file import read_delta
 from opensora_perflow.training.state import StudentState, find_state, write_state
@@ -43,7 +43,7 @@ def start(out: Path, seed: int) -> int:
     """Fork a demo with everything small, and return its process id."""
 
     def run() -> None:
-        demo.REFERENCE_STEPS = 4
+        compare.REFERENCE = (1,) * 4
         demo.run(demo.DemoSettings(out=out, seed=seed, iterations=1, batch_size=1, num_clips=2, num_samples=2))
 
     return forked(run)

@@ -14,7 +14,7 @@ from few_step import set_up_process
 
 from opensora_perflow.method.metrics import endpoint_error
 from opensora_perflow.planning.fine_path import uniform_grid
-from opensora_perflow.tools.demo import reference_times
+from opensora_perflow.tools.compare import reference_times
 from opensora_perflow.tools.probes import video_probe
 
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 
 from opensora_perflow import __version__
 from opensora_perflow.checkpoints import read_state_dict
-from opensora_perflow.tools import cli, demo, threads
+from opensora_perflow.tools import cli, compare, demo, threads
+from opensora_perflow.training.record import read_record
 from opensora_perflow.training.state import find_state
 from opensora_perflow.training.teacher import fingerprint
 from opensora_perflow.worlds.clips import COLORS, read_clips, write_clips
@@ -27,21 +30,29 @@ SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch
 
 @pytest.fixture(autouse=True)
 def coarse_reference(monkeypatch):
-    monkeypatch.setattr(demo, "REFERENCE", (2,) * 4)
+    monkeypatch.setattr(compare, "REFERENCE", (2,) * 4)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "REFERENCE", (2,) * 4)
+        patch.setattr(compare, "REFERENCE", (2,) * 4)
         assert cli.main(["demo", "--out", str(out), *SMALL]) == 0
     return out
 
 
 def test_everything_that_is_promised_is_there(finished):
     names = {path.name for path in finished.iterdir()}
-    files = {"side_by_side.mp4", "frames.png", "training.png", "results.json", "student.safetensors", "report.html"}
+    files = {
+        "side_by_side.mp4",
+        "frames.png",
+        "training.png",
+        "results.json",
+        "student.safetensors",
+        "report.html",
+        "record.jsonl",
+    }
     assert names == {"clips", *files}
 
     with av.open(str(finished / "side_by_side.mp4")) as container:
@@ -73,10 +84,26 @@ def test_the_page_shows_the_run(finished):
     assert f'<td>torch</td><td class="value">{torch.__version__}</td>' in text
 
 
+def test_the_record_and_the_page_have_each_window(finished):
+    lines = [line for line in read_record(finished) if line["kind"] == "step"]
+    assert len(lines) == 2 and all(len(line["window_loss"]) == 4 for line in lines)
+    text = (finished / "report.html").read_text()
+    assert "Loss of each window" in text and "The run wrote no record" not in text
+
+
+def test_paths_lead_from_noise_to_the_teachers_end(finished):
+    paths = json.loads((finished / "results.json").read_text())["paths"]
+    assert len(paths["teacher"]) == len(paths["student"]) == len(paths["prompts"]) == 2
+    for teacher, student in zip(paths["teacher"], paths["student"]):
+        assert teacher[0] == student[0] == [0, 0] and teacher[-1] == [1, 0]
+        assert len(teacher) == len(paths["times"]) == 9 and len(student) == 5
+    assert "Windows over the teacher&#39;s path" in (finished / "report.html").read_text()
+
+
 def test_the_student_is_trained_and_can_be_loaded(finished):
     state, teacher = read_state_dict(finished / "student.safetensors"), load_teacher().state_dict()
     found, _ = find_state(finished / "student.safetensors")
-    assert found.windows == demo.STDiT3Model.windows and found.guidance["mode"] == "fixed"
+    assert found.windows == compare.WINDOWS and found.guidance["mode"] == "fixed"
     assert found.steps > 0 and found.teacher == fingerprint(load_teacher())
     assert state.keys() == teacher.keys()
     assert any(not torch.equal(state[key], teacher[key]) for key in state)
@@ -220,6 +247,23 @@ def test_help_teaches(capsys):
         assert expected in text
 
 
+@pytest.mark.parametrize("start", [["-m", "opensora_perflow"], ["bin/opensora-perflow"]])
+def test_a_slow_command_says_something_before_torch_is_loaded(start, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "opensora-perflow").write_text("import opensora_perflow")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    for command, said in (("demo", "opensora-perflow demo: loading torch\n"), ("report", "")):
+        done = subprocess.run(
+            [sys.executable, *start, command],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr, done.stdout) == (7, said, "")
+
+
 def test_the_command_alone_shows_help_and_its_version(capsys):
     assert cli.main([]) == 0
     assert "demo" in capsys.readouterr().out
@@ -237,9 +281,9 @@ def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
 
 
 def test_the_reference_has_every_window_edge():
-    times = demo.reference_times()
+    times = compare.reference_times()
     assert times[0] == 1 and times[-1] == 0 and times == sorted(times, reverse=True)
-    assert len(times) == sum(demo.REFERENCE) + 1 and set(demo.STDiT3Model.windows) <= set(times)
+    assert len(times) == sum(compare.REFERENCE) + 1 and set(compare.WINDOWS) <= set(times)
 
 
 def test_stages_and_a_first_picture_are_told(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from networks import batch, tiny_network
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.optimizer import kept, rate_of, scale_rates
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.training.guard import FIRST, LAST, Guard
+from opensora_perflow.training.guard import FIRST, LAST, Breach, Guard
 from opensora_perflow.training.record import read_record
-from opensora_perflow.training.remedies import KEEP_EVERY
+from opensora_perflow.training.remedies import KEEP_EVERY, Remedies
 from opensora_perflow.training.vitals import Vitals, WeightSample, motion
 
 EDGES = (1.0, 0.5, 0.0)
@@ -181,8 +182,7 @@ def spoiled(policy, tmp_path, caplog):
     return scheduler, student, script, good
 
 
-def test_rollback_puts_weights_and_rate_back(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("opensora_perflow.training.remedies.GRACE", 1000)
+def test_rollback_puts_weights_and_rate_back(tmp_path, caplog):
     scheduler, student, script, good = spoiled("rollback", tmp_path, caplog)
     put_back = [line for line in read_record(tmp_path) if line["kind"] == "rollback"]
     assert [line["to"] for line in put_back] == [KEEP_EVERY]
@@ -193,9 +193,13 @@ def test_rollback_puts_weights_and_rate_back(tmp_path, caplog, monkeypatch):
         assert (now.detach() - then).abs().max() <= 1.5 * steps * 0.5e-4
 
 
-def test_lower_lr_lowers_it(tmp_path, caplog):
-    _, _, script, _ = spoiled("lower_lr", tmp_path, caplog)
-    assert script.rate() == pytest.approx(1e-4 * 3000 / 10)
+def test_rollback_lowers_the_rate_where_nothing_is_kept_yet():
+    rates = []
+    remedies = Remedies(
+        "rollback", SimpleNamespace(mean=lambda value, device: value, device=lambda: "cpu", scale_rate=rates.append)
+    )
+    remedies.note(Breach("learning rate", "too high", curable=True))
+    assert remedies.act(1) is None and rates == [0.1]
 
 
 def test_stop_ends_the_run_with_the_cause(tmp_path, caplog):

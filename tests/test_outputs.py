@@ -13,7 +13,7 @@ import pytest
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.tools import outputs
-from opensora_perflow.tools.outputs import Kind, together
+from opensora_perflow.tools.outputs import Kind, new_folder, together, unfinished
 
 KIND = Kind(
     names=("video", "weights", "numbers"),
@@ -236,3 +236,22 @@ def test_a_killed_run_leaves_all_of_one_run(tmp_path):
         assert found == {**whole(label, clips), **OWN}
     write_run(out, "last")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(out) == {**whole("last"), **OWN}
+
+
+def test_a_new_folder_takes_away_what_killed_processes_left_of_it(tmp_path):
+    """And neither what one that lives is writing, nor what has another name."""
+    out, other = tmp_path / "student", tmp_path / ".student.old"
+    other.mkdir()
+    pid = os.fork()
+    if pid == 0:
+        with new_folder(out) as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (left,) = unfinished(out)
+    with new_folder(out) as living:
+        assert not left.exists() and unfinished(out) == [living]
+        with pytest.raises(OSError), new_folder(out):
+            raise OSError("disk full")
+        (living / "whole").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".student.old", "student", "whole"]

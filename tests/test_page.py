@@ -9,6 +9,7 @@ import subprocess
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from opensora_perflow.tools import cli
 from opensora_perflow.tools.page import charts
@@ -144,6 +145,22 @@ def test_time_runs_from_noise_to_data():
         "0.25",
         "0",
     ]
+
+
+def test_paths_are_coloured_by_window_and_meet_at_edges():
+    """A path of three fine steps through two windows; the edge between them belongs to both colours."""
+    paths = {
+        "times": [1.0, 0.75, 0.5, 0.0],
+        "teacher": [[[0, 0], [0.2, 0.1], [0.5, 0.3], [1, 0]]],
+        "student": [[[0, 0], [0.9, 0.1]]],
+    }
+    windows = [{"t_start": a, "t_end": b, "teacher": 0.2, "student": 0.1} for a, b in ((1.0, 0.5), (0.5, 0.0))]
+    axis = Figure().subplots()
+    assert charts.trajectories(axis, Run("a", result={"windows": windows, "paths": paths}))
+    _, first, second, student = axis.lines
+    assert first.get_xdata().tolist() == [0, 0.2, 0.5] and second.get_xdata().tolist() == [0.5, 1]
+    assert student.get_xydata().tolist() == [[0, 0], [0.9, 0.1]]
+    assert not charts.trajectories(axis, Run("a", result={"windows": windows}))
 
 
 def test_a_chart_is_the_same_twice_and_leaves_matplotlib_alone(training):

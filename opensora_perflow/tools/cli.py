@@ -39,6 +39,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     from opensora_perflow.tools import estimate as estimate_command
     from opensora_perflow.tools import plan as plan_command
     from opensora_perflow.tools import store as store_command
+    from opensora_perflow.tools.studio import command as studio_command
 
     parser = argparse.ArgumentParser(
         prog="opensora-perflow",
@@ -58,6 +59,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     plan_command.add_commands(commands)
     store_command.add_commands(commands)
     doctor_command.add_commands(commands)
+    studio_command.add_commands(commands)
     own, host_arguments = doctor_command.split(sys.argv[1:] if arguments is None else arguments)
     args = vars(parser.parse_args(own))
     if args["command"] is None:
@@ -69,7 +71,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     known = {"plan": plan_command.plan, "curve": plan_command.curve, **_COMMANDS}
     known |= {"encode": store_command.encode, "store": store_command.store}
     known |= {"delta": delta_command.run, "estimate": estimate_command.run}
-    known |= {"check": doctor_command.check, "doctor": doctor_command.doctor}
+    known |= {"check": doctor_command.check, "doctor": doctor_command.doctor, "ui": studio_command.ui}
     return known[args.pop("command")](args)
 
 

@@ -19,12 +19,9 @@ from tqdm import tqdm
 
 from opensora_perflow.checks import check_keys, key, number, whole
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
-from opensora_perflow.method.motion import motion_report
-from opensora_perflow.method.solvers import solve
-from opensora_perflow.planning.fine_path import follow
-from opensora_perflow.tools import outputs, report
-from opensora_perflow.tools.demo_models import DemoModel, STDiT3Model, build_model
-from opensora_perflow.tools.probes import LATENT_SHAPE, shuffled
+from opensora_perflow.tools import compare, outputs, report
+from opensora_perflow.tools.demo_models import DemoModel, build_model
+from opensora_perflow.tools.probes import LATENT_SHAPE, shuffled, sizes
 from opensora_perflow.tools.threads import few_threads
 from opensora_perflow.training.ema import Ema, decay_of
 from opensora_perflow.worlds.clips import ClipSet, contents, frames_to_tensor, name_folder, read_clips, write_clips
@@ -32,11 +29,9 @@ from opensora_perflow.worlds.codec import TinyVAE
 
 logger = logging.getLogger("opensora_perflow")
 
-REFERENCE = (10, 8, 10, 8)
-"""Midpoint steps in each window of the guided teacher that the others are compared with: most where the path is curved. As near
-to the converged path as 512 Euler steps, see benchmarks/README.md."""
 TEACHER = "training a teacher"
 STAGES = ("clips", TEACHER, "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
+STUDENT = "student, 4 steps"
 QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8, "teacher_iterations": 400}
 """What `--quick` changes."""
 
@@ -72,14 +67,6 @@ class DemoSettings:
         check_keys(self)
         if self.num_samples < 2:
             raise ValueError(f"num_samples must be >= 2, to compare distributions, got {self.num_samples}")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Noise and prompts that every sampler gets."""
-
-    noise: Tensor
-    prompts: list[str]
 
 
 def run(settings: DemoSettings) -> dict[str, Any]:
@@ -139,56 +126,49 @@ def _distil_and_compare(
         pixels = frames_to_tensor(clips.frames)
         latents = torch.cat([vae.encode(part) for part in tqdm(pixels.split(8), desc="encoding clips", unit="batch")])
     teacher, student = model.teacher, model.student()
+    model.record_in(folder)
     batch = _sampling_batch(settings, clips.captions, latents.shape[1:])
+    noise, prompts, edges = batch.noise, batch.prompts, model.windows
     say.next()
-    path = _teacher_path(model, batch, settings)
-    report.write_frames(folder, {"teacher": path.states[-1]}, batch.prompts, vae)
+    path = compare.follow_reference(model.probe(teacher, noise, prompts, settings.guidance_scale), edges, progress=True)
+    report.write_frames(folder, {"teacher": path.end}, prompts, vae)
     logger.info("first picture, what the teacher draws: %s", folder / "frames.png")
     say.next()
     history, averaged = _train(model, student, latents, clips.captions, settings)
     say.next()
-    samplers = {
-        "teacher, 30 steps": (30, model.rows, teacher),
-        "teacher, 4 steps": (4, model.rows, teacher),
-        "student, 4 steps": (4, 1, averaged),
-        report.RAW: (4, 1, student),
+    steps = len(path.fine.times) - 1
+    reference = compare.Sampled(path.end, path.fine.states[:-1], 4 * steps, path.seconds)
+    sampled = {
+        f"teacher, {steps} midpoint steps": reference,
+        "teacher, 30 steps": model.sample(teacher, batch, 30),
+        "teacher, 4 steps": model.sample(teacher, batch, 4),
+        STUDENT: model.sample(averaged, batch, 4),
+        report.RAW: model.sample(student, batch, 4),
     }
-    steps = sum(REFERENCE)
-    samples, rows = {f"teacher, {steps} midpoint steps": path.states[-1]}, []
-    rows.append(_row(*samples, 4 * steps, path.seconds, path.states[-1], path, batch.prompts, vae))
-    for name, (steps, branches, network) in samplers.items():
-        start = time.process_time()
-        with torch.no_grad():
-            samples[name] = model.sample(network, batch.noise, batch.prompts, steps)
-        rows.append(_row(name, steps * branches, time.process_time() - start, samples[name], path, batch.prompts, vae))
+    probes = model.probe(teacher, noise, prompts, settings.guidance_scale), model.probe(averaged, noise, prompts, 1.0)
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "samplers": rows,
-        "windows": _window_errors(model, averaged, batch, settings.guidance_scale, path),
+        "samplers": [_row(name, one, path.end, prompts, vae) for name, one in sampled.items()],
+        "windows": compare.window_errors(edges, *(probe.velocity for probe in probes), path.at(edges), probes[0].ratio),
+        "paths": compare.drawn_paths(path, sampled[STUDENT], prompts),
         "loss": {"first": float(np.mean(history[:10])), "last": float(np.mean(history[-10:]))},
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
         "unknown_captions": report.unknown_captions(clips.captions),
     }
+    samples = {name: one.latents for name, one in sampled.items()}
     own_clips = None if settings.videos is None else clips
-    return report.Outcome(result, samples, batch.prompts, averaged, model.state(), history, own_clips)
+    return report.Outcome(result, samples, prompts, averaged, model.state(), history, own_clips)
 
 
-@dataclass(frozen=True)
-class TeacherPath:
-    """The guided teacher's states at every window edge, from fine steps, and the CPU seconds that they took."""
-
-    states: list[Tensor]
-    seconds: float
-
-
-def _row(name: str, nfe: int, seconds: float, x: Tensor, path: TeacherPath, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
+def _row(name: str, sampled: compare.Sampled, reference: Tensor, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
     """A sampler's row of the table."""
+    x = sampled.latents
     return {
         "sampler": name,
-        "nfe": nfe,
-        "seconds_per_sample": seconds / len(x),
-        "endpoint_error": endpoint_error(x, path.states[-1]),
-        "energy_distance": energy_distance(x, path.states[-1]),
+        "nfe": sampled.nfe,
+        "seconds_per_sample": sampled.seconds / len(x),
+        "endpoint_error": endpoint_error(x, reference),
+        "energy_distance": energy_distance(x, reference),
         "motion_energy": temporal_difference_energy(x),
         "as_described": report.as_described(vae, x, prompts),
     }
@@ -209,25 +189,10 @@ def _own_clips(settings: DemoSettings, folder: Path) -> ClipSet:
     return clips
 
 
-def _sampling_batch(settings: DemoSettings, captions: list[str], latent_shape: torch.Size) -> Batch:
+def _sampling_batch(settings: DemoSettings, captions: list[str], latent_shape: torch.Size) -> compare.Batch:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     noise = torch.randn(settings.num_samples, *latent_shape, generator=generator)
-    return Batch(noise, shuffled(captions, settings.num_samples, generator))
-
-
-@torch.no_grad()
-def _teacher_path(model: DemoModel, batch: Batch, settings: DemoSettings) -> TeacherPath:
-    start = time.process_time()
-    probe = model.probe(model.teacher, batch.noise, batch.prompts, settings.guidance_scale)
-    path = follow(probe, reference_times(model.windows), substeps=1, method="midpoint", progress=True)
-    states = [path.states[path.times.tolist().index(edge)] for edge in model.windows]
-    return TeacherPath(states, time.process_time() - start)
-
-
-def reference_times(edges: Sequence[float] = STDiT3Model.windows) -> list[float]:
-    """The grid of REFERENCE, from 1 to 0."""
-    windows = zip(edges, edges[1:], REFERENCE)
-    return [start + (end - start) * i / count for start, end, count in windows for i in range(count)] + [0.0]
+    return compare.Batch(noise, shuffled(captions, settings.num_samples, generator), sizes(settings.num_samples))
 
 
 def _train(
@@ -261,23 +226,3 @@ def _train(
     averaged = deepcopy(student.eval())
     averaged.load_state_dict(ema.averages, strict=False)  # buffers are not averaged
     return history, averaged
-
-
-@torch.no_grad()
-def _window_errors(
-    model: DemoModel, student: nn.Module, batch: Batch, scale: float, path: TeacherPath
-) -> list[dict[str, float]]:
-    """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at."""
-    probes = {
-        "teacher": model.probe(model.teacher, batch.noise, batch.prompts, scale),
-        "student": model.probe(student, batch.noise, batch.prompts, 1.0),
-    }
-    times = probes["student"].flow_times(model.windows)
-    rows = []
-    for k, (t_start, t_end) in enumerate(zip(model.windows, model.windows[1:])):
-        row = {"t_start": t_start, "t_end": t_end}
-        for name, probe in probes.items():
-            row[name] = endpoint_error(solve(probe.velocity, path.states[k], times[k : k + 2]), path.states[k + 1])
-        rows.append(row)
-    motion = motion_report(probes["student"].velocity, path.states, times)
-    return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from opensora_perflow import portable
 from opensora_perflow.checkpoints import read_metadata, read_state_dict
+from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v2.flux import hooks_of
+from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.registry import SCHEDULERS, build_module
+from opensora_perflow.tools import compare
 from opensora_perflow.tools.open_sora_2 import STEPS_KEY, Scripts
 from opensora_perflow.tools.probes import guided_field, sizes
 from opensora_perflow.training.state import StudentState
@@ -44,12 +48,10 @@ class DemoModel(ABC):
     Attributes:
         teacher: In eval mode; once `make_teacher` has run.
         windows: The student's edges, in untransformed time.
-        rows: Evaluations of a guided step of the host's sampler.
     """
 
     teacher: nn.Module
     windows: tuple[float, ...]
-    rows: int
 
     def needs_teacher(self, folder: Path, steps: int) -> bool:
         """Is there no teacher yet that was trained for as many steps, in the package or in a demo's folder?"""
@@ -68,12 +70,16 @@ class DemoModel(ABC):
         """Of a training step, a scalar, for clean latents [B, C, T, H, W] and their texts."""
 
     @abstractmethod
-    def sample(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
+    def sample(self, network: nn.Module, batch: compare.Batch, steps: int) -> compare.Sampled:
         """By the host's sampler for the teacher, by the student's for others."""
 
     @abstractmethod
     def probe(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], scale: float) -> Probe:
         """The network as a field, guided by a scale; 1 = none."""
+
+    @abstractmethod
+    def record_in(self, folder: Path) -> None:
+        """Have the training write its record there."""
 
     @abstractmethod
     def state(self) -> StudentState:
@@ -83,9 +89,7 @@ class DemoModel(ABC):
 class STDiT3Model(DemoModel):
     """The shipped teacher: in the package's copy of STDiT3, or in the class of a checkout of Open-Sora 1.2 or 1.3."""
 
-    windows = (1.0, 0.90625, 0.796875, 0.53125, 0.0)
-    """Every second edge of those that `opensora-perflow plan --windows 8` chose for it: most errors begin early."""
-    rows = 2
+    windows = compare.WINDOWS
 
     def __init__(self, open_sora: Path | None, scale: float, seed: int) -> None:
         self._open_sora, self._scale = open_sora, scale
@@ -102,13 +106,12 @@ class STDiT3Model(DemoModel):
         model_args = {**self._text.encode(list(captions)), **sizes(len(data))}
         return self._scheduler.training_losses(student, data, model_args)["loss"].mean()
 
-    def sample(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
-        scheduler = self._scheduler
-        if network is self.teacher:  # one window and guidance make `perflow` Open-Sora's rflow (benchmarks/sampler_parity.py)
-            config = dict(type="perflow", windows=1, num_sampling_steps=steps, cfg_scale=self._scale)
-            scheduler = build_module(config, SCHEDULERS)
-        options: dict[str, Any] = {"additional_args": sizes(len(noise)), "progress": steps > 4}
-        return scheduler.sample(network, self._text, noise, list(prompts), "cpu", **options)
+    def sample(self, network: nn.Module, batch: compare.Batch, steps: int) -> compare.Sampled:
+        scheduler = compare.teacher_sampler(steps, self._scale) if network is self.teacher else self._scheduler
+        return compare.sample(scheduler, network, self._text, batch, progress=steps > 4)
+
+    def record_in(self, folder: Path) -> None:
+        self._scheduler.host = _Host(folder)
 
     def probe(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], scale: float) -> Probe:
         return Probe(guided_field(network, self._text, prompts, sizes(len(noise)), scale), noise)
@@ -124,7 +127,6 @@ class MMDiTModel(DemoModel):
     """
 
     windows = (1.0, 0.75, 0.5, 0.25, 0.0)
-    rows = 3
 
     def __init__(self, root: Path, scale: float, seed: int) -> None:
         self._host, self._scale = Scripts(root), scale
@@ -160,8 +162,24 @@ class MMDiTModel(DemoModel):
     def loss(self, student: nn.Module, data: Tensor, captions: Sequence[str]) -> Tensor:
         return self._host.loss(student, data, captions, drop=False)
 
-    def sample(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], steps: int) -> Tensor:
-        return self._host.sample(network, noise, prompts, steps, self._scale)
+    def sample(self, network: nn.Module, batch: compare.Batch, steps: int) -> compare.Sampled:
+        asked, start, count = [], time.process_time(), len(batch.noise)
+
+        def note(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            layout = Layout.of(inputs["img_ids"], module.patch_size)
+            asked.append((len(inputs["img"]), layout.unpack(inputs["img"][:count])))
+
+        handle = network.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            latents = self._host.sample(network, batch.noise, batch.prompts, steps, self._scale)
+        finally:
+            handle.remove()
+        states = torch.stack([x for _, x in asked])
+        return compare.Sampled(latents, states, sum(rows for rows, _ in asked) // count, time.process_time() - start)
+
+    def record_in(self, folder: Path) -> None:
+        hooks, _ = hooks_of(self._student)
+        hooks.host.folder = lambda: folder
 
     def probe(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], scale: float) -> Probe:
         return self._host.probe(network, noise, prompts, scale)
@@ -169,6 +187,16 @@ class MMDiTModel(DemoModel):
     def state(self) -> StudentState:
         hooks, _ = hooks_of(self._student)
         return hooks.state()
+
+
+class _Host(OpenSora):
+    """No script of Open-Sora: the run writes its record into the demo's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def folder(self) -> Path:
+        return self._folder
 
 
 def build_model(open_sora: Path | None, scale: float, seed: int) -> DemoModel:

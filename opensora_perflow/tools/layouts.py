@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v2 import lora
+from opensora_perflow.tools.outputs import new_folder
 from opensora_perflow.training.state import FILE_NAME, METADATA_KEY, StudentState, find_state, write_state
 
 FILES = (".pt", ".pth", ".safetensors")
@@ -74,20 +72,6 @@ def write_lora(out: Path, weights: Mapping[str, Tensor], config: str, state: Stu
         (folder / lora.FOLDER / lora.CONFIG).write_text(config)
         if state is not None:
             write_state(folder, state)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` at the end, or disappears on an error."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is its owner's alone
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def metadata_of(state: StudentState | None) -> dict[str, str]:

@@ -75,19 +75,16 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
     # A mount point, or a folder in one that may not be written to, has no place beside it.
     beside = not out.is_dir() or (os.access(out.parent, os.W_OK) and not os.path.ismount(out))
     home = out.parent if beside else out
-    unfinished, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
+    prefix, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
     # A run that was killed while it replaced files one by one left some of them.
     killed = any(home.glob(f"{_escaped(finished)}*"))
     if not killed:
         kind.refuse_foreign(out)
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
-        for left in _left_by_killed(home, unfinished):
-            shutil.rmtree(left, ignore_errors=True)
         for left in _left_by_killed(home, finished):
             _recover(left, out, kind)
-        folder = Path(tempfile.mkdtemp(prefix=unfinished, dir=home))
-        in_use = _try_lock(folder)
+        folder, in_use = _begin(home, prefix)
     removable = True
     try:
         yield folder
@@ -96,7 +93,7 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
                 kind.refuse_foreign(out)
             removable = False
             # From here on the folder may hold the user's files, and no half of one.
-            folder = folder.rename(home / folder.name.replace(unfinished, finished, 1))
+            folder = folder.rename(home / folder.name.replace(prefix, finished, 1))
             _put_in_place(folder, out, kind)
             removable = True
     finally:
@@ -104,6 +101,39 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
             os.close(in_use)
         if removable:  # else the next run looks what is in it
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` at the end, or disappears on an error; `out` is not there yet.
+
+    What killed processes left of earlier ones is removed.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent):
+        folder, in_use = _begin(out.parent, f".{out.name}.unfinished-")
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's is its owner's alone
+        os.rename(folder, out)
+    finally:
+        if in_use is not None:
+            os.close(in_use)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin(home: Path, prefix: str) -> tuple[Path, int | None]:
+    """A new folder and what locks it for as long as this process lives; callers hold the lock of `home`."""
+    for left in _left_by_killed(home, prefix):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
+    return folder, _try_lock(folder)
+
+
+def unfinished(out: Path) -> list[Path]:
+    """Folders in which runs write now what will be in `out`, or did until they were killed."""
+    out = Path(os.path.realpath(out))
+    return [folder for home in (out.parent, out) for folder in home.glob(f"{_escaped(f'.{out.name}.unfinished-')}*")]
 
 
 def _put_in_place(new: Path, out: Path, kind: Kind) -> None:

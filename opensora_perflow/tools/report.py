@@ -18,6 +18,7 @@ from opensora_perflow.tools.fonts import labels
 from opensora_perflow.tools.outputs import Kind
 from opensora_perflow.tools.page import render
 from opensora_perflow.tools.page.runs import read_run
+from opensora_perflow.training.record import FILE_NAME as RECORD
 from opensora_perflow.training.state import METADATA_KEY, StudentState
 from opensora_perflow.worlds.clips import FPS, ClipSet, contents, is_written, recognise, tensor_to_frames, write_video
 from opensora_perflow.worlds.codec import TinyVAE
@@ -34,11 +35,13 @@ RAW = "its last step's weights"
 """The row of the weights that the average is taken of; not shown in pictures."""
 CLIPS = "clips"
 KIND = Kind(
-    names=("side_by_side.mp4", "frames.png", "training.png", "student.safetensors", "report.html", "results.json"),
+    names=(
+        "side_by_side.mp4", "frames.png", "training.png", "student.safetensors", RECORD, "report.html", "results.json",
+    ),
     marks=("student.safetensors", "results.json"),
     folder=CLIPS,
     is_own=is_written,
-)
+)  # fmt: skip
 """Files of a demo; results.json stands for a whole run."""
 
 

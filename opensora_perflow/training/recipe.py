@@ -14,7 +14,6 @@ from torch import Tensor
 from opensora_perflow.checks import (
     MOST_SCALE,
     MOST_WINDOWS,
-    Kind,
     as_scales,
     check_keys,
     choice,
@@ -34,7 +33,7 @@ from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
 from opensora_perflow.training.plan_file import windows_of
-from opensora_perflow.training.removed import refuse_removed_keys, refuse_removed_value
+from opensora_perflow.training.removed import kept, refuse_removed_keys, refuse_removed_value
 from opensora_perflow.training.watch import WatchSettings
 
 SOLVERS = ("midpoint", "euler")
@@ -42,16 +41,6 @@ GUIDANCE_MODES = ("sync", "fixed", "range")
 STARTS = ("student", "diffused")
 
 _section = partial(section, refuse=refuse_removed_keys)
-
-
-def _kept(*choices: str) -> Kind:
-    """One of a few words, of which others were removed."""
-
-    def check(name: str, value: Any) -> str:
-        refuse_removed_value(name, value)
-        return choice(*choices)(name, value)
-
-    return check
 
 
 def _objective(name: str, value: Any) -> Any:
@@ -75,7 +64,7 @@ class TeacherSettings:
     steps_per_window: int | None = key(None, optional(whole(high=MOST_WINDOWS)))
     """ODE steps that the teacher takes in each window, >= 1. None: 8 over the number of windows (of the least of `windows` and
     draws.grids), rounded up."""
-    solver: str = key("midpoint", _kept(*SOLVERS))
+    solver: str = key("midpoint", kept(*SOLVERS))
     """euler (1 evaluation a step) or midpoint (2)."""
     allow_distilled: bool = key(False, switch)
     """Accept weights that are themselves a PeRFlow student, as a later stage wants. Never assumed."""
@@ -174,7 +163,7 @@ class Guidance:
 class Draws:
     """What the student is trained on: where windows start, and at which times inside them."""
 
-    starts: str = key("student", _kept(*STARTS))
+    starts: str = key("student", kept(*STARTS))
     """student: states that the student itself reaches from noise, one step a window, guided as it is sampled. Of the data only
     the shape is used. diffused: data with noise."""
     edge_mass: float = key(0.75, number(low=0, high=1))

@@ -1,4 +1,4 @@
-"""What is done where the guard names a breach: nothing, a lower learning rate, older weights, or an end.
+"""What is done where the guard names a breach: nothing, older weights, or an end.
 
 Nothing happens in the middle of a step: its graph would not be that of the new weights. A breach is dealt with where the next
 step begins, in all processes alike.
@@ -15,14 +15,12 @@ from opensora_perflow.training.host import Host
 logger = logging.getLogger("opensora_perflow")
 
 LOWER = 0.1
-"""Factor on the learning rate of policy lower_lr."""
+"""Factor on the learning rate where no weights are kept yet."""
 GENTLER = 0.5
 """Factor on the learning rate that good weights were trained with, after they were put back."""
 KEEP_EVERY = 25
 """Steps between two copies of a run's state. A copy is good once as many steps after it showed no breach: what a breach shows
 in began some steps before."""
-GRACE = 25
-"""Steps after a lower learning rate in which there is no other: ruined weights need some to mend."""
 
 
 class Remedies:
@@ -36,7 +34,6 @@ class Remedies:
     def __init__(self, policy: str, host: Host) -> None:
         self.policy, self.host = policy, host
         self._pending: Breach | None = None
-        self._free = 0
         self._good: tuple[int, float | None, Callable[[], None]] | None = None
         self._newest: tuple[int, float | None, Callable[[], None]] | None = None
 
@@ -58,9 +55,7 @@ class Remedies:
             return None
         seen, self._pending = self._pending, None
         breached = self.host.mean(0.0 if seen is None else 1.0, self.host.device()) > 0
-        if breached and step >= self._free:
-            if self.policy == "lower_lr":
-                self._free = step + GRACE
+        if breached:
             return self._carry_out(step, "another process saw it" if seen is None else seen.text)
         if self.policy == "rollback" and not breached and step % KEEP_EVERY == 0:
             self._good, self._newest = self._newest or self._good, (step, self.host.rate(), self.host.keep_state())
@@ -70,7 +65,7 @@ class Remedies:
         if self.policy == "stop":
             raise ValueError(f'stopped before training step {step} (watch.policy="stop"): {text}')
         kept = self._good or self._newest
-        if self.policy == "lower_lr" or kept is None:
+        if kept is None:
             self.host.scale_rate(LOWER)
             logger.warning("PeRFlow lowers the learning rate to %s times what it was, from step %d on", LOWER, step)
             return None

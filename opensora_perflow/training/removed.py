@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
+
+from opensora_perflow.checks import Kind, choice
 
 REMOVED_KEYS = {
     "window_time": "edges always pass through the host's timestep transform; no benchmark had a row for the other way",
@@ -35,6 +38,11 @@ REMOVED_VALUES = {
         "objective",
         "perflow_huber",
     ): 'it was a tie in error on both worlds and had the wider energy distance on the mixture (.21 against .12); use "perflow"',
+    (
+        "watch.policy",
+        "lower_lr",
+    ): "a run whose rate rose a hundredfold ended at 1.64 and 1.94 of the healthy error, as with a warning (1.58, 1.95); use "
+    '"rollback" (1.00, 1.01)',
     ("objective", "perflow_motion"): 'students kept 101 % and 97 % of the motion with it and without it; use "perflow"',
 }
 """(Dotted key, value) -> the same for one value of a key that stays."""
@@ -52,3 +60,13 @@ def refuse_removed_value(key: str, value: object) -> None:
     """Raises ValueError for a value of a key that was removed."""
     if isinstance(value, str) and (key, value) in REMOVED_VALUES:
         raise ValueError(f"{key}={value!r} was an option and is none any more: {REMOVED_VALUES[key, value]}")
+
+
+def kept(*choices: str) -> Kind:
+    """One of a few words, of which others were removed."""
+
+    def check(name: str, value: Any) -> str:
+        refuse_removed_value(name, value)
+        return choice(*choices)(name, value)
+
+    return check

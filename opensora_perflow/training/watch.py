@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from opensora_perflow.checks import check_keys, choice, key, number, whole
+from opensora_perflow.checks import check_keys, key, number, whole
+from opensora_perflow.training.removed import kept
 
-POLICIES = ("warn", "lower_lr", "rollback", "stop")
+POLICIES = ("warn", "rollback", "stop")
 
 ENOUGH = 16
 """Samples that a measurement needs before it may warn: 4 of 5 healthy runs with 4 of them were told that they got worse."""
@@ -33,10 +34,10 @@ class WatchSettings:
     each window; the first also the teacher's path through all windows."""
     tolerance: float = key(0.25, number(low=0))
     """Share by which the error may rise above its least before a warning, >= 0."""
-    policy: str = key("warn", choice(*POLICIES))
-    """What is done where training goes wrong, see guard.py and remedies.py. warn: the log says so. lower_lr: a tenth of the
-    learning rate. rollback: weights, optimizer and EMA as they were 25 to 50 steps before, with half of their learning rate;
-    two copies are kept in the CPU's memory. stop: the script ends with the message."""
+    policy: str = key("warn", kept(*POLICIES))
+    """What is done where training goes wrong, see guard.py and remedies.py. warn: the log says so. rollback: weights,
+    optimizer and EMA as they were 25 to 50 steps before, with half of their learning rate; two copies are kept in the CPU's
+    memory. stop: the script ends with the message."""
 
     def __post_init__(self) -> None:
         check_keys(self, "watch.")

@@ -109,7 +109,7 @@ def _by_window(key: str, label: str, level: float | None = None, log: bool = Fal
             if points:
                 steps, values = np.array(points).T
                 places, means = _smooth(values)
-                name = f"{run.edges[k]:g} to {run.edges[k + 1]:g}" if k + 1 < len(run.edges) else str(k)
+                name = f"{run.edges[k]:.3g} to {run.edges[k + 1]:.3g}" if k + 1 < len(run.edges) else str(k)
                 axis.plot(steps[places], means, color=COLORS[k % len(COLORS)], label=f"window {name}", linewidth=1.3)
         if not axis.lines:
             return False
@@ -193,6 +193,30 @@ def windows(axis: Axes, run: Run) -> bool:
     return True
 
 
+def trajectories(axis: Axes, run: Run) -> bool:
+    """The teacher's fine path, a colour a window, and the student's steps, each sample in a plane of its own and in a row."""
+    paths = run.paths
+    if not paths or len(run.edges) < 2:
+        return False
+    times, edges = np.array(paths["times"]), run.edges
+    pairs = [(np.array(teacher), np.array(student)) for teacher, student in zip(paths["teacher"], paths["student"])]
+    heights = np.concatenate([np.concatenate(pair)[:, 1] for pair in pairs])
+    room = 1.15 * (heights.max() - heights.min())
+    for row, (teacher, student) in enumerate(pairs):
+        down = np.array([0.0, -row * room])
+        axis.plot([0, 1], [down[1]] * 2, color="#bbbbbb", linewidth=0.8, linestyle=":")
+        for k, (t_start, t_end) in enumerate(zip(edges, edges[1:])):
+            inside = (times <= t_start) & (times >= t_end)
+            label = f"window {t_start:.3g} to {t_end:.3g}" if row == 0 else None
+            axis.plot(*(teacher[inside] + down).T, color=COLORS[k % len(COLORS)], linewidth=3, alpha=0.75, label=label)
+        label = "student's steps" if row == 0 else None
+        axis.plot(*(student + down).T, color="black", linewidth=1, marker="o", markersize=3, label=label)
+    axis.set(xlabel="from noise (0) to the teacher's end (1)", ylabel="across, the same units")
+    axis.set_yticks([])
+    _legend(axis)
+    return True
+
+
 def _last_losses(run: Run) -> list[float]:
     """The mean loss of each window in the last fifth of the steps; empty unless each window was met there."""
     lists = [line["window_loss"] for line in run.steps[-max(1, len(run.steps) // 5) :] if line.get("window_loss")]
@@ -209,7 +233,7 @@ def motion(axis: Axes, run: Run) -> bool:
     bars = axis.bar(range(len(rows)), shares, 0.6, color=STUDENT)
     axis.bar_label(bars, [f"{share:.0%}" for share in shares], fontsize=9, label_type="center", color="white")
     axis.axhline(1, color=TEACHER)
-    axis.set_xticks(range(len(rows)), [f"{row['t_start']:g} to {row['t_end']:g}" for row in rows])
+    axis.set_xticks(range(len(rows)), [f"{row['t_start']:.3g} to\n{row['t_end']:.3g}" for row in rows])
     axis.set(xlabel="window", ylabel="motion / teacher's")
     axis.set_ylim(0, max(1.15, 1.1 * max(shares)))
     return True
@@ -237,6 +261,8 @@ CHARTS = (
           _quality("endpoint_error", "endpoint error")),
     Chart("quality", "Energy distance", "Distance between the distributions, near 0 where both are the same.",
           _quality("energy_distance", "energy distance")),
+    Chart("windows", "Windows over the teacher's path", "Coloured: the teacher's fine path of each sample, in the plane where "
+          "the path bends most. Black: the student's steps. Where the colour is straight, one step is enough.", trajectories),
     Chart("windows", "One step across each window", "The teacher's bar is how far its path bends in the window. "
           "A useful student's bar is lower.", windows),
     Chart("windows", "Motion in each window", "100 % moves as the teacher. Far less is a video that stands still.", motion),

@@ -74,6 +74,12 @@ class Run:
         return rows if all({"t_start", "t_end", "teacher", "student"} <= row.keys() for row in rows) else []
 
     @cached_property
+    def paths(self) -> dict[str, Any]:
+        """A demo's `times`, and `teacher` and `student` in a plane, see compare.drawn_paths; empty unless all are there."""
+        found = self.result.get("paths") or {}
+        return found if {"times", "teacher", "student"} <= found.keys() else {}
+
+    @cached_property
     def motion_shares(self) -> list[float]:
         """The student's motion in each window, in parts of the teacher's; empty unless all were measured."""
         motions = [row.get("motion") or {} for row in self.windows]

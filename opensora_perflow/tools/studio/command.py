@@ -1,0 +1,56 @@
+"""`opensora-perflow ui`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DEMO = Path("perflow_demo")
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Add `ui`."""
+    parser = commands.add_parser(
+        "ui",
+        help="a page in the browser: sample a tiny student beside its teacher, train one, watch a run",
+        description=(
+            "Serves a page at 127.0.0.1: type a prompt, choose 1 to 16 steps, see student and teacher from the same noise\n"
+            "with their network evaluations and CPU seconds, and a run's charts while it trains. Students are those of the\n"
+            "demo and of the tiny configs. Needs no GPU and, once installed, no internet."
+        ),
+        epilog="examples:\n  opensora-perflow ui\n  opensora-perflow ui outputs/000-perflow_tiny_stdit3 --port 8000",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="*", metavar="RUN", help="more folders of demos, trainings or checkpoints to choose from"
+    )
+    parser.add_argument("--out", type=Path, default=DEMO, help=f"demo that the page shows and trains (default {DEMO})")
+    parser.add_argument("--port", type=int, help="of 127.0.0.1 (default: the first free one from 7860 on)")
+    parser.add_argument(
+        "--share", action="store_true", help="also a public address through gradio's servers: whoever has it can use the page"
+    )
+
+
+def ui(args: dict) -> int:
+    """Serve the page.
+
+    Raises:
+        ValueError: gradio is not installed, or a RUN that is not there.
+    """
+    missing = [str(path) for path in args["runs"] if not path.exists()]
+    if missing:
+        raise ValueError(f"RUN must be there, got {', '.join(missing)}, where nothing is")
+    print("opensora-perflow ui: loading gradio", file=sys.stderr, flush=True)
+    try:
+        from opensora_perflow.tools.studio.layout import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError("the page needs gradio, which is not installed: pip install 'opensora_perflow[ui]'") from error
+    serve([args["out"], *args["runs"]], args["out"], args["port"], args["share"], _say)
+    return 0
+
+
+def _say(address: str) -> None:
+    print(f"the studio is at {address}; Ctrl-C ends it", flush=True)
