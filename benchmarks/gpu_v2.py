@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from gpu import DEVICE, Optimizer, Row, Size, command_line, run_parts, timed
 from mmengine.config import Config
-from open_sora_2 import NETWORK, Scripts
+
+from opensora_perflow.tools.open_sora_2 import NETWORK, Scripts
 
 CONFIG = Path(__file__).parents[1] / "configs" / "opensora" / "v2" / "train" / "perflow_256px_lora.py"
 OTHERS = ("type", "perflow", "from_pretrained", "strict_load")

@@ -15,22 +15,21 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from modes import Modes, ModesNetwork, ar1, forty, rings
-from open_sora_2 import GUIDANCE, Scripts, find_root
 from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.hosts.chains import CHAIN, Part
 from opensora_perflow.method.metrics import temporal_difference_energy
 from opensora_perflow.tools.compare import reference_times
-from opensora_perflow.tools.demo import build_network
+from opensora_perflow.tools.demo_models import build_network
+from opensora_perflow.tools.open_sora_2 import GUIDANCE, Scripts, find_root
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.store import ChainWriter
-from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents, frames_to_tensor, make_clip
-from opensora_perflow.worlds.codec import TinyVAE
+from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents
+from opensora_perflow.worlds.codec import TinyVAE, clip_latents
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, ClassText, Mixture, MixtureNetwork
 from opensora_perflow.worlds.text import TinyTextEncoder
 
@@ -276,15 +275,6 @@ class MMDiTWorld(World):
     def describe(self, x: Tensor, endpoints: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         with torch.no_grad():
             return {**motion(x, endpoints), "as_described": as_described(self._vae, x, list(prompts))}
-
-
-def clip_latents(num_clips: int) -> tuple[Tensor, list[str]]:
-    """Latents [N, C, T, H, W] of as many clips of moving shapes, always the same ones, and their captions."""
-    rng, vae = np.random.default_rng(0), TinyVAE().eval()
-    frames, captions = zip(*(make_clip(rng) for _ in range(num_clips)))
-    with torch.no_grad():
-        parts = [vae.encode(frames_to_tensor(np.stack(frames[i : i + 32]))) for i in range(0, num_clips, 32)]
-    return torch.cat(parts), list(captions)
 
 
 def motion(x: Tensor, endpoints: Tensor) -> dict[str, float]:

@@ -299,3 +299,63 @@ def test_a_file_keeps_what_was_written(tmp_path):
     write_delta(tmp_path / "d.safetensors", delta, origin)
     found, tensors = read_delta(tmp_path / "d.safetensors")
     assert found == origin and found.student == STATE and all(torch.equal(tensors[name], delta[name]) for name in delta)
+
+
+def lora_checkpoint(folder, config=None, prefix="base_model.model.", **others):
+    """A folder of Open-Sora 2.0's adapters on a network of one layer, and the layer's file."""
+    (folder / "lora").mkdir(parents=True)
+    added = {"layer.lora_A.weight": torch.full((1, 3), 2.0), "layer.lora_B.weight": torch.ones(2, 1), **others}
+    save_file({prefix + name: value for name, value in added.items()}, folder / "lora" / "adapter_model.safetensors")
+    text = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 3, **(config or {})})
+    (folder / "lora" / "adapter_config.json").write_text(text)
+    write_state(folder, replace(STATE, transform={"formula": "v2.0", "flow_shift": None}))
+    save_file({"layer.weight": torch.full((2, 3), 100.0), "norm.scale": torch.ones(3)}, folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+@pytest.mark.parametrize("named", ["", "lora"])
+def test_adapters_of_open_sora_2_are_a_student_too(tmp_path, named):
+    """W + 3 / 1 * B A = 100 + 3 * 2, from the checkpoint or its folder lora/; a module that peft saved whole stays."""
+    base = lora_checkpoint(tmp_path / "c", **{"norm.scale": torch.full((3,), 5.0)})
+    command = ["delta", "make", str(tmp_path / "c" / named), str(tmp_path / "d.safetensors"), "--base", str(base)]
+    assert main(command) == 0
+    assert main(["delta", "merge", str(tmp_path / "d.safetensors"), str(base), str(tmp_path / "out")]) == 0
+    assert main(["merge", str(tmp_path / "c" / named), str(tmp_path / "whole"), "--base", str(base)]) == 0
+    for out in ("out", "whole"):
+        found = load_file(tmp_path / out / "model" / "model.safetensors")
+        assert torch.equal(found["layer.weight"], torch.full((2, 3), 106.0)) and found["norm.scale"].tolist() == [5.0] * 3
+        assert find_state(tmp_path / out)[0].transform["formula"] == "v2.0"
+
+
+def test_a_delta_of_open_sora_2_becomes_its_adapters(tmp_path, capsys):
+    base = lora_checkpoint(tmp_path / "c")
+    assert main(["delta", "make", str(tmp_path / "c"), str(tmp_path / "out"), "--base", str(base), "--rank", "2"]) == 0
+    assert "miss 0.0000 of the delta's norm" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layer"] and config["r"] == config["lora_alpha"] == 2
+    found = load_file(tmp_path / "out" / "lora" / "adapter_model.safetensors")
+    product = found["base_model.model.layer.lora_B.weight"] @ found["base_model.model.layer.lora_A.weight"]
+    torch.testing.assert_close(product, torch.full((2, 3), 6.0), rtol=1e-6, atol=0)  # float32's singular vectors
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (dict(config={"use_rslora": True}), "not of a plain LoRA, which alone can be merged"),
+        (dict(config={"bias": "all"}), "not of a plain LoRA"),
+        (dict(config={"r": 0}), "is no config of peft's LoRA"),
+        ({"layer.lora_magnitude_vector": torch.ones(2)}, "no adapters of linear layers alone: layer.lora_magnitude_vector"),
+        (dict(prefix=""), "no adapters of linear layers alone"),
+        ({"other.lora_A.weight": torch.ones(1, 3), "other.lora_B.weight": torch.ones(2, 1)}, "belong to another network"),
+        ("state", "has no perflow.json; put the one of the training beside"),
+    ],
+)
+def test_other_adapters_are_one_sentence(tmp_path, fault, message, capsys):
+    base = lora_checkpoint(tmp_path / "c", **({} if fault == "state" else fault))
+    if fault == "state":
+        (tmp_path / "c" / "perflow.json").unlink()
+    for command in (["delta", "make"], ["merge"]):
+        out = tmp_path / ("d.safetensors" if command[0] == "delta" else "out")
+        assert main([*command, str(tmp_path / "c"), str(out), "--base", str(base)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert line.startswith("opensora-perflow: ") and message in line and not out.exists()

@@ -357,3 +357,52 @@ def test_the_warp_is_part_of_the_state(tmp_path):
     """T41: one that was trained with flow_shift says so, and one that was not says None."""
     assert trained_state(tmp_path, {}).transform == {"formula": "v2.0", "flow_shift": None}
     assert trained_state(tmp_path, dict(flow_shift=3)).transform["flow_shift"] == 3.0
+
+
+@pytest.mark.parametrize(
+    "config, scale, image_scale",
+    [
+        ({}, 7.5, 3.0),
+        (dict(cfg_scale=[9.0, 5.0], windows=2, image_cfg_scale=2.0), (9.0, 5.0), 2.0),
+        (dict(draws=dict(starts="diffused")), None, None),
+        (FIXED, None, None),
+    ],
+)
+def test_a_state_holds_the_scales_by_which_its_starts_were_reached(tmp_path, config, scale, image_scale):
+    trained_state(tmp_path, config)
+    found, _ = find_state(tmp_path)
+    assert (found.cfg_scale, found.image_cfg_scale) == (scale, image_scale)
+
+
+@pytest.mark.parametrize(
+    "trained, options, words",
+    [
+        ({}, dict(guidance=7.5, guidance_img=3.0), []),
+        ({}, dict(guidance=5.0, guidance_img=3.0), ["guidance=5, and was trained on the states that guidance 7.5 leads to"]),
+        ({}, dict(guidance=7.5, guidance_img=1.0), []),  # no frame is given
+        ({}, dict(guidance=7.5, guidance_img=1.0, masks=torch.ones(1)), ["guidance_img=1, and was trained"]),
+        ({}, dict(guidance=7.5), ["guidance=1, and was trained"]),  # "distill" guides nothing
+        (dict(windows=2, cfg_scale=[9.0, 2.0]), dict(guidance=9.0, guidance_img=3.0), ["guidance=9, and was trained", "9, 2"]),
+        (FIXED, dict(guidance=5.0, guidance_img=1.0), []),
+        (None, dict(guidance=5.0, guidance_img=3.0), []),  # of an older file
+    ],
+)
+def test_other_guidance_than_that_of_the_starts_is_told(trained, options, words, tmp_path, caplog):
+    trained_state(tmp_path, trained or {})
+    if trained is None:
+        file = tmp_path / "perflow.json"
+        old = {name: value for name, value in json.loads(file.read_text()).items() if "cfg_scale" not in name}
+        file.write_text(json.dumps(old))
+    hooks = PeRFlowFlux()
+    network = hooks.attach(TinyMMDiT()).eval()
+
+    def main():
+        cfg = {"model": {"from_pretrained": str(tmp_path)}}
+        denoise(network, **{"masks": torch.zeros(1), **options})
+        denoise(network, **{"masks": torch.zeros(1), **options})
+        return cfg
+
+    with caplog.at_level(logging.WARNING, "opensora_perflow"):
+        main()
+    said = [record.message for record in caplog.records if "Open-Sora's times" not in record.message]
+    assert len(said) == bool(words) and all(word in text for word in words for text in said)

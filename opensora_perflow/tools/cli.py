@@ -82,6 +82,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "lr": "learning rate, > 0",
         "num_clips": "clips to write where no --videos are given, >= 1",
         "num_samples": "samples that are compared, >= 2",
+        "teacher_iterations": "with --open-sora of 2.0: training steps of its teacher, >= 1",
         "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
         "seed": "of clips, noise and training",
     }
@@ -100,7 +101,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--videos", type=Path, help="folder of videos, or a CSV with path and text (default: write moving shapes)"
     )
     parser.add_argument("--out", type=Path, default=Path("perflow_demo"), help="folder to write to (default perflow_demo)")
-    parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="use the real STDiT3 class of this Open-Sora checkout")
+    parser.add_argument(
+        "--open-sora", type=Path, metavar="ROOT", help="use this Open-Sora checkout's own class, STDiT3 or MMDiT"
+    )
     from opensora_perflow.tools.demo import QUICK, DemoSettings
 
     less = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
@@ -264,8 +267,8 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         "merge",
         help="write adapters (LoRA) and their base as the weights of one network",
         description=(
-            'Adds what a training with model=dict(type="perflow_lora") has learned to the weights that it started from, and\n'
-            "writes a network that the base's own type loads, with its perflow.json."
+            'Adds what a training with model=dict(type="perflow_lora"), or lora_config in 2.0, learned to the weights that\n'
+            "it started from, and writes a network that the base's own type loads, with its perflow.json."
         ),
         epilog=(
             "example: opensora-perflow merge outputs/000-perflow_lora/epoch0-global_step4000 student \\\n"
@@ -273,7 +276,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder epochE-global_stepG; of 2.0 an export too")
     parser.add_argument("out", type=Path, metavar="OUT", help=f"not there yet: {LAYOUTS}")
     parser.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
     _add_ema(parser)
@@ -283,7 +286,7 @@ def _merge(args: dict) -> int:
     from opensora_perflow.tools.merge import merge
 
     merge(**args)
-    print(f"written to {args['out']}/; sample it with --ckpt-path {args['out']}")
+    print(f"written to {args['out']}; sample it with --ckpt-path (Open-Sora 2.0: --ckpt_path) {args['out']}")
     return 0
 
 

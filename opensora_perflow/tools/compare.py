@@ -79,16 +79,24 @@ def teacher_path(
     progress: bool = False,
 ) -> TeacherPath:
     """Follow the guided teacher in the steps of REFERENCE; window edges between them are further steps."""
-    start = time.process_time()
     velocity = guided_field(teacher, text_encoder, batch.prompts, batch.sizes, guidance_scale)
-    times = sorted({*reference_times(), *edges}, reverse=True)
-    path = follow(Probe(velocity, batch.noise), times, substeps=1, method="midpoint", progress=progress)
+    return _followed(Probe(velocity, batch.noise), {*reference_times(), *edges}, progress)
+
+
+def follow_reference(probe: Probe, windows: Sequence[float], progress: bool = False) -> TeacherPath:
+    """Follow a guided teacher in the steps of REFERENCE in each of the windows, four."""
+    return _followed(probe, set(reference_times(windows)), progress)
+
+
+def _followed(probe: Probe, times: set[float], progress: bool) -> TeacherPath:
+    start = time.process_time()
+    path = follow(probe, sorted(times, reverse=True), substeps=1, method="midpoint", progress=progress)
     return TeacherPath(path, time.process_time() - start)
 
 
-def reference_times() -> list[float]:
+def reference_times(edges: Sequence[float] = WINDOWS) -> list[float]:
     """The grid of REFERENCE, from 1 to 0."""
-    windows = zip(WINDOWS, WINDOWS[1:], REFERENCE)
+    windows = zip(edges, edges[1:], REFERENCE)
     return [start + (end - start) * i / count for start, end, count in windows for i in range(count)] + [0.0]
 
 
@@ -116,19 +124,23 @@ def _evaluations(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def window_errors(edges: Sequence[float], teacher: Velocity, student: Velocity, states: Tensor) -> list[dict[str, Any]]:
+def window_errors(
+    edges: Sequence[float], teacher: Velocity, student: Velocity, states: Tensor, ratio: Tensor | None = None
+) -> list[dict[str, Any]]:
     """Error of one step across each window, from the teacher's own state at its noisy edge, and the motion it points at.
 
     Args:
-        edges: Of the windows, K + 1. states: The teacher's path there, [K + 1, B, ...].
+        edges: Of the windows, K + 1, untransformed. states: The teacher's path there, [K + 1, B, ...].
+        ratio: Of the warp of time, [B]; None: there is none.
     """
-    rows = []
+    rows, warped = [], Probe(student, states[0], ratio).flow_times(edges)
     for k, (t_start, t_end) in enumerate(zip(edges, edges[1:])):
-        times = torch.tensor([[t_start], [t_end]], dtype=torch.float64).expand(2, states.shape[1])
-        ends = {name: solve(field, states[k], times) for name, field in (("teacher", teacher), ("student", student))}
+        ends = {
+            name: solve(field, states[k], warped[k : k + 2]) for name, field in (("teacher", teacher), ("student", student))
+        }
         errors = {name: endpoint_error(end, states[k + 1]) for name, end in ends.items()}
         rows.append({"t_start": t_start, "t_end": t_end, **errors})
-    motion = motion_report(student, list(states), torch.tensor(edges, dtype=torch.float64))
+    motion = motion_report(student, list(states), warped)
     return [{**row, "motion": asdict(window)} for row, window in zip(rows, motion)]
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.hosts.v1.weights import TABLES, matched, read_source
+from opensora_perflow.hosts.v2.host import with_later
+from opensora_perflow.hosts.v2.lora import SAVED, lora_folder, peft_config, peft_state
 from opensora_perflow.tools.export import student as averaged_student
-from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_weights
-from opensora_perflow.tools.merge import whole_network
-from opensora_perflow.training.adapters import is_added
+from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_lora, write_weights
+from opensora_perflow.tools.merge import lora_network, whole_network
+from opensora_perflow.training.adapters import DOWN, is_added
 from opensora_perflow.training.delta import KEPT, REST, Distance, added, changed, compare, difference, low_rank, mismatches
 from opensora_perflow.training.delta_file import DTYPES, Origin, is_delta, read_delta, write_delta
 from opensora_perflow.training.state import StudentState, averages_beside, find_state
@@ -45,7 +47,7 @@ def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
         raise ValueError(f"{out} exists; name one that does not")
     before = _whole(base)
     after, state = _student(student, base, before)
-    began = matched(before, after)
+    began = _matched(before, after)
     _check_same(after, began, student, base)
     delta = difference(after, began)
     delta |= {KEPT + name: after[name] for name in TABLES if name in after and name not in before}
@@ -117,7 +119,7 @@ def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: st
     changes = changed(tensors)
     raw = _whole(into)
     kept = {name.removeprefix(KEPT): value for name, value in tensors.items() if name.startswith(KEPT)}
-    weights = kept | matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
+    weights = kept | _matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
     _check_same(changes, weights, "the delta", into, whole=False)
     is_base = _digest(weights, changes) == origin.base
     if not is_base and base is None:
@@ -125,7 +127,7 @@ def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: st
             f"{into!r} is not the base that the delta was made from ({origin.base_source}); if it is a fine-tune of that base, "
             "name the base with --base, so that both can be compared"
         )
-    began = weights if is_base else matched(_whole(base), changes)
+    began = weights if is_base else _matched(_whole(base), changes)
     if not is_base:
         _check_same(changes, began, "the delta", base, whole=False)
         if _digest(began, changes) != origin.base:
@@ -149,6 +151,11 @@ def _words(distance: Distance) -> str:
     )
 
 
+def _matched(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in the form of another one of the same network, whichever host's."""
+    return with_later(matched(state, like), like)
+
+
 def _whole(source: str) -> dict[str, Tensor]:
     """The weights of a whole network."""
     return _checked_whole(read_source(source), source)
@@ -167,6 +174,8 @@ def _checked_whole(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 
 def _student(source: str, base: str, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], StudentState | None]:
     """A student's whole weights, of a checkpoint folder with averaged ones (EMA) those; and what is known of it."""
+    if lora_folder(source) is not None:
+        return lora_network(source, base, before, dtype=torch.float32)
     averaged = Path(source).is_dir() and averages_beside(source) is not None
     state = averaged_student(Path(source), True)[0] if averaged else read_source(source)
     if state and all(is_added(name) for name in state):
@@ -201,10 +210,17 @@ def _write_adapters(
         for name, value in base.items()
         if value.dim() == 2 and name.endswith(".weight")
     }
-    adapters, missed = low_rank(changes, layers, rank)
     adapted = {f"{name}.weight": base[f"{name}.weight"] for name in layers}
-    record = {"rank": rank, "alpha": rank, "targets": None, "base": digest(adapted)}
-    write_weights(out, adapters, replace(state, adapters=record))
+    if (state.transform or {}).get("formula") == "v2.0":
+        saved = {name: base[name].float() + value for name, value in changes.items() if name.startswith(SAVED)}
+        changes = {name: value for name, value in changes.items() if name not in saved}
+        adapters, missed = low_rank(changes, {name: of for name, of in layers.items() if f"{name}.weight" in changes}, rank)
+        names = [name.removesuffix(DOWN) for name in adapters if name.endswith(DOWN)]
+        write_lora(out, peft_state(adapters, saved), peft_config(rank, names, bool(saved)), state)
+    else:
+        adapters, missed = low_rank(changes, layers, rank)
+        record = {"rank": rank, "alpha": rank, "targets": None, "base": digest(adapted)}
+        write_weights(out, adapters, replace(state, adapters=record))
     lost = sum(value.double().square().sum().item() for name, value in changes.items() if name not in adapted)
     share = (lost / sum(value.double().square().sum().item() for value in changes.values())) ** 0.5
     return f"adapters of rank {rank} miss {missed:.4f} of the delta's norm; weights that no adapter has make {share:.4f} of it"
@@ -223,6 +239,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "examples:\n"
             "  opensora-perflow delta make outputs/000-STDiT3-XL-2/epoch0-global_step4000 few_steps.safetensors --base BASE\n"
             "  opensora-perflow delta merge few_steps.safetensors FINE_TUNE student --base BASE\n"
+            "  opensora-perflow delta make outputs/lora/epoch0-global_step4000 lora.safetensors --base BASE    (2.0)\n"
             "  opensora-perflow delta inspect few_steps.safetensors --into FINE_TUNE --base BASE"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,12 +1,12 @@
 """The demo: distil a tiny video teacher into a 4-step student, sample both from the same noise, and show the difference.
 
-Clips, network, VAE and text encoder are small. The scheduler is the PeRFlow object that Open-Sora builds, called the way its
-train.py and inference.py call it.
+Clips, network, VAE and text encoder are small. What trains and samples are the PeRFlow objects that Open-Sora builds, called
+the way its train.py and inference.py call them, see demo_models.py.
 """
 
 import logging
-import sys
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,23 +18,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opensora_perflow.checks import check_keys, key, number, whole
-from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
-from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.tools import compare, outputs, report
-from opensora_perflow.tools.probes import LATENT_SHAPE, guided_field, shuffled, sizes
+from opensora_perflow.tools.demo_models import DemoModel, build_model
+from opensora_perflow.tools.probes import LATENT_SHAPE, shuffled, sizes
 from opensora_perflow.tools.threads import few_threads
 from opensora_perflow.training.ema import Ema, decay_of
 from opensora_perflow.worlds.clips import ClipSet, contents, frames_to_tensor, name_folder, read_clips, write_clips
 from opensora_perflow.worlds.codec import TinyVAE
-from opensora_perflow.worlds.model import WEIGHTS, TinySTDiT, load_teacher
-from opensora_perflow.worlds.text import TinyTextEncoder
 
 logger = logging.getLogger("opensora_perflow")
 
-STAGES = ("clips", "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
+TEACHER = "training a teacher"
+STAGES = ("clips", TEACHER, "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
 STUDENT = "student, 4 steps"
-QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8}
+QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8, "teacher_iterations": 400}
 """What `--quick` changes."""
 
 
@@ -47,7 +45,8 @@ class DemoSettings:
     out: Path = Path("perflow_demo")
     """Folder for everything that is written."""
     open_sora: Path | None = None
-    """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it."""
+    """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it; or of 2.0,
+    whose MMDiT then gets a teacher of its own."""
     iterations: int = key(100, whole())
     """Training steps, >= 1."""
     batch_size: int = key(16, whole())
@@ -58,6 +57,8 @@ class DemoSettings:
     """Clips to write where no videos are given, >= 1."""
     num_samples: int = key(32, whole())
     """Samples that are compared, >= 2."""
+    teacher_iterations: int = key(1000, whole())
+    """Training steps of Open-Sora 2.0's teacher, >= 1; no weights of that class ship with the package."""
     guidance_scale: float = key(3.0, number(low=0))
     """Scale of the teacher, folded into the student."""
     seed: int = 0
@@ -71,22 +72,28 @@ class DemoSettings:
 def run(settings: DemoSettings) -> dict[str, Any]:
     """Run the demo and return what it wrote to results.json.
 
-    The output folder is not touched before everything is there: then all of it takes its place at once.
+    The output folder is not touched before everything is there: then all of it takes its place at once. A teacher that was
+    trained for Open-Sora 2.0 is there as soon as it is whole.
 
     Raises:
-        ValueError: invalid settings, no readable video, an Open-Sora checkout without STDiT3, or an output folder where the
-            demo's names are other files.
+        ValueError: invalid settings, no readable video, a checkout without a network that the demo knows, or an output folder
+            where the demo's names are other files.
     """
     began, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(settings.seed)
-    _say(1)
-    vae, text_encoder, teacher = TinyVAE().eval(), TinyTextEncoder(), build_network(settings.open_sora)
+    vae, model = TinyVAE().eval(), build_model(settings.open_sora, settings.guidance_scale, settings.seed)
+    trains = model.needs_teacher(settings.out, settings.teacher_iterations)
+    say = _Stages([name for name in STAGES if trains or name != TEACHER])
+    say.next()
     clips = None if settings.videos is None else _clips(settings)
-    with outputs.together(settings.out, report.KIND) as folder, few_threads(lambda: _evaluate(teacher, text_encoder)):
+    with outputs.together(settings.out, report.KIND) as folder, few_threads(lambda: _evaluate(model)):
         if clips is None:
             clips = _own_clips(settings, folder)
-        outcome = _distil_and_compare(settings, clips, vae, text_encoder, teacher, folder)
-        _say(5)
+        if trains:
+            say.next()
+        model.make_teacher(settings.out, settings.teacher_iterations)
+        outcome = _distil_and_compare(settings, clips, vae, model, folder, say)
+        say.next()
         report.write(folder, outcome, vae)
         logger.info("the page")
         outcome.result.update({"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu})
@@ -94,84 +101,63 @@ def run(settings: DemoSettings) -> dict[str, Any]:
     return outcome.result
 
 
-class _Host(OpenSora):
-    """No script of Open-Sora: the run writes its record into the demo's folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def folder(self) -> Path:
-        return self._folder
-
-
 @torch.no_grad()
-def _evaluate(network: nn.Module, text_encoder: TinyTextEncoder) -> None:
+def _evaluate(model: DemoModel) -> None:
     """One guided evaluation of eight samples."""
-    text_encoder.y_embedder = network.y_embedder
-    velocity = guided_field(network, text_encoder, [contents()[0].caption] * 8, sizes(8), 3.0)
-    velocity(torch.zeros(8, *LATENT_SHAPE), torch.ones(8, dtype=torch.float64))
+    probe = model.probe(model.teacher, torch.zeros(8, *LATENT_SHAPE), [contents()[0].caption] * 8, 3.0)
+    probe.velocity(probe.noise, torch.ones(8, dtype=torch.float64))
 
 
-def _say(stage: int) -> None:
-    logger.info("stage %d of %d: %s", stage, len(STAGES), STAGES[stage - 1])
+class _Stages:
+    """Says which stage begins."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names, self._begun = names, 0
+
+    def next(self) -> None:
+        self._begun += 1
+        logger.info("stage %d of %d: %s", self._begun, len(self._names), self._names[self._begun - 1])
 
 
 def _distil_and_compare(
-    settings: DemoSettings, clips: ClipSet, vae: TinyVAE, text_encoder: TinyTextEncoder, teacher: nn.Module, folder: Path
+    settings: DemoSettings, clips: ClipSet, vae: TinyVAE, model: DemoModel, folder: Path, say: _Stages
 ) -> report.Outcome:
     with torch.no_grad():
         pixels = frames_to_tensor(clips.frames)
         latents = torch.cat([vae.encode(part) for part in tqdm(pixels.split(8), desc="encoding clips", unit="batch")])
-    text_encoder.y_embedder = teacher.y_embedder
-    num_frames, height, width = clips.frames.shape[1:4]
-
-    scheduler = build_module(
-        dict(
-            type="perflow",
-            windows=compare.WINDOWS,
-            guidance=dict(mode="fixed", scale=settings.guidance_scale),
-            draws=dict(seed=settings.seed),
-        ),
-        SCHEDULERS,
-    )
-    scheduler.host = _Host(folder)
-    student = build_network(settings.open_sora)
-    batch = _sampling_batch(settings, clips.captions, latents.shape[1:], (num_frames, height, width))
-    _say(2)
-    path = compare.teacher_path(teacher, text_encoder, batch, settings.guidance_scale, progress=True)
-    report.write_frames(folder, {"teacher": path.end}, batch.prompts, vae)
+    teacher, student = model.teacher, model.student()
+    model.record_in(folder)
+    batch = _sampling_batch(settings, clips.captions, latents.shape[1:])
+    noise, prompts, edges = batch.noise, batch.prompts, model.windows
+    say.next()
+    path = compare.follow_reference(model.probe(teacher, noise, prompts, settings.guidance_scale), edges, progress=True)
+    report.write_frames(folder, {"teacher": path.end}, prompts, vae)
     logger.info("first picture, what the teacher draws: %s", folder / "frames.png")
-    _say(3)
-    history, averaged = _train(scheduler, student, text_encoder, latents, clips, settings, (num_frames, height, width))
-    _say(4)
-    own = {steps: compare.teacher_sampler(steps, settings.guidance_scale) for steps in (30, 4)}
-    samplers = {
-        "teacher, 30 steps": (own[30], teacher),
-        "teacher, 4 steps": (own[4], teacher),
-        STUDENT: (scheduler, averaged),
-        report.RAW: (scheduler, student),
-    }
-    sampled = {name: compare.sample(*pair, text_encoder, batch, progress=pair[0] is own[30]) for name, pair in samplers.items()}
+    say.next()
+    history, averaged = _train(model, student, latents, clips.captions, settings)
+    say.next()
     steps = len(path.fine.times) - 1
     reference = compare.Sampled(path.end, path.fine.states[:-1], 4 * steps, path.seconds)
-    sampled = {f"teacher, {steps} midpoint steps": reference, **sampled}
-    fields = [
-        guided_field(network, text_encoder, batch.prompts, batch.sizes, scale)
-        for network, scale in ((teacher, settings.guidance_scale), (averaged, 1.0))
-    ]
-    edges = scheduler.windows.edges
+    sampled = {
+        f"teacher, {steps} midpoint steps": reference,
+        "teacher, 30 steps": model.sample(teacher, batch, 30),
+        "teacher, 4 steps": model.sample(teacher, batch, 4),
+        STUDENT: model.sample(averaged, batch, 4),
+        report.RAW: model.sample(student, batch, 4),
+    }
+    probes = model.probe(teacher, noise, prompts, settings.guidance_scale), model.probe(averaged, noise, prompts, 1.0)
     result = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
-        "samplers": [_row(name, one, path.end, batch.prompts, vae) for name, one in sampled.items()],
-        "windows": compare.window_errors(edges, *fields, path.at(edges)),
-        "paths": compare.drawn_paths(path, sampled[STUDENT], batch.prompts),
+        "samplers": [_row(name, one, path.end, prompts, vae) for name, one in sampled.items()],
+        "windows": compare.window_errors(edges, *(probe.velocity for probe in probes), path.at(edges), probes[0].ratio),
+        "paths": compare.drawn_paths(path, sampled[STUDENT], prompts),
         "loss": {"first": float(np.mean(history[:10])), "last": float(np.mean(history[-10:]))},
         "network": type(student).__module__.split(".")[0] + "." + type(student).__name__,
         "unknown_captions": report.unknown_captions(clips.captions),
     }
     samples = {name: one.latents for name, one in sampled.items()}
     own_clips = None if settings.videos is None else clips
-    return report.Outcome(result, samples, batch.prompts, averaged, scheduler.state(), history, own_clips)
+    return report.Outcome(result, samples, prompts, averaged, model.state(), history, own_clips)
 
 
 def _row(name: str, sampled: compare.Sampled, reference: Tensor, prompts: list[str], vae: TinyVAE) -> dict[str, Any]:
@@ -186,35 +172,6 @@ def _row(name: str, sampled: compare.Sampled, reference: Tensor, prompts: list[s
         "motion_energy": temporal_difference_energy(x),
         "as_described": report.as_described(vae, x, prompts),
     }
-
-
-def build_network(open_sora: Path | None) -> nn.Module:
-    """A network with the shipped weights: the small copy of STDiT3, or the real class from a checkout."""
-    if open_sora is None:
-        return load_teacher()
-    root = Path(open_sora).resolve()
-    if not (root / "opensora" / "models" / "stdit" / "stdit3.py").is_file():
-        if (root / "scripts" / "diffusion").is_dir():
-            raise ValueError(
-                f"the demo's teacher is an STDiT3, whose weights do not fit the MMDiT of Open-Sora 2.0, got {str(root)!r}; "
-                "`python benchmarks/few_step.py --world mmdit --open-sora ROOT` trains one of that class, and its students"
-            )
-        raise ValueError(f"--open-sora must be the root of an Open-Sora v1.2.0 or v1.3 checkout, got {str(root)!r}")
-    from opensora_perflow import portable
-
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    portable.activate()
-    from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
-
-    from opensora_perflow.checkpoints import read_state_dict
-
-    network = STDiT3(STDiT3Config(**TinySTDiT().config)).eval()
-    missing, unexpected = network.load_state_dict(read_state_dict(WEIGHTS), strict=False)
-    # v1.3 adds embedders of reference frames, zero until they are trained.
-    if unexpected or any(not key.startswith("x_embedder_cond") for key in missing):
-        raise ValueError(f"the shipped weights do not fit {root}'s STDiT3: missing {missing[:3]}, unknown {unexpected[:3]}")
-    return network
 
 
 def _clips(settings: DemoSettings) -> ClipSet:
@@ -232,23 +189,14 @@ def _own_clips(settings: DemoSettings, folder: Path) -> ClipSet:
     return clips
 
 
-def _sampling_batch(
-    settings: DemoSettings, captions: list[str], latent_shape: torch.Size, shape: tuple[int, int, int]
-) -> compare.Batch:
+def _sampling_batch(settings: DemoSettings, captions: list[str], latent_shape: torch.Size) -> compare.Batch:
     generator = torch.Generator().manual_seed(settings.seed + 1)
     noise = torch.randn(settings.num_samples, *latent_shape, generator=generator)
-    prompts = shuffled(captions, settings.num_samples, generator)
-    return compare.Batch(noise, prompts, sizes(settings.num_samples, *shape))
+    return compare.Batch(noise, shuffled(captions, settings.num_samples, generator), sizes(settings.num_samples))
 
 
 def _train(
-    scheduler: Any,
-    student: nn.Module,
-    text_encoder: Any,
-    latents: Tensor,
-    clips: ClipSet,
-    settings: DemoSettings,
-    shape: tuple[int, int, int],
+    model: DemoModel, student: nn.Module, latents: Tensor, captions: list[str], settings: DemoSettings
 ) -> tuple[list[float], nn.Module]:
     """Distil; returns the loss of each step, and a network with the average of the weights, which is the student.
 
@@ -260,14 +208,12 @@ def _train(
     warmup = min(20, settings.iterations)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1.0))
     ema = Ema(dict(student.named_parameters()), decay_of(settings.iterations))
-    encoded = text_encoder.encode(clips.captions)
     generator = torch.Generator().manual_seed(settings.seed + 2)
     history: list[float] = []
     with tqdm(total=settings.iterations, desc="training", unit="step") as bar:
         for _ in range(settings.iterations):
             index = torch.randint(len(latents), (settings.batch_size,), generator=generator)
-            model_args = {**{key: value[index] for key, value in encoded.items()}, **sizes(len(index), *shape)}
-            loss = scheduler.training_losses(student, latents[index], model_args)["loss"].mean()
+            loss = model.loss(student, latents[index], [captions[i] for i in index.tolist()])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -8,25 +8,22 @@ folder (v1.2.0 opensora/models/stdit/stdit3.py:450).
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opensora_perflow.checkpoints import read_state_dict, write_state_dict
+from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts.script import ema_decay_of
-from opensora_perflow.tools.layouts import check_free, metadata_of, write_weights
-from opensora_perflow.tools.outputs import new_folder
-from opensora_perflow.training.state import StudentState, averages_beside, find_state, write_state
+from opensora_perflow.hosts.v2.lora import CONFIG, lora_folder, weights_in
+from opensora_perflow.tools.layouts import check_free, write_lora, write_weights
+from opensora_perflow.training.state import StudentState, averages_beside, find_state
 
 logger = logging.getLogger("opensora_perflow")
 
 STALE = 0.05
 """Share of the first weights in an average, above which the average is no student yet."""
-LORA = ("adapter_model.safetensors", "adapter_model.bin")
-LORA_CONFIG = "adapter_config.json"
 
 
 def export(checkpoint: Path, out: Path, ema: bool = True) -> None:
@@ -46,15 +43,11 @@ def export(checkpoint: Path, out: Path, ema: bool = True) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder; name the folder epochE-global_stepG that train.py wrote")
     weights, state = student(checkpoint, ema)
-    lora = checkpoint / "lora"
-    if not lora.is_dir():
+    folder = lora_folder(checkpoint)
+    if folder is None:
         write_weights(out, weights, state)
-        return
-    with new_folder(out) as folder:
-        (folder / "lora").mkdir()
-        write_state_dict(folder / "lora" / LORA[0], weights, metadata_of(state))
-        shutil.copyfile(lora / LORA_CONFIG, folder / "lora" / LORA_CONFIG)
-        write_state(folder, state)
+    else:
+        write_lora(out, weights, (folder / CONFIG).read_text(), state)
 
 
 def student(checkpoint: Path, ema: bool) -> tuple[dict[str, Tensor], StudentState]:
@@ -69,14 +62,9 @@ def student(checkpoint: Path, ema: bool) -> tuple[dict[str, Tensor], StudentStat
             f"{checkpoint} has no perflow.json, so nothing is known of the windows of its weights; name a checkpoint of a "
             "PeRFlow training, epochE-global_stepG"
         )
-    raw = read_state_dict(_weights(checkpoint))
+    folder = lora_folder(checkpoint)
+    raw = read_state_dict(checkpoint if folder is None else weights_in(folder))
     return (_average(checkpoint, raw, found[0]) if ema else raw), found[0]
-
-
-def _weights(checkpoint: Path) -> Path:
-    """Where the weights of the last step are."""
-    lora = [checkpoint / "lora" / name for name in LORA if (checkpoint / "lora" / name).is_file()]
-    return lora[0] if lora else checkpoint
 
 
 def _average(checkpoint: Path, raw: Mapping[str, Tensor], state: StudentState) -> dict[str, Tensor]:

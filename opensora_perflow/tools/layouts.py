@@ -11,13 +11,14 @@ from torch import Tensor
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.hosts.v2 import lora
 from opensora_perflow.tools.outputs import new_folder
 from opensora_perflow.training.state import FILE_NAME, METADATA_KEY, StudentState, find_state, write_state
 
 FILES = (".pt", ".pth", ".safetensors")
 LAYOUTS = (
-    "a folder (OUT/model/model.safetensors: Open-Sora 1.0 to 1.3), a .pt or .pth file (1.0 to 1.3) or a .safetensors file "
-    "(1.3 and this package)"
+    "a folder (OUT/model/model.safetensors: Open-Sora 1.0 to 2.0), a .pt or .pth file (1.0 to 2.0) or a .safetensors file "
+    "(1.3, 2.0 and this package)"
 )
 
 
@@ -53,6 +54,24 @@ def write_weights(out: Path, weights: Mapping[str, Tensor], state: StudentState 
         return
     with replacing(out) as temporary:
         torch.save({name: value.clone() for name, value in weights.items()}, temporary)
+
+
+def write_lora(out: Path, weights: Mapping[str, Tensor], config: str, state: StudentState | None) -> None:
+    """Write OUT/lora and OUT/perflow.json, which Open-Sora 2.0 and peft load. OUT appears as a whole, or not at all.
+
+    Args:
+        weights: Under peft's names. config: The text of adapter_config.json.
+
+    Raises:
+        ValueError: see `check_free`. OSError: OUT cannot be written.
+    """
+    check_free(out)
+    with new_folder(out) as folder:
+        (folder / lora.FOLDER).mkdir()
+        write_state_dict(folder / lora.FOLDER / lora.FILES[0], weights, metadata_of(state))
+        (folder / lora.FOLDER / lora.CONFIG).write_text(config)
+        if state is not None:
+            write_state(folder, state)
 
 
 def metadata_of(state: StudentState | None) -> dict[str, str]:

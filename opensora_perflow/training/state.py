@@ -23,6 +23,7 @@ from opensora_perflow.checks import (
     choice,
     data,
     key,
+    number,
     optional,
     parse_json,
     read_bounded,
@@ -84,6 +85,8 @@ class StudentState:
     cfg_scale: Any = key(None, optional(as_scales))
     """Guidance by which the student came to its starts in training, where it is guided in sampling too (mode sync): a number,
     or one a window; None: no such guidance, or not known."""
+    image_cfg_scale: float | None = key(None, optional(number(low=0)))
+    """As cfg_scale, by reference frames; of Open-Sora 2.0's students alone."""
     teacher: str | None = key(None, optional(words))
     """teacher.fingerprint of its weights; None before there is one."""
     teacher_source: str | None = key(None, optional(words))

@@ -21,6 +21,9 @@ from opensora_perflow.training.store import ChainStore
 
 logger = logging.getLogger("opensora_perflow")
 
+AS_BUILT = "the network as it was built"
+"""Begins the source of a teacher that has the weights which its student began with."""
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -113,7 +116,7 @@ def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> s
     if source is not None:
         return f"weights from {source}"
     if kept:
-        return f"the network as it was built ({'random weights' if pretrained is None else f'from {pretrained}'})"
+        return f"{AS_BUILT} ({'random weights' if pretrained is None else f'from {pretrained}'})"
     return "a copy of the student's weights at this run's first step" + (f" (loaded from {pretrained})" if pretrained else "")
 
 

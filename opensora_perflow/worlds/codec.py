@@ -10,10 +10,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from opensora_perflow.worlds.clips import frames_to_tensor, make_clip
 
 logger = logging.getLogger(__name__)
 
@@ -217,3 +221,14 @@ class TinyVAE(nn.Module):
                 f"{WEIGHTS} does not fit TinyVAE ({error}); restore the shipped file or make it again with "
                 "`python benchmarks/train_teacher.py`"
             ) from error
+
+
+def clip_latents(num_clips: int, progress: bool = False) -> tuple[Tensor, list[str]]:
+    """Latents [N, C, T, H, W] of as many clips of moving shapes, always the same ones, and their captions."""
+    rng, vae, parts, captions = np.random.default_rng(0), TinyVAE().eval(), [], []
+    with torch.no_grad():
+        for begin in tqdm(range(0, num_clips, 32), desc="clips for the teacher", unit="batch", disable=not progress):
+            frames, texts = zip(*(make_clip(rng) for _ in range(min(32, num_clips - begin))))
+            parts.append(vae.encode(frames_to_tensor(np.stack(frames))))
+            captions += texts
+    return torch.cat(parts), captions

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from _harness import run_python
 from _harness_v2 import inference_config_v2
-from open_sora_2 import NETWORK
 
+from opensora_perflow.tools.open_sora_2 import NETWORK
 from opensora_perflow.training.plan_file import windows_of
 
 pytestmark = pytest.mark.host
@@ -20,7 +20,7 @@ MAKE = """
 import sys, torch
 from pathlib import Path
 sys.path.append(sys.argv[3])
-from open_sora_2 import Scripts
+from opensora_perflow.tools.open_sora_2 import Scripts
 Scripts(Path(sys.argv[1])).train_teacher(torch.zeros(1, 4, 3, 8, 8), ["a clip"], Path(sys.argv[2]), steps=1)
 """
 
@@ -45,6 +45,22 @@ with torch.no_grad():
     )
 ours = probe.sample([1.0, 0.75, 0.5, 0.25, 0.0])
 print("guided by", call.guidance, "differs", (layout.unpack(theirs) - ours).abs().max().item())
+"""
+
+BY_WINDOW = """
+import sys, torch
+from opensora_perflow.tools import subjects_v2
+from opensora_perflow.tools.subjects import Guided
+calls = []
+first_call = subjects_v2.first_call
+subjects_v2.first_call = lambda *args: calls.append(first_call(*args)) or calls[0]
+subject = subjects_v2.host_subject(sys.argv[1], sys.argv[3:], sys.argv[2])
+(call,), probe = calls, subject.teacher(1, 0)
+x, times = probe.noise, probe.flow_times([1.0, 0.5, 0.0])
+for scale, t, t_next in zip((1.0, 3.0), times, times[1:]):
+    field = subjects_v2._probes(call, call.network, Guided(scale))(1, 0)
+    x = x + (t_next - t).float() * field.velocity(x, t)
+print("branches", subject.branches, "differs", (x - probe.sample([1.0, 0.5, 0.0])).abs().max().item())
 """
 
 
@@ -100,3 +116,12 @@ def test_a_plan_for_a_student(host2_root: Path, weights: Path, tmp_path: Path, c
         rows = json.loads((tmp_path / "curve" / "curve.json").read_text())["rows"]
         assert [row["nfe"] for row in rows] == [1, 2]
         assert 'model = dict(type="perflow_flux", perflow=dict(windows="curve/plan.json"), ...)' in printed
+
+
+def test_a_teacher_is_guided_window_by_window(host2_root: Path, weights: Path, tmp_path: Path) -> None:
+    """As the student of the shipped configs, which have a scale a window: two Euler steps, each with its own."""
+    guided = {"windows": 2, "guidance": {"mode": "fixed", "scale": [1.0, 3.0]}}
+    config = inference_config(tmp_path, {"type": "perflow_flux", "from_pretrained": str(weights), "perflow": guided})
+    arguments = [str(host2_root / "scripts" / "diffusion" / "inference.py"), str(weights), str(config)]
+    printed = run_python(["-c", BY_WINDOW, *arguments], nproc=1, log=tmp_path / "log", cwd=tmp_path)
+    assert "branches (2, 1) differs 0.0" in printed

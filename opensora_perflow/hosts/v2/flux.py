@@ -137,6 +137,20 @@ class PeRFlowFlux:
         self._say(said)
         return times
 
+    def check_guidance(self, scale: float, guided: bool, image_scale: float | None) -> None:
+        """Say where the student is guided otherwise than its starts in training were.
+
+        Args:
+            scale, image_scale: sampling_option.guidance and guidance_img; image_scale None: no reference frames.
+            guided: Does the denoiser guide, or only tell the network its scale?
+
+        Raises:
+            ValueError: mode range was not trained for the scale.
+        """
+        settings = self.settings
+        settings.recipe.guidance.check_told([scale], "sampling_option.guidance")
+        self._say(settings.other_guidance(scale if guided else 1.0, image_scale))
+
     def _report(self, settings: SamplingSettings, found: StudentState, where: Any) -> list[tuple[int, str]]:
         recipe = settings.recipe
         text = (
@@ -147,13 +161,21 @@ class PeRFlowFlux:
         return [(logging.INFO, text), *((logging.WARNING, warning) for warning in warnings if warning)]
 
     def _state(self, settings: SamplingSettings, run: TrainingRun | None = None) -> StudentState:
+        recipe, keys = settings.recipe, settings.keys
+        guided = not recipe.guidance.folded and recipe.draws.starts == "student"
         return StudentState(
+            cfg_scale=keys.cfg_scale if guided else None,
+            image_cfg_scale=keys.image_cfg_scale if guided else None,
             windows=settings.windows.edges,
-            transform={"formula": "v2.0", "flow_shift": settings.keys.flow_shift},
+            transform={"formula": "v2.0", "flow_shift": keys.flow_shift},
             path="linear",
             prediction="velocity",
-            **known_of(settings.recipe, self.curriculum, run),
+            **known_of(recipe, self.curriculum, run),
         )
+
+    def state(self) -> StudentState:
+        """What has to be kept with a student's weights. To be asked after the first training step."""
+        return self._describe(self.run)
 
     def _describe(self, run: TrainingRun) -> StudentState:
         return self._state(SamplingSettings(self.recipe, self.keys, run.windows, self.recipe.draws.grids), run)

@@ -34,11 +34,7 @@ class OpenSora2(OpenSoraScript):
         self.average: AdapterAverage | None = None
 
     def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
-        state, own = dict(read_state_dict(source)), network.state_dict()
-        for name, value in own.items():
-            if name not in state and name.startswith(LATER):
-                state[name] = torch.zeros_like(value, device="cpu")
-        return state
+        return with_later(read_state_dict(source), network.state_dict())
 
     def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
         return model if self.built is None and source is None and adapters(model) else self.built
@@ -68,6 +64,12 @@ class OpenSora2(OpenSoraScript):
         if isinstance(boosted, nn.Module):
             settle(boosted)
         return model
+
+
+def with_later(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with zeros for what another one of the same network has and older files have not, see LATER."""
+    later = {name: value for name, value in like.items() if name not in state and name.startswith(LATER)}
+    return {**state, **{name: torch.zeros_like(value, device="cpu") for name, value in later.items()}}
 
 
 def _checkpoint(folder: str) -> Path:

@@ -24,12 +24,18 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a student is sampled by. grids: Numbers of steps whose uniform grids it was trained for as well."""
+    """What a student is sampled by.
+
+    grids: Numbers of steps whose uniform grids it was trained for as well.
+    scale, image_scale: Guidance by which the student came to its starts, see state.StudentState.cfg_scale; None: not known.
+    """
 
     recipe: Recipe
     keys: Keys
     windows: TimeWindows
     grids: tuple[int, ...] = ()
+    scale: float | tuple[float, ...] | None = None
+    image_scale: float | None = None
 
     @classmethod
     def of(cls, recipe: Recipe, keys: Keys) -> SamplingSettings:
@@ -54,7 +60,8 @@ class SamplingSettings:
             keys = self.keys if "flow_shift" in given else replace(self.keys, flow_shift=transform.get("flow_shift"))
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{where} does not go with the config's perflow: {error}") from error
-        return SamplingSettings(recipe, keys, windows, grids)
+        scales = (None, None) if guidance.folded else (state.cfg_scale, state.image_cfg_scale)
+        return SamplingSettings(recipe, keys, windows, grids, *scales)
 
     def times(self, asked: Sequence[float], alpha: float) -> tuple[list[float], list[tuple[int, str]]]:
         """The times of as many steps as Open-Sora asks for, and what the log should say.
@@ -89,6 +96,30 @@ class SamplingSettings:
         else:
             said.append((logging.INFO, f"PeRFlow samples at the times {_listed(times)}"))
         return times, said
+
+    def other_guidance(self, text: float, image: float | None) -> list[tuple[int, str]]:
+        """A warning where a student of mode sync is sampled with other guidance than led to its starts in training.
+
+        Args:
+            text: sampling_option.guidance.
+            image: sampling_option.guidance_img; None: no reference frames.
+        """
+        said = []
+        for name, key, now, trained in (
+            ("guidance", "cfg_scale", text, self.scale),
+            ("guidance_img", "image_cfg_scale", image, self.image_scale),
+        ):
+            scales = trained if isinstance(trained, tuple) else (trained,)
+            if None not in (now, trained) and {now} != set(scales):
+                listed = ", ".join(f"{scale:g}" for scale in dict.fromkeys(scales))
+                said.append(
+                    (
+                        logging.WARNING,
+                        f"the student is sampled with sampling_option.{name}={now:g}, and was trained on the states that "
+                        f"guidance {listed} leads to; sample with that, train with perflow=dict({key}={now:g}), or mode range",
+                    )
+                )
+        return said
 
 
 def _listed(times: Sequence[float]) -> str:

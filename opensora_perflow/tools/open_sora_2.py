@@ -14,17 +14,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opensora_perflow.atomic import replacing
+from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.chains import CHAIN, ChainSolver
 from opensora_perflow.hosts.install import find_tag
 from opensora_perflow.hosts.v2.chain_solver import chain_solver
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import perflow_flux
-from opensora_perflow.hosts.v2.tokens import Layout
+from opensora_perflow.hosts.v2.network import call_without_gradient, network_output, without_reference
+from opensora_perflow.hosts.v2.tokens import Layout, alphas
+from opensora_perflow.planning.probe import Probe
 from opensora_perflow.run import prepare
 
 GUIDANCE = 3.0
@@ -51,6 +52,8 @@ NETWORK: dict[str, Any] = {
     "cond_embed": True,
 }
 """The released model's settings in small."""
+STEPS_KEY = "training_steps"
+"""Of a teacher, in the metadata of its file."""
 
 
 def find_root(open_sora: Path | None) -> Path:
@@ -161,6 +164,17 @@ class Scripts:
         inp |= {"masks": masks, "masked_ref": masked_ref, "sigma_min": SIGMA_MIN, "patch_size": PATCH}
         return layout.unpack(denoiser.denoise(network, **inp, timesteps=times, guidance=guidance))
 
+    def probe(self, network: nn.Module, noise: Tensor, prompts: Sequence[str], scale: float) -> Probe:
+        """The network's velocity for prompts, guided by their text; noise [B, C, T, H, W]; time is the sampler's."""
+        from opensora.utils.sampling import prepare
+
+        with torch.no_grad():
+            told = prepare(self.t5, self.clip, noise, prompt=list(prompts), patch_size=PATCH)
+        told["cond"] = without_reference(network, told.pop("img"))
+        layout = Layout.of(told["img_ids"], PATCH)
+        velocity = network_output(call_without_gradient(network), told, layout, noise.dtype, text_scale=scale)
+        return Probe(velocity, noise, alphas(layout, None, len(noise), noise.device))
+
     def train_teacher(
         self, data: Tensor, captions: Sequence[str], weights: Path, *, steps: int, batch_size: int = 16, lr: float = 2e-3
     ) -> nn.Module:
@@ -180,7 +194,7 @@ class Scripts:
             optimizer, lambda i: min((i + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * i / steps))
         )
         seen = math.nan
-        with tqdm(range(steps), desc="teacher", unit="step", mininterval=5) as bar:
+        with tqdm(range(steps), desc="training the teacher", unit="step", mininterval=1) as bar:
             for step in bar:
                 index = torch.randint(len(data), (batch_size,))
                 loss = self.loss(network, data[index], [captions[i] for i in index.tolist()], drop=True)
@@ -195,6 +209,5 @@ class Scripts:
                     for mean, new in zip(average.parameters(), network.parameters()):
                         mean.lerp_(new, 1 - min(0.998, step / (step + 10)))
         weights.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(weights) as temporary:
-            save_file(average.state_dict(), temporary)
+        write_state_dict(weights, average.state_dict(), {"format": "pt", STEPS_KEY: str(steps)})
         return average.eval()
