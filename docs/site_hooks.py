@@ -21,7 +21,7 @@ PAGES = {
     "CHANGELOG.md": "changes.md",
 }
 """Files outside docs/ -> their pages in the site, which is flat."""
-KEYS = ("training/recipe.py", "training/curriculum.py", "hosts/v1/keys.py", "hosts/v2/keys.py")
+KEYS = ("training/recipe.py", "training/matching.py", "training/curriculum.py", "hosts/v1/keys.py", "hosts/v2/keys.py")
 """Modules that hold keys."""
 
 unwritten: set[str] = set()

@@ -11,6 +11,7 @@ class OpenSoraScript:
     before_each_save = staticmethod(saving.before_each_save)
     rank = staticmethod(parallel.data_parallel_rank)
     mean = staticmethod(parallel.mean_over_ranks)
+    average = staticmethod(parallel.average_over_ranks)
     gathered = staticmethod(parallel.gathered)
     shared = staticmethod(parallel.shared)
     folder = staticmethod(optimizer.folder)

@@ -67,6 +67,20 @@ def mean_over_ranks(value: float, device: torch.device | str = "cpu") -> float:
     return total.item() / dist.get_world_size()
 
 
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Put the mean over all processes in the place of tensors, in one message; nothing in a plain process.
+
+    Every process has to call it with tensors of the same shapes and one dtype.
+    """
+    if not _distributed() or not tensors:
+        return
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(whole)
+    parts = (whole / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
+        tensor.copy_(part.view_as(tensor))
+
+
 def gathered(value: Any) -> list[Any]:
     """What every process gives, in the order of their ranks; [value] in a plain process. Every process has to call it."""
     if not _distributed():

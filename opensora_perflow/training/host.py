@@ -47,6 +47,9 @@ class Host(Protocol):
     def mean(self, value: float, device: torch.device | str) -> float:
         """The mean of a number over all processes."""
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over all processes in the place of tensors, which have the same shapes in each."""
+
     def gathered(self, value: Any) -> list[Any]:
         """What each of the processes gives, which can be pickled, in all of them and in the same order."""
 

@@ -32,6 +32,7 @@ from opensora_perflow.method.ddpm import DDPM, PREDICTIONS
 from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.method.process import Process, check_prediction
 from opensora_perflow.training.curriculum import COUNTS, TEACHERS, AdvanceRule, Curriculum
+from opensora_perflow.training.matching import MatchingSettings
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.removed import kept, refuse_removed_keys, refuse_removed_value
 from opensora_perflow.training.shares import check_shares
@@ -237,6 +238,8 @@ class Recipe:
     """Training only: merge `windows` stage by stage. None: one stage. Sample with windows=the last stage's."""
     objective: Any = key("perflow", _objective)
     """Name of a registered objective, dict(type=name, weight=1.0, its keywords), or a list of those, which are added."""
+    matching: MatchingSettings | None = key(None, _section(MatchingSettings, none=True))
+    """Training only: dict(weight=0.5). Also match the distribution of the student's ends, see fake_score.py. None: off."""
     watch: WatchSettings | None = key(WatchSettings(), _section(WatchSettings, none=True))
     """Training only: dict(every=200, tolerance=0.25, policy="warn"). Every so many steps the log says how far the student's few
     steps end from the teacher on the run's first batch. It warns where that gets worse (see monitor.py), and where a step's own
@@ -303,6 +306,10 @@ class Recipe:
                 'every window; use prediction="velocity", or overlap=0 and grids=()'
             )
         distils_students = self.curriculum is not None and self.curriculum.teacher == "previous"
+        if self.matching is not None and (distils_students or self.teacher.allow_distilled or isinstance(process, DDPM)):
+            raise ValueError(
+                "matching needs the score of an original rectified flow, not of iddpm networks, nor of students as teachers"
+            )
         if distils_students and isinstance(process, DDPM) and prediction != "ddim_eps":
             raise ValueError(
                 f'curriculum.teacher="previous" lets students take DDIM steps over their windows on path="ddpm", which one '
@@ -314,12 +321,12 @@ class Recipe:
         other = {
             'draws.starts="diffused"': self.draws.starts == "diffused",
             'curriculum.teacher="previous"': self.curriculum is not None and self.curriculum.teacher == "previous",
+            "matching": self.matching is not None,
         }
         found = [name for name, is_set in other.items() if is_set]
         if found:
             raise ValueError(
-                f"teacher.stored trains the windows of stored chains from noise, and {found[0]} wants a teacher that solves "
-                "others; leave one of them out"
+                f"teacher.stored trains from stored chains, and {found[0]} wants a teacher that is asked; leave one of them out"
             )
 
     def _check_curriculum(self) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
 from opensora_perflow.training.blame import blaming, check_loss
 from opensora_perflow.training.curriculum import Curriculum
+from opensora_perflow.training.fake_score import FakeScore
 from opensora_perflow.training.first_step import check_teacher, check_trainable
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.monitor import Monitor
@@ -69,6 +71,7 @@ class TrainingRun:
         self.monitor = Monitor(recipe.watch)
         self.observer = Observer(recipe, host, self.windows.edges)
         self.randomness: TrainingRandomness | None = None
+        self.fake = None if recipe.matching is None else FakeScore(teacher.network, recipe.matching)
         self.looked = False
         """Was the teacher compared with data?"""
         self.shares = 1
@@ -199,7 +202,15 @@ class TrainingRun:
                     if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
                         self.monitor.batches[-1].squared_ends(self.solver_grids)
                 self._measure(model)
+                if self.fake is not None:
+                    loss = loss + self._matched(batch, segment, answer)
         return loss
+
+    def _matched(self, batch: Batch, segment: Segment, answer: Answer) -> Tensor:
+        """What matching adds to the losses [B]: a gradient, and no value."""
+        random, device = self.randomness, batch.data.device
+        generator = step_generator(random.seed, random.rank, random.steps - 1, device=device, purpose="matching")
+        return self.fake.term(batch, segment, answer.end(segment.t_end), generator, self.host)
 
     def _blaming(self, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
         return blaming(batch, self.randomness.steps, {"the student": model, "the teacher": self.teacher.network})
@@ -254,6 +265,8 @@ class TrainingRun:
             check_resumed(state, describe(self), where, recipe.allow_change)
             seed, steps = state.draws.get("seed") if seed is None else seed, state.steps if loaded[1] else 0
             weights = self.host.restore(model)
+            if self.fake is not None and loaded[1]:
+                self.fake.load(where.parent)
             logger.info(
                 "PeRFlow goes on after %d training steps (%s): with the draws of an unbroken run, and with %s",
                 steps, where, weights,
@@ -264,7 +277,12 @@ class TrainingRun:
             )
         (seed,) = self.host.shared(torch.initial_seed() if seed is None else seed)
         self.randomness = TrainingRandomness(seed, self.host.rank(), steps)
-        self.host.before_each_save(lambda folder: self.observer.save(folder, describe(self)))
+        self.host.before_each_save(lambda folder: self._save(folder, describe(self)))
+
+    def _save(self, folder: Path, state: StudentState) -> None:
+        if self.fake is not None:
+            self.fake.save(folder)
+        self.observer.save(folder, state)
 
     def _measure(self, model: nn.Module) -> None:
         """Measure where it is time to, say so, and begin the next stage where one has ended."""

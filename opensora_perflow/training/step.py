@@ -32,7 +32,7 @@ def distil(batch: Batch, objective: Objective, segment: Segment, seen: Seen | No
     def student(x: Tensor, t: Tensor) -> Tensor:
         v = field(x, t)
         if seen is not None:
-            seen(x, t, v.detach())
+            seen(x, t, v)
         return v
 
     total = 0.0
