@@ -48,6 +48,16 @@ def _check_settings(data_path: Any, fps: Any, given: Mapping[str, Any]) -> None:
     file_name("the table of captions (--data-path)")("data_path of perflow_captions", data_path)
 
 
+def _check_latents(latents: str | None) -> None:
+    config = running_config() or {}
+    if config and (latents is not None) != bool(config.get("load_video_features")):
+        raise ValueError(
+            f"perflow_captions gives {'videos' if latents is None else 'latents'} with latents={latents!r}, and the config "
+            f"says load_video_features={config.get('load_video_features')!r}; set both, with "
+            'vae=dict(type="perflow_latents"), or neither'
+        )
+
+
 @DATASETS.register_module("perflow_captions")
 class Captions(VariableVideoTextDataset):
     """Captions with blank videos. The host's buckets decide on the sizes, as for videos.
@@ -76,13 +86,7 @@ class Captions(VariableVideoTextDataset):
         latents: str | None = None,
         **others: Any,
     ) -> None:
-        config = running_config() or {}
-        if config and (latents is not None) != bool(config.get("load_video_features")):
-            raise ValueError(
-                f"perflow_captions gives {'videos' if latents is None else 'latents'} with latents={latents!r}, and the config "
-                f"says load_video_features={config.get('load_video_features')!r}; set both, with "
-                'vae=dict(type="perflow_latents"), or neither'
-            )
+        _check_latents(latents)
         self._latent_size = None if latents is None else read_latent_sizes(latents)
         given = dict(zip(SIZES, (num_frames, *_two_sizes(image_size))))
         _check_settings(data_path, fps, given)
@@ -95,12 +99,6 @@ class Captions(VariableVideoTextDataset):
         self.data.columns = [str(name).strip() for name in self.data.columns]
         if "text" not in self.data.columns:
             raise ValueError(f"perflow_captions needs a column 'text' in {data_path!r}, got {list(self.data.columns)}")
-        missing = [name for name, value in given.items() if name not in self.data.columns and value is None]
-        if missing:
-            raise ValueError(
-                f"perflow_captions needs the size of its videos: {data_path!r} has no column {', '.join(missing)}; add "
-                "dataset=dict(num_frames=51, image_size=(240, 426)), or the columns"
-            )
         # pandas reads the words NA, null and None as missing, and 007 as 7: the message shows what is written.
         written = self.data["text"].tolist() if rows is None else [row.cells["text"] for row in rows]
         if not written or len(written) != len(self.data):
@@ -111,6 +109,12 @@ class Captions(VariableVideoTextDataset):
         self.fps = fps
 
     def _set_sizes(self, data_path: Any, given: Mapping[str, Any]) -> None:
+        missing = [name for name, value in given.items() if name not in self.data.columns and value is None]
+        if missing:
+            raise ValueError(
+                f"perflow_captions needs the size of its videos: {data_path!r} has no column {', '.join(missing)}; add "
+                "dataset=dict(num_frames=51, image_size=(240, 426)), or the columns"
+            )
         for name, value in given.items():
             if name in self.data.columns:
                 _refuse_rows(data_path, name, self.data[name].tolist(), _is_size, "no integer >= 1")

@@ -39,12 +39,7 @@ def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
     Raises:
         ValueError: weights that are not of one network, a student of another base, or an OUT that cannot be.
     """
-    if rank is None and out.suffix != ".safetensors":
-        raise ValueError(f"a delta is a .safetensors file, got {str(out)!r}; with --rank it is a folder")
-    if rank is not None and rank < 1:
-        raise ValueError(f"--rank must be >= 1, got {rank}")
-    if out.exists():
-        raise ValueError(f"{out} exists; name one that does not")
+    _check_made(out, rank)
     before = _whole(base)
     after, state = _student(student, base, before)
     began = _matched(before, after)
@@ -151,6 +146,15 @@ def _words(distance: Distance) -> str:
     )
 
 
+def _check_made(out: Path, rank: int | None) -> None:
+    if rank is None and out.suffix != ".safetensors":
+        raise ValueError(f"a delta is a .safetensors file, got {str(out)!r}; with --rank it is a folder")
+    if rank is not None and rank < 1:
+        raise ValueError(f"--rank must be >= 1, got {rank}")
+    if out.exists():
+        raise ValueError(f"{out} exists; name one that does not")
+
+
 def _matched(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in the form of another one of the same network, whichever host's."""
     return with_later(matched(state, like), like)
@@ -214,9 +218,7 @@ def _write_adapters(
     if (state.transform or {}).get("formula") == "v2.0":
         saved = {name: base[name].float() + value for name, value in changes.items() if name.startswith(SAVED)}
         changes = {name: value for name, value in changes.items() if name not in saved}
-        adapters, missed = low_rank(changes, {name: of for name, of in layers.items() if f"{name}.weight" in changes}, rank)
-        names = [name.removesuffix(DOWN) for name in adapters if name.endswith(DOWN)]
-        write_lora(out, peft_state(adapters, saved), peft_config(rank, names, bool(saved)), state)
+        missed = _write_lora_of_2(out, rank, changes, saved, layers, state)
     else:
         adapters, missed = low_rank(changes, layers, rank)
         record = {"rank": rank, "alpha": rank, "targets": None, "base": digest(adapted)}
@@ -224,6 +226,21 @@ def _write_adapters(
     lost = sum(value.double().square().sum().item() for name, value in changes.items() if name not in adapted)
     share = (lost / sum(value.double().square().sum().item() for value in changes.values())) ** 0.5
     return f"adapters of rank {rank} miss {missed:.4f} of the delta's norm; weights that no adapter has make {share:.4f} of it"
+
+
+def _write_lora_of_2(
+    out: Path,
+    rank: int,
+    changes: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
+    layers: Mapping[str, torch.Size],
+    state: StudentState,
+) -> float:
+    """The share of the changes' norm that the adapters miss. saved: Weights that Open-Sora 2.0 keeps whole beside them."""
+    adapters, missed = low_rank(changes, {name: of for name, of in layers.items() if f"{name}.weight" in changes}, rank)
+    names = [name.removesuffix(DOWN) for name in adapters if name.endswith(DOWN)]
+    write_lora(out, peft_state(adapters, saved), peft_config(rank, names, bool(saved)), state)
+    return missed
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:

@@ -74,6 +74,18 @@ def _average(checkpoint: Path, raw: Mapping[str, Tensor], state: StudentState) -
             f"{checkpoint} holds no averaged weights: its training had no ema_decay; --no-ema writes those of its last step"
         )
     average = read_state_dict(file)
+    _check_average(file, average, raw)
+    decay = ema_decay_of(checkpoint)
+    if decay is not None and state.steps and decay**state.steps > STALE:
+        logger.warning(
+            "%s still holds %.0f%% of the weights that the training began with: %d steps are few for ema_decay=%g; see the "
+            "rule in docs/recipes.md, or write the weights of the last step with --no-ema",
+            file, 100 * decay**state.steps, state.steps, decay,
+        )  # fmt: skip
+    return average
+
+
+def _check_average(file: Path, average: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> None:
     dtypes = {value.dtype for value in average.values() if value.dtype != torch.float32}
     if dtypes:
         raise ValueError(
@@ -90,11 +102,3 @@ def _average(checkpoint: Path, raw: Mapping[str, Tensor], state: StudentState) -
     broken = [name for name, value in average.items() if torch.isfinite(raw[name]).all() and not torch.isfinite(value).all()]
     if broken:
         raise ValueError(f"{file} holds NaN or infinity in {broken[0]}: the training diverged; export an earlier checkpoint")
-    decay = ema_decay_of(checkpoint)
-    if decay is not None and state.steps and decay**state.steps > STALE:
-        logger.warning(
-            "%s still holds %.0f%% of the weights that the training began with: %d steps are few for ema_decay=%g; see the "
-            "rule in docs/recipes.md, or write the weights of the last step with --no-ema",
-            file, 100 * decay**state.steps, state.steps, decay,
-        )  # fmt: skip
-    return average

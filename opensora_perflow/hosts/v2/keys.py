@@ -66,6 +66,15 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
     keys = Keys(**{name: value for name, value in config.items() if name in of_keys})
     recipe = Recipe(**{name: value for name, value in config.items() if name in of_recipe})
     recipe.check_process(PROCESS)
+    _refuse_keys_of_1(recipe)
+    as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
+    if recipe.needs_one_scale:
+        refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)
+    return recipe, keys
+
+
+def _refuse_keys_of_1(recipe: Recipe) -> None:
+    """Raises ValueError for what Open-Sora 1.x alone can be asked for."""
     if recipe.guidance.negative is not None:
         raise ValueError(
             f"guidance.negative={recipe.guidance.negative!r} is an embedding of Open-Sora 1.x's one text encoder; 2.0 has two, "
@@ -90,7 +99,3 @@ def read_config(config: Mapping[str, Any] | None) -> tuple[Recipe, Keys]:
         raise ValueError(
             "draws.two_time=True is for Open-Sora 1.x, whose networks can be told one more number; leave the key out"
         )
-    as_scales("cfg_scale", keys.cfg_scale, recipe.windows.num_windows)
-    if recipe.needs_one_scale:
-        refuse_list_of_scales("cfg_scale", keys.cfg_scale, recipe.needs_one_scale)
-    return recipe, keys
