@@ -141,4 +141,9 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
             Recipe("stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768),
             Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768),
         ]
+    if world.name == "mixture":
+        chosen += [
+            Recipe(f"stored paths, 1,500 steps{name}", settings, 1500, steps=(4,), lr_factor=5.0, chains=32_768)
+            for name, settings in {"": stored, ", windows drawn alike": STORED}.items()
+        ]
     return chosen
