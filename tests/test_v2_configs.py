@@ -58,8 +58,6 @@ def test_training_folds_in_what_open_sora_samples_with(path):
 def test_stored_chains_are_trained_as_their_config_solves_them(name, solved_by):
     stored, solving = (load(FOLDER / "train" / f"perflow_{one}.py") for one in (name, solved_by))
     teacher = stored.model.perflow.teacher.pop("stored")
-    assert stored.model.perflow.draws.pop("edge_mass") == 0.9  # of times, that have no part in a solution
-    stored.model.perflow.draws.update(solving.model.perflow.get("draws", {}))
     changed = {key for key in stored if stored[key] != solving.get(key)}
     assert changed == {"custom_imports", "dataset", "t5", "clip", "cached_video"}
     assert stored.cached_video and stored.dataset.type == "perflow_stored"

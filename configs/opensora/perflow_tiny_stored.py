@@ -9,10 +9,7 @@ custom_imports = dict(
     imports=["opensora_perflow", "opensora_perflow.hosts.tiny", "opensora_perflow.hosts.stored"], allow_failed_imports=False
 )
 
-scheduler = dict(
-    teacher=dict(stored="store"),  # the folder that `store` wrote
-    draws=dict(edge_mass=0.9),  # paths of the teacher's own: 1 errs least at 4 steps, and serves no other number
-)
+scheduler = dict(teacher=dict(stored="store"))  # the folder that `store` wrote
 dataset = dict(_delete_=True, type="perflow_stored")
 text_encoder = dict(_delete_=True, type="perflow_encoded", folder="store/text")
 vae = dict(_delete_=True, type="perflow_latents", out_channels=4)

@@ -7,12 +7,7 @@ _base_ = ["perflow_tiny.py"]
 
 custom_imports = dict(imports=["opensora_perflow", "opensora_perflow.hosts.stored"], allow_failed_imports=False)
 
-model = dict(
-    perflow=dict(
-        teacher=dict(stored="store"),  # the folder that `store` wrote
-        draws=dict(edge_mass=0.9),  # paths of the teacher's own: 1 errs least at 4 steps, and serves no other number
-    )
-)
+model = dict(perflow=dict(teacher=dict(stored="store")))  # the folder that `store` wrote
 dataset = dict(_delete_=True, type="perflow_stored")
 t5 = dict(_delete_=True, type="perflow_encoded_t5", folder="store/text")
 clip = dict(_delete_=True, type="perflow_encoded_clip", folder="store/text")
