@@ -83,6 +83,13 @@ def test_the_term_has_a_gradient_and_no_value():
     assert scheduler.run.fake.weights and not scheduler.run.fake.is_on
 
 
+def test_the_answer_that_is_matched_has_a_graph():
+    """perflow_consistency asks the student for its target first, without a gradient."""
+    settings = dict(objective="perflow_consistency")
+    (_, gradient, _), (_, other, _) = gradients(**settings), gradients(**settings, matching=dict(weight=1.0))
+    assert (other - gradient).norm() > 1e-3 * gradient.norm()
+
+
 def test_where_both_scores_are_equal_there_is_nothing_to_match():
     """Adapters that a rate of 1e-30 keeps as they are add nothing, and scale 1 guides nothing: the scores are one."""
     scale_one = dict(guidance=dict(mode="fixed", scale=1.0))
