@@ -96,6 +96,14 @@ def test_adapters_that_diverge_end_the_run_before_the_student_s_weights_do():
         scheduler.training_losses(network, *batch(network))
 
 
+def test_a_live_run_keeps_its_matching():
+    network, scheduler = tiny_network().train(), PeRFlow(**FIXED)
+    scheduler.training_losses(network, *batch(network))
+    with pytest.raises(ValueError, match="this run began with matching=None"):
+        scheduler.__init__(**FIXED, matching=dict(weight=0.5))
+    scheduler.__init__(**FIXED, cfg_scale=2.0)
+
+
 def test_where_both_scores_are_equal_there_is_nothing_to_match():
     """Adapters that a rate of 1e-30 keeps as they are add nothing, and scale 1 guides nothing: the scores are one."""
     scale_one = dict(guidance=dict(mode="fixed", scale=1.0))
