@@ -47,7 +47,7 @@ def with_lora(base: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: P
     scale = _scale(folder / CONFIG)
     plain = {name.removeprefix(PREFIX): value for name, value in state.items()}
     added = {_ours(name): value for name, value in plain.items() if ".lora_" in name}
-    strange = [name for name in added if not name.endswith((DOWN, UP))]
+    strange = [name for name in added if not name.endswith((DOWN, UP)) or _partner(name) not in added]
     strange += [name for name in state if not name.startswith(PREFIX)]
     if strange or not added:
         raise ValueError(f"{folder} holds no adapters of linear layers alone: {', '.join(strange or plain)[:200]}")
@@ -71,6 +71,11 @@ def peft_config(rank: int, layers: Iterable[str], saved: bool) -> str:
 
 def _ours(name: str) -> str:
     return name.replace(".lora_A.weight", DOWN).replace(".lora_B.weight", UP)
+
+
+def _partner(name: str) -> str:
+    """The other factor of an adapter."""
+    return name.removesuffix(DOWN) + UP if name.endswith(DOWN) else name.removesuffix(UP) + DOWN
 
 
 def _scale(file: Path) -> float:
