@@ -104,7 +104,7 @@ class FakeScore:
 
     @torch.no_grad()
     def gap(self, batch: Batch, x_end: Tensor, t_end: Tensor, generator: torch.Generator) -> Tensor:
-        """How far x_end [B, ...] is to move to be distributed as the teacher's, against the sign: fake less real mean."""
+        """Fake less real mean, over the real one's distance from x_end [B, ...]: moved against it, ends are the teacher's."""
         state = _renoised(batch, x_end, t_end, generator)
         real = state.mean_before(batch.players.teacher(batch.scale).velocity(None)(state.x, state.t))
         with self.on():
