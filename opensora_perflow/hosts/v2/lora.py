@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora_perflow.checks import parse_json, read_bounded, shown
+from opensora_perflow.hosts.v2.host import LATER
 from opensora_perflow.training.adapters import DOWN, UP, merged
 
 FOLDER = "lora"
@@ -51,7 +52,13 @@ def with_lora(base: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: P
     strange += [name for name in state if not name.startswith(PREFIX)]
     if strange or not added:
         raise ValueError(f"{folder} holds no adapters of linear layers alone: {', '.join(strange or plain)[:200]}")
-    return {**merged(base, added, scale), **{name: value for name, value in plain.items() if ".lora_" not in name}}
+    whole = {name: value for name, value in plain.items() if ".lora_" not in name}
+    for name, value in whole.items():
+        like = base.get(name, value if name.startswith(LATER) else None)
+        if like is None or like.shape != value.shape:
+            found = "nothing" if like is None else list(like.shape)
+            raise ValueError(f"the adapters belong to another network: {name} is {list(value.shape)}, and the base has {found}")
+    return {**merged(base, added, scale), **whole}
 
 
 def peft_state(adapters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
