@@ -345,8 +345,11 @@ def test_a_delta_of_open_sora_2_becomes_its_adapters(tmp_path, capsys):
         (dict(config={"bias": "all"}), "not of a plain LoRA"),
         (dict(config={"r": 0}), "is no config of peft's LoRA"),
         ({"layer.lora_magnitude_vector": torch.ones(2)}, "no adapters of linear layers alone: layer.lora_magnitude_vector"),
+        ({"other.lora_B.weight": torch.ones(2, 1)}, "no adapters of linear layers alone: other.lora_B"),
         (dict(prefix=""), "no adapters of linear layers alone"),
         ({"other.lora_A.weight": torch.ones(1, 3), "other.lora_B.weight": torch.ones(2, 1)}, "belong to another network"),
+        ({"norm.scale": torch.ones(5)}, r"norm.scale is [5], and the base has [3]"),
+        ({"other.scale": torch.ones(5)}, r"other.scale is [5], and the base has nothing"),
         ("state", "has no perflow.json; put the one of the training beside"),
     ],
 )

@@ -83,6 +83,27 @@ def test_the_term_has_a_gradient_and_no_value():
     assert scheduler.run.fake.weights and not scheduler.run.fake.is_on
 
 
+def test_the_answer_that_is_matched_has_a_graph():
+    """perflow_consistency asks the student for its target first, without a gradient."""
+    settings = dict(objective="perflow_consistency")
+    (_, gradient, _), (_, other, _) = gradients(**settings), gradients(**settings, matching=dict(weight=1.0))
+    assert (other - gradient).norm() > 1e-3 * gradient.norm()
+
+
+def test_adapters_that_diverge_end_the_run_before_the_student_s_weights_do():
+    network, scheduler = tiny_network().train(), PeRFlow(**FIXED, matching=dict(rate=1e9))
+    with pytest.raises(ValueError, match="adapters diverged: with matching.rate=1e\\+09 their score is not finite"):
+        scheduler.training_losses(network, *batch(network))
+
+
+def test_a_live_run_keeps_its_matching():
+    network, scheduler = tiny_network().train(), PeRFlow(**FIXED)
+    scheduler.training_losses(network, *batch(network))
+    with pytest.raises(ValueError, match="this run began with matching=None"):
+        scheduler.__init__(**FIXED, matching=dict(weight=0.5))
+    scheduler.__init__(**FIXED, cfg_scale=2.0)
+
+
 def test_where_both_scores_are_equal_there_is_nothing_to_match():
     """Adapters that a rate of 1e-30 keeps as they are add nothing, and scale 1 guides nothing: the scores are one."""
     scale_one = dict(guidance=dict(mode="fixed", scale=1.0))

@@ -156,6 +156,7 @@ def test_draws_are_checked():
     refused("draws.shares must be a list of numbers, one a window, got 5; write", draws=dict(shares=5))
     refused("each of draws.shares must be a number >= 0.001, got 0", draws=dict(shares=[1, 0, 1, 1]))
     refused(r"draws.shares must be one number a window, got \[1, 2\] for 4 windows", draws=dict(shares=[1, 2]))
+    refused("draws.shares must each be at least 1e-05 of their sum", draws=dict(shares=[1e6, 1, 1, 1]))
     refused("windows by the timesteps that they hold", draws=dict(shares=[1, 2, 2, 1]), use_discrete_timesteps=True)
     for others in (dict(draws=dict(shares=[1, 2], grids=[5])), dict(curriculum=dict(windows=[4, 2]), draws=dict(shares=[1]))):
         refused("so shares of windows have no meaning, got draws.shares=", **others)

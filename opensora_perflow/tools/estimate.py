@@ -72,7 +72,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "Builds what a training config names from Open-Sora's own classes, without weights, and counts: bytes that stay\n"
             "on each GPU, what a step of each bucket keeps for its backward, floating-point operations. Nothing is fetched.\n"
             "Weights to optimizer are exact; a step's peak leaves out the work space of single operations.\n"
-            "Each bucket is taken in its largest shape, with texts of full length."
+            "Each bucket is taken in its largest shape, with texts of full length. Distribution matching is not counted."
         ),
         epilog=(
             "example:\n"

@@ -104,7 +104,7 @@ class FakeScore:
 
     @torch.no_grad()
     def gap(self, batch: Batch, x_end: Tensor, t_end: Tensor, generator: torch.Generator) -> Tensor:
-        """How far x_end [B, ...] is to move to be distributed as the teacher's, against the sign: fake less real mean."""
+        """Fake less real mean, over the real one's distance from x_end [B, ...]: moved against it, ends are the teacher's."""
         state = _renoised(batch, x_end, t_end, generator)
         real = state.mean_before(batch.players.teacher(batch.scale).velocity(None)(state.x, state.t))
         with self.on():
@@ -118,6 +118,9 @@ class FakeScore:
         Args:
             end: Where the student leads at the window's clean edge, [B, ...], with its graph.
             generator: Of this step, for nothing else.
+
+        Raises:
+            ValueError: the adapters diverged.
         """
         x_end, t_end = end.detach(), segment.t_end
         self.fit(batch, x_end, t_end, generator, host)
@@ -125,6 +128,11 @@ class FakeScore:
         # An error of the velocity is one of the end over the window's length; the regression's gradient is of the former.
         length = expand_like(segment.t_start - t_end, end)
         product = self.settings.weight * mean_over_frames(gap * end / length**2, batch.frame_weights)
+        if not torch.isfinite(product.detach()).all():  # the student's end was, see blame.check_loss
+            raise ValueError(
+                f"matching's adapters diverged: with matching.rate={self.settings.rate:g} their score is not finite any more; "
+                "use a lower matching.rate or matching.updates"
+            )
         return product - product.detach()
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,8 @@ REMOVED_KEYS = {
     "draws.student_share": "half of each start was a tie with student starts (errors .0758 and .0753); use draws.starts",
     "draws.distribution": "beta (5, 1) was a tie on the mixture and worse on video (errors .529 against .499); use edge_mass",
     "draws.beta": "beta (5, 1) was a tie on the mixture and worse on video (errors .529 against .499); use edge_mass",
-    "draws.windows": "each window is drawn equally often, since each is one step of the sampler; leave the key out",
+    "draws.windows": "each window is drawn equally often, since each is one step of the sampler; leave the key out, or give "
+    "draws.shares",
     "curriculum.advance.every": "only one value was measured, which is used now (25 steps); leave the key out",
     "curriculum.advance.patience": "only one value was measured, which is used now (2 measurements); leave the key out",
     "curriculum.advance.min_improvement": "only one value was measured, which is used now (0.05); leave the key out",

@@ -228,7 +228,8 @@ class TrainingRun:
         """Go on with another recipe (Open-Sora's gradio app re-initialises its live scheduler). The teacher stays.
 
         Raises:
-            ValueError: the recipe names another teacher, or needs the first one where a student took its place.
+            ValueError: the recipe names another teacher or other matching, or needs the first teacher where a student took
+                its place.
         """
         named, was = recipe.teacher.from_pretrained, self.recipe.teacher.from_pretrained
         if named is not None and named != was:
@@ -243,6 +244,11 @@ class TrainingRun:
             )
         if recipe.teacher.stored != self.recipe.teacher.stored:
             raise ValueError(f"this run is taught by {self.teacher.source}; another store, or none, needs a new scheduler")
+        if recipe.matching != self.recipe.matching:
+            raise ValueError(
+                f"this run began with matching={self.recipe.matching}, and its adapters are those; other settings need a new "
+                f"scheduler, got matching={recipe.matching}"
+            )
         measured_by = ("watch", "windows", "teacher", "guidance")
         changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
         if changed or curriculum is not self.curriculum:

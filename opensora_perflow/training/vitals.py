@@ -66,12 +66,12 @@ class WeightSample:
 
 @dataclass
 class Answer:
-    """The first answer of a step's student: the window's line from x [B, ...] at t [B]."""
+    """The first answer of a step's student that has a graph: the window's line from x [B, ...] at t [B]."""
 
     first: tuple[Tensor, Tensor, Tensor] | None = None
 
     def note(self, x: Tensor, t: Tensor, v: Tensor) -> None:
-        if self.first is None:
+        if self.first is None and torch.is_grad_enabled():  # perflow_consistency also asks without, and first
             self.first = x, t, v
 
     def end(self, t_end: Tensor) -> Tensor:

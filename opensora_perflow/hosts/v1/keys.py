@@ -92,8 +92,8 @@ class Keys:
     use_timestep_transform: bool = _rflow(False, switch)
     """Warp time by resolution and length."""
     sample_method: str = _rflow("uniform", choice(*TIME_DISTRIBUTIONS))
-    """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often, and
-    times evenly inside them."""
+    """Open-Sora's distribution of training times, uniform or logit-normal. No effect: windows are drawn equally often,
+    or by draws.shares, and times evenly inside them."""
     loc: float = _rflow(0.0, number())
     """As sample_method: no effect."""
     scale: float = _rflow(1.0, number(above=0))
@@ -163,7 +163,7 @@ class Keys:
         idle = [name for name in WITHOUT_EFFECT if getattr(self, name) != defaults[name]]
         if idle:
             logger.info(
-                "PeRFlow draws every window equally often, and times evenly inside them: %s %s no effect",
+                "PeRFlow draws windows equally often, or by draws.shares, and times evenly inside them: %s %s no effect",
                 ", ".join(idle),
                 "has" if len(idle) == 1 else "have",
             )

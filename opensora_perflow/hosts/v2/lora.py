@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora_perflow.checks import parse_json, read_bounded, shown
+from opensora_perflow.hosts.v2.host import LATER
 from opensora_perflow.training.adapters import DOWN, UP, merged
 
 FOLDER = "lora"
@@ -47,11 +48,17 @@ def with_lora(base: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: P
     scale = _scale(folder / CONFIG)
     plain = {name.removeprefix(PREFIX): value for name, value in state.items()}
     added = {_ours(name): value for name, value in plain.items() if ".lora_" in name}
-    strange = [name for name in added if not name.endswith((DOWN, UP))]
+    strange = [name for name in added if not name.endswith((DOWN, UP)) or _partner(name) not in added]
     strange += [name for name in state if not name.startswith(PREFIX)]
     if strange or not added:
         raise ValueError(f"{folder} holds no adapters of linear layers alone: {', '.join(strange or plain)[:200]}")
-    return {**merged(base, added, scale), **{name: value for name, value in plain.items() if ".lora_" not in name}}
+    whole = {name: value for name, value in plain.items() if ".lora_" not in name}
+    for name, value in whole.items():
+        like = base.get(name, value if name.startswith(LATER) else None)
+        if like is None or like.shape != value.shape:
+            found = "nothing" if like is None else list(like.shape)
+            raise ValueError(f"the adapters belong to another network: {name} is {list(value.shape)}, and the base has {found}")
+    return {**merged(base, added, scale), **whole}
 
 
 def peft_state(adapters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,6 +78,11 @@ def peft_config(rank: int, layers: Iterable[str], saved: bool) -> str:
 
 def _ours(name: str) -> str:
     return name.replace(".lora_A.weight", DOWN).replace(".lora_B.weight", UP)
+
+
+def _partner(name: str) -> str:
+    """The other factor of an adapter."""
+    return name.removesuffix(DOWN) + UP if name.endswith(DOWN) else name.removesuffix(UP) + DOWN
 
 
 def _scale(file: Path) -> float:
