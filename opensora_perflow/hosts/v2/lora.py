@@ -53,12 +53,17 @@ def with_lora(base: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: P
     if strange or not added:
         raise ValueError(f"{folder} holds no adapters of linear layers alone: {', '.join(strange or plain)[:200]}")
     whole = {name: value for name, value in plain.items() if ".lora_" not in name}
-    for name, value in whole.items():
+    _check_whole(whole, base)
+    return {**merged(base, added, scale), **whole}
+
+
+def _check_whole(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for weights, saved whole beside adapters, that the base does not have so."""
+    for name, value in weights.items():
         like = base.get(name, value if name.startswith(LATER) else None)
         if like is None or like.shape != value.shape:
             found = "nothing" if like is None else list(like.shape)
             raise ValueError(f"the adapters belong to another network: {name} is {list(value.shape)}, and the base has {found}")
-    return {**merged(base, added, scale), **whole}
 
 
 def peft_state(adapters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
