@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from opensora_perflow.atomic import replacing
+from opensora_perflow import atomic
+from opensora_perflow.atomic import left_by_killed, replacing
 from opensora_perflow.tools import outputs
 from opensora_perflow.tools.outputs import Kind, new_folder, together, unfinished
 
@@ -238,20 +239,43 @@ def test_a_killed_run_leaves_all_of_one_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(out) == {**whole("last"), **OWN}
 
 
-def test_a_new_folder_takes_away_what_killed_processes_left_of_it(tmp_path):
+@pytest.mark.parametrize("write, name", [(new_folder, "student"), (replacing, "student.pt")])
+def test_what_killed_processes_left_of_an_output_is_taken_away(write, name, tmp_path):
     """And neither what one that lives is writing, nor what has another name."""
-    out, other = tmp_path / "student", tmp_path / ".student.old"
+    out, other = tmp_path / name, tmp_path / ".student.old"
     other.mkdir()
     pid = os.fork()
     if pid == 0:
-        with new_folder(out) as folder:
-            (folder / "half").touch()
+        with write(out) as place:
+            place.touch()
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     (left,) = unfinished(out)
-    with new_folder(out) as living:
-        assert not left.exists() and unfinished(out) == [living]
-        with pytest.raises(OSError), new_folder(out):
+    with write(out) as living:
+        assert not left.exists() and len(unfinished(out)) == 1
+        with pytest.raises(OSError, match="disk full"), write(out):
             raise OSError("disk full")
-        (living / "whole").touch()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == [".student.old", "student", "whole"]
+        living.touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".student.old", name]
+
+
+def test_what_cannot_be_locked_is_left_alone(tmp_path, monkeypatch):
+    """Such as another user's, and on a file system without locks."""
+    left = tmp_path / ".student.unfinished-old"
+    left.mkdir()
+    monkeypatch.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError("another user's")))
+    assert list(left_by_killed(tmp_path, ".student.unfinished-")) == [] and left.exists()
+
+
+def test_a_folder_that_is_swept_before_its_lock_is_there_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def swept_at_first(folder, wait):
+        made.append(folder)
+        if len(made) == 1:
+            folder.rmdir()
+
+    monkeypatch.setattr(atomic, "_lock", swept_at_first)
+    with replacing(tmp_path / "student.pt") as temporary:
+        temporary.touch()
+    assert len(made) == 2 and [path.name for path in tmp_path.iterdir()] == ["student.pt"]

@@ -7,11 +7,11 @@ points, files are replaced one by one. The last one goes first and comes last, s
 """
 
 import ctypes
+import glob
 import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+from opensora_perflow.atomic import aside, begin_aside, left_by_killed
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -77,14 +79,14 @@ def together(out: Path, kind: Kind) -> Iterator[Path]:
     home = out.parent if beside else out
     prefix, finished = f".{out.name}.unfinished-", f".{out.name}.finished-"
     # A run that was killed while it replaced files one by one left some of them.
-    killed = any(home.glob(f"{_escaped(finished)}*"))
+    killed = any(home.glob(f"{glob.escape(finished)}*"))
     if not killed:
         kind.refuse_foreign(out)
     home.mkdir(parents=True, exist_ok=True)
     with _locked(home):
-        for left in _left_by_killed(home, finished):
+        for left in left_by_killed(home, finished):
             _recover(left, out, kind)
-        folder, in_use = _begin(home, prefix)
+        folder, in_use = begin_aside(home, prefix)
     removable = True
     try:
         yield folder
@@ -109,31 +111,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     What killed processes left of earlier ones is removed.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out.parent):
-        folder, in_use = _begin(out.parent, f".{out.name}.unfinished-")
-    try:
+    with aside(out) as folder:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp's is its owner's alone
         os.rename(folder, out)
-    finally:
-        if in_use is not None:
-            os.close(in_use)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _begin(home: Path, prefix: str) -> tuple[Path, int | None]:
-    """A new folder and what locks it for as long as this process lives; callers hold the lock of `home`."""
-    for left in _left_by_killed(home, prefix):
-        shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=home))
-    return folder, _try_lock(folder)
 
 
 def unfinished(out: Path) -> list[Path]:
     """Folders in which runs write now what will be in `out`, or did until they were killed."""
     out = Path(os.path.realpath(out))
-    return [folder for home in (out.parent, out) for folder in home.glob(f"{_escaped(f'.{out.name}.unfinished-')}*")]
+    return [folder for home in (out.parent, out) for folder in home.glob(f"{glob.escape(f'.{out.name}.unfinished-')}*")]
 
 
 def _put_in_place(new: Path, out: Path, kind: Kind) -> None:
@@ -225,17 +212,6 @@ def _replace_one_by_one(new: Path, out: Path, kind: Kind, renewed: set[str]) -> 
             os.replace(new / name, out / name)
 
 
-def _left_by_killed(home: Path, prefix: str) -> Iterator[Path]:
-    """Folders of runs that live no more; each stays locked until the next one is asked for."""
-    for folder in home.glob(f"{_escaped(prefix)}*"):
-        lock = _try_lock(folder)
-        if lock is not None:
-            try:
-                yield folder
-            finally:
-                os.close(lock)
-
-
 def _recover(left: Path, out: Path, kind: Kind) -> None:
     """Take a folder away that a run left when it was killed right after an exchange: it may hold a user's file."""
     try:
@@ -244,10 +220,6 @@ def _recover(left: Path, out: Path, kind: Kind) -> None:
         shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         logger.warning("left %s as it is: %s", left, error)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 @contextmanager
@@ -263,19 +235,6 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _try_lock(folder: Path) -> int | None:
-    """A handle that locks a folder for as long as this process lives; None if another has it, or there are no locks."""
-    if fcntl is None:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
 
 
 def _umask() -> int:
