@@ -96,6 +96,11 @@ def test_the_command_line_of_train_py_counts(tmp_path, clips, capsys):
     assert found["healthy"] and {row["status"] for row in found["checks"]} == {"passed", "skipped"}
 
 
+def test_a_checkout_that_is_none_is_not_the_configs_fault(tmp_path, clips, capsys):
+    assert main(["check", str(config(tmp_path, clips)), "--open-sora", str(tmp_path)]) == 2
+    assert "ROOT must be a checkout" in capsys.readouterr().err
+
+
 def test_a_check_costs_less_than_its_three_seconds(tmp_path, clips):
     """CPU seconds, which no busy machine raises, without the import of torch."""
     path, began = config(tmp_path, clips), time.process_time()

@@ -109,7 +109,7 @@ def test_what_to_change_is_what_fits():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["no.py"], "no config at 'no.py'"),
+        (["no.py"], "must be a config's file, got 'no.py'"),
         (["no.py", "--gpus", "0"], "--gpus must be an integer >= 1"),
         (["no.py", "--tflops", "-1"], "--tflops must be > 0"),
         (["no.py", "--memory", "nan"], "--memory must be"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from mmengine import Config
 
-from opensora_perflow.hosts.script import running_config, trained_students
+from opensora_perflow.hosts.script import read_host_config, running_config, trained_students
 from opensora_perflow.hosts.v1.host import OpenSora
+from opensora_perflow.tools import cli
 from opensora_perflow.training.recipe import TeacherSettings
 from opensora_perflow.training.teacher import check_source
 
@@ -94,3 +95,23 @@ def test_a_distilled_teacher_must_be_meant(run_folder):
     with pytest.raises(ValueError, match="allow_distilled=True"):
         source(TeacherSettings(from_pretrained=weights))
     assert source(TeacherSettings(from_pretrained=weights, allow_distilled=True)) == f"weights from {weights}"
+
+
+@pytest.mark.parametrize("command", ["estimate", "store --out s", "encode --out s", "embed"])
+@pytest.mark.parametrize(
+    "text, message",
+    [(None, "must be a config's file"), ("model = dict(", "is no config, which is a Python file ('(' was never")],
+)
+def test_a_config_that_is_none_is_said_before_a_missing_open_sora(command, text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "config.py").write_text(text)
+    prompt = ["a dog"] if command == "embed" else []
+    assert cli.main([*command.split(), "config.py", *prompt, "--open-sora", "no checkout"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_a_config_raises_is_told_with_its_name(tmp_path):
+    (tmp_path / "config.py").write_text("x = 1 / 0")
+    with pytest.raises(ValueError, match="config.py' cannot be read .ZeroDivisionError"):
+        read_host_config(tmp_path / "config.py")

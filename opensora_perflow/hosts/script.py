@@ -4,6 +4,7 @@ Open-Sora gives a scheduler, or a model, neither its config nor its checkpoint. 
 variable `cfg` of its own main(), from which everything is called: that is where this looks.
 """
 
+import ast
 import functools
 import json
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine import Config
 from mmengine.registry import Registry
 
 from opensora_perflow.training.state import find_state
@@ -30,6 +32,30 @@ def use_checkout(open_sora: Path | None, version: str = "") -> None:
     if not (root / "opensora" / "registry.py").is_file():
         raise ValueError(f"--open-sora must be the root of an Open-Sora{version and ' ' + version} checkout, got {str(root)!r}")
     sys.path.insert(0, str(root))
+
+
+def refuse_no_config(config: Path) -> None:
+    """Raises ValueError where a config is no file, or no Python. Runs nothing of the config, and needs no Open-Sora."""
+    if not config.is_file():
+        raise ValueError(f"CONFIG must be a config's file, got {str(config)!r}, where no file is (looked in {Path.cwd()})")
+    try:
+        ast.parse(config.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(config)!r} is no config, which is a Python file ({error}); mend it, or name another") from error
+
+
+def read_host_config(config: Path) -> Config:
+    """A config, with the config's own imports done.
+
+    Raises:
+        ValueError: whatever the config raises, which is a program.
+    """
+    try:
+        return Config.fromfile(config)
+    except Exception as error:
+        raise ValueError(
+            f"{str(config)!r} cannot be read ({type(error).__name__}: {error}); mend it, or name another"
+        ) from error
 
 
 def main_variable(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from opensora_perflow import portable
 from opensora_perflow.hosts.chains import ChainSolver, Part
-from opensora_perflow.hosts.script import use_checkout
+from opensora_perflow.hosts.script import refuse_no_config, use_checkout
 from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainWriter
 
@@ -49,12 +49,13 @@ class Workers:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
-def use_host(open_sora: Path | None) -> bool:
+def use_host(config: Path, open_sora: Path | None) -> bool:
     """Have Open-Sora imported from a checkout; None: the installed one. Is it 2.0?
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no config.
     """
+    refuse_no_config(config)
     use_checkout(open_sora)
     portable.activate()
     try:

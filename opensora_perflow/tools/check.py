@@ -213,23 +213,28 @@ def check_config(config: Path, root: Path | None = None, arguments: Sequence[str
 
     Args:
         config: Of train.py. root: Open-Sora checkout; None: the installed one. arguments: train.py's own command line.
+
+    Raises:
+        ValueError: `root` is no checkout.
     """
+    root = root or imported_tree()
+    tag = None if root is None else find_tag(root)
     try:
-        plan = _plan(config, root, arguments)
+        plan = Plan(_merged(config, arguments), root, tag)
     except Exception as error:  # a config is a program
-        return [Finding("config", False, f"{type(error).__name__}: {error}", "a config that mmengine reads", "mend the file")]
+        remedy = "mend the file, or name another"
+        return [Finding("config", False, f"{type(error).__name__}: {error}", "a config that mmengine reads", remedy)]
     return [finding for check in CHECKS for finding in check(plan)]
 
 
-def _plan(config: Path, root: Path | None, arguments: Sequence[str]) -> Plan:
+def _merged(config: Path, arguments: Sequence[str]) -> dict[str, Any]:
     from mmengine import Config
 
     merged = Config.fromfile(config, import_custom_modules=False).to_dict()
     for name, value in zip(arguments, arguments[1:]):
         if name.startswith("--"):
             put(merged, name[2:].replace("-", "_"), value)
-    root = root or imported_tree()
-    return Plan(merged, root, None if root is None else find_tag(root))
+    return merged
 
 
 def put(config: dict[str, Any], name: str, value: str) -> None:

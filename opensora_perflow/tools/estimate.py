@@ -14,7 +14,7 @@ from opensora_perflow import portable
 from opensora_perflow.checks import check_num_steps, number
 from opensora_perflow.hosts import meta
 from opensora_perflow.hosts.outline import Outline
-from opensora_perflow.hosts.script import use_checkout
+from opensora_perflow.hosts.script import read_host_config, refuse_no_config, use_checkout
 from opensora_perflow.tools.residents import residents
 from opensora_perflow.tools.step_memory import changes, memory_of, seconds_of, stored_bytes
 from opensora_perflow.tools.step_units import Units
@@ -30,8 +30,7 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
     Raises:
         ValueError: no Open-Sora, no such config, or a config of another Open-Sora.
     """
-    if not config.is_file():
-        raise ValueError(f"no config at {str(config)!r}")
+    refuse_no_config(config)
     use_checkout(open_sora)
     logging.getLogger("opensora_perflow.portable").setLevel(logging.WARNING)  # nothing of it is computed with
     warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # sizes are all that is wanted
@@ -41,15 +40,13 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
         import opensora.registry as host
     except ImportError as error:
         raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
-    from mmengine import Config
-
     if hasattr(host, "SCHEDULERS"):
         import opensora.models  # noqa: F401  registers its networks
 
         from opensora_perflow.hosts.v1.outline import outline
     else:
         from opensora_perflow.hosts.v2.outline import outline
-    settings = Config.fromfile(config)
+    settings = read_host_config(config)
     if settings.get("model") is None:
         raise ValueError(f"{str(config)!r} has no model; name a config that is trained with")
     return outline(settings)

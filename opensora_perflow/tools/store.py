@@ -67,8 +67,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="solve the first window of each chain from N further noises (default 0); draw it as often by draws.shares",
     )
-    for parser in (encode_parser, store_parser):
-        parser.add_argument("config", type=Path, metavar="CONFIG", help="config of the training, whose teacher solves")
+    for parser, what in ((encode_parser, "text encoder encodes"), (store_parser, "teacher solves")):
+        parser.add_argument("config", type=Path, metavar="CONFIG", help=f"config of the training, whose {what}")
         parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to write, or to go on with")
         parser.add_argument("--data-path", type=Path, metavar="TABLE", help="table of captions (default: the config's)")
         parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
@@ -76,7 +76,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def encode(args: dict[str, Any]) -> int:
     """Run `encode` with parsed arguments; returns the exit status."""
-    storing, is_v2 = _storing(args.pop("open_sora"))
+    storing, is_v2 = _storing(args["config"], args.pop("open_sora"))
     storing.encode(progress=_bar, **args)
     sections = {"t5": "perflow_encoded_t5", "clip": "perflow_encoded_clip"} if is_v2 else {"text_encoder": "perflow_encoded"}
     if _is_first():
@@ -95,7 +95,7 @@ def store(args: dict[str, Any]) -> int:
         check_num_steps(args["chains"], "--chains")
     if args["first_window"] < 0:
         raise ValueError(f"--first-window must be an integer >= 0, got {args['first_window']}")
-    storing, is_v2 = _storing(args.pop("open_sora"))
+    storing, is_v2 = _storing(args["config"], args.pop("open_sora"))
     count = storing.store(progress=_bar, **args)
     if _is_first():
         key = f'dict(teacher=dict(stored="{args["out"]}"), ...)'
@@ -103,11 +103,11 @@ def store(args: dict[str, Any]) -> int:
     return 0
 
 
-def _storing(open_sora: Path | None) -> tuple[ModuleType, bool]:
+def _storing(config: Path, open_sora: Path | None) -> tuple[ModuleType, bool]:
     """The host's module that encodes and stores; is it Open-Sora 2.0's?"""
     from opensora_perflow.hosts.storing import use_host
 
-    is_v2 = use_host(open_sora)
+    is_v2 = use_host(config, open_sora)
     if is_v2:
         from opensora_perflow.hosts.v2 import storing
     else:

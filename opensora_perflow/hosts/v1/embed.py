@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from opensora_perflow import portable
-from opensora_perflow.hosts.script import use_checkout
+from opensora_perflow.hosts.script import read_host_config, refuse_no_config, use_checkout
 from opensora_perflow.hosts.v1.negative_text import write_negative
 
 
@@ -29,15 +29,15 @@ def embed(config: Path, prompt: str, out: Path, open_sora: Path | None = None) -
 
 
 def _text_encoder(config: Path, open_sora: Path | None) -> Any:
+    refuse_no_config(config)
     use_checkout(open_sora, "1.x")
     portable.activate()
     try:
         from opensora.registry import MODELS, build_module
     except ImportError as error:
         raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
-    from mmengine import Config
 
-    settings = Config.fromfile(config).get("text_encoder")
+    settings = read_host_config(config).get("text_encoder")
     if not isinstance(settings, dict) or "type" not in settings:
         raise ValueError(f"{str(config)!r} has no text_encoder; name the config that the student will be trained with")
     settings = {name: value for name, value in settings.items() if name != "shardformer"}  # for training in many processes

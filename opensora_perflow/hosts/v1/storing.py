@@ -14,6 +14,7 @@ import torch
 
 from opensora_perflow.hosts.chains import check_recipe
 from opensora_perflow.hosts.encoded_captions import are_encoded
+from opensora_perflow.hosts.script import read_host_config
 from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
 from opensora_perflow.hosts.v1.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
@@ -81,11 +82,9 @@ def read_training_config(config: Path, data_path: Path | None) -> Any:
     """A training config, with the config's own imports done.
 
     Raises:
-        ValueError: a config without a section that is needed, or another scheduler than perflow.
+        ValueError: a config that cannot be read, or without a section that is needed, or another scheduler than perflow.
     """
-    from mmengine import Config
-
-    found = Config.fromfile(config)
+    found = read_host_config(config)
     missing = [name for name in SECTIONS if not found.get(name)]
     if missing or found.scheduler.get("type") != "perflow":
         what = f"no {', '.join(missing)}" if missing else 'no scheduler=dict(type="perflow", ...)'

@@ -16,6 +16,7 @@ from torch import Tensor
 from opensora_perflow.hosts.chains import check_recipe
 from opensora_perflow.hosts.encoded_captions import are_encoded
 from opensora_perflow.hosts.meta import unloaded
+from opensora_perflow.hosts.script import read_host_config
 from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
 from opensora_perflow.hosts.v2.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v2.encoded_text import encode_captions, perflow_encoded_clip, perflow_encoded_t5
@@ -92,11 +93,9 @@ def read_training_config(config: Path, data_path: Path | None) -> Any:
     """A training config, with the config's own imports done.
 
     Raises:
-        ValueError: a config without a section that is needed, or another model than perflow_flux.
+        ValueError: a config that cannot be read, or without a section that is needed, or another model than perflow_flux.
     """
-    from mmengine import Config
-
-    found = Config.fromfile(config)
+    found = read_host_config(config)
     missing = [name for name in SECTIONS if not found.get(name)]
     if missing or found.model.get("type") != "perflow_flux":
         what = f"no {', '.join(missing)}" if missing else 'no model=dict(type="perflow_flux", ...)'
