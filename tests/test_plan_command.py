@@ -338,3 +338,9 @@ def test_students_that_cannot_be_compared_with_a_teacher(checkout, host, message
 def test_scripts_that_cannot_be_planned(checkout, host, message):
     result = start(checkout, "plan", "--steps", "2", "--candidates", "4", host=host)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_file_in_the_place_of_the_curve_s_folder_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "curve").touch()
+    assert main(["curve", "--out", str(tmp_path / "curve"), "--samples", "1000000000"]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err

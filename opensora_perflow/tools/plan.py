@@ -250,6 +250,8 @@ def curve(args: dict[str, Any]) -> int:
     check_num_steps(args["max_steps"], "--max-steps")
     if args["samples"] < 2:
         raise ValueError("--samples must be >= 2, to compare distributions, got 1")
+    if args["out"].exists() and not args["out"].is_dir():
+        raise ValueError(f"--out must be a folder, got {str(args['out'])!r}, which is a file; name another")
     subject = _subject(args)
     make, windows = (subject.student or subject.teacher), subject.windows or TimeWindows.uniform(1)
     endpoints = {
