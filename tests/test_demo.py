@@ -149,6 +149,15 @@ def test_an_environment_without_the_hosts_packages_is_told(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"lr": 0}, "lr must be > 0"), ({"seed": -1}, "seed must be an integer >= 0"), ({"seed": 10**23}, "at most")],
+)
+def test_settings_that_no_demo_has_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        demo.DemoSettings(**settings)
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["demo", "--videos", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2

@@ -84,15 +84,15 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "num_samples": "samples that are compared, >= 2",
         "teacher_iterations": "with --open-sora of 2.0: training steps of its teacher, >= 1",
         "guidance_scale": "guidance of the teacher, folded into the student, >= 0",
-        "seed": "of clips, noise and training",
+        "seed": "of clips, noise and training, >= 0",
     }
     parser = commands.add_parser(
         "demo",
         help="train a 4-step student of a tiny video model and compare it with its teacher (minutes, no GPU)",
         description=(
-            "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network "
-            "evaluations, through the same scheduler object that Open-Sora uses. Writes side_by_side.mp4, frames.png, "
-            "training.png, results.json and student.safetensors. About 3 minutes of one CPU core."
+            "Distils a tiny text-to-video teacher that ships with the package into a student that samples in 4 network\n"
+            "evaluations, through the same scheduler object that Open-Sora uses. Writes report.html, side_by_side.mp4,\n"
+            "frames.png, training.png, record.jsonl, results.json and student.safetensors. About two minutes of one CPU core."
         ),
         epilog="example: opensora-perflow demo --out my_demo --iterations 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -51,7 +51,7 @@ class DemoSettings:
     """Training steps, >= 1."""
     batch_size: int = key(16, whole())
     """Clips per training step, >= 1."""
-    lr: float = key(3e-4, number(low=0))
+    lr: float = key(3e-4, number(above=0))
     """Learning rate after a short warm-up, > 0."""
     num_clips: int = key(64, whole())
     """Clips to write where no videos are given, >= 1."""
@@ -61,7 +61,7 @@ class DemoSettings:
     """Training steps of Open-Sora 2.0's teacher, >= 1; no weights of that class ship with the package."""
     guidance_scale: float = key(3.0, number(low=0))
     """Scale of the teacher, folded into the student."""
-    seed: int = 0
+    seed: int = key(0, whole(0))
 
     def __post_init__(self) -> None:
         check_keys(self)
