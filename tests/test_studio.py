@@ -1,6 +1,7 @@
 """`opensora-perflow ui`: what its page shows, without gradio, and the page itself in a browser."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -97,10 +98,13 @@ def test_checkpoints_of_demos_and_trainings_are_found_and_averages_taken(studio,
     assert first.error == second.error
 
 
-@pytest.mark.parametrize("prompt, steps, message", [("", 4, "a prompt"), ("a", 17, "1 to 16 steps"), ("a", 0, "steps")])
-def test_what_cannot_be_sampled_is_refused(prompt, steps, message, studio, student):
+@pytest.mark.parametrize(
+    "prompt, steps, seed, message",
+    [("", 4, 0, "a prompt"), ("a", 17, 0, "1 to 16 steps"), ("a", 0, 0, "steps"), ("a", 4, 10**23, "the seed must be at most")],
+)
+def test_what_cannot_be_sampled_is_refused(prompt, steps, seed, message, studio, student):
     with pytest.raises(ValueError, match=message):
-        studio.compare(student, prompt, steps, 0)
+        studio.compare(student, prompt, steps, seed)
 
 
 def test_other_networks_are_refused(studio, tmp_path):
@@ -156,6 +160,17 @@ def test_without_gradio_the_remedy_is_named(monkeypatch, capsys):
 def test_a_run_that_is_not_there_is_refused(tmp_path, capsys):
     assert cli.main(["ui", str(tmp_path / "none")]) == 2
     assert "where nothing is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "port, words", [("0", "an integer >= 1"), ("65536", "at most 65535"), (None, "Address already in use")]
+)
+def test_a_port_that_cannot_be_used_is_refused(port, words, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert cli.main(["ui", "--port", port or str(other.getsockname()[1])]) == 2
+    assert words in capsys.readouterr().err
 
 
 SERVER = """

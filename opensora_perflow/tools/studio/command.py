@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 from pathlib import Path
+
+from opensora_perflow.checks import whole
 
 DEMO = Path("perflow_demo")
 
@@ -36,11 +39,13 @@ def ui(args: dict) -> int:
     """Serve the page.
 
     Raises:
-        ValueError: gradio is not installed, or a RUN that is not there.
+        ValueError: gradio is not installed, a RUN that is not there, or a port that is none or in use.
     """
     missing = [str(path) for path in args["runs"] if not path.exists()]
     if missing:
         raise ValueError(f"RUN must be there, got {', '.join(missing)}, where nothing is")
+    if args["port"] is not None:
+        _refuse_port_in_use(whole(1, 65535)("--port", args["port"]))
     print("opensora-perflow ui: loading gradio", file=sys.stderr, flush=True)
     try:
         from opensora_perflow.tools.studio.layout import serve
@@ -50,6 +55,15 @@ def ui(args: dict) -> int:
         raise ValueError("the page needs gradio, which is not installed: pip install 'opensora_perflow[ui]'") from error
     serve([args["out"], *args["runs"]], args["out"], args["port"], args["share"], _say)
     return 0
+
+
+def _refuse_port_in_use(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one whose server has just ended is free
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"--port {port} of 127.0.0.1 cannot be used ({error.strerror}); name another, or none") from error
 
 
 def _say(address: str) -> None:

@@ -52,11 +52,11 @@ def build(places: Sequence[Path], out: Path, training: runs.Training) -> gradio.
     def sample(name: str | None, prompt: str, steps: float, seed: float | None) -> str:
         checkpoint = find_students(places).get(name or "")
         if checkpoint is None:
-            raise gradio.Error(NONE_YET)
+            raise gradio.Error(NONE_YET, print_exception=False)
         try:
             return show.comparison(studio.compare(checkpoint, prompt, int(steps), int(seed or 0)))
         except (ValueError, OSError) as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
 
     def look(name: str | None, student: str | None, seen: Any, known: list[str]) -> tuple[Any, ...]:
         """The chosen run, and lists of what there is: each is sent only where it changed."""
@@ -102,7 +102,7 @@ def build(places: Sequence[Path], out: Path, training: runs.Training) -> gradio.
         with gradio.Tab("Train and watch"):
             with gradio.Row():
                 run = gradio.Dropdown(label="Run", elem_id="run")
-                quick = gradio.Checkbox(True, label="quick: one minute instead of three", elem_id="quick")
+                quick = gradio.Checkbox(True, label="quick: one minute instead of two", elem_id="quick")
                 start = gradio.Button(f"Train the demo's student into {out}", elem_id="train")
                 end = gradio.Button("Stop", elem_id="stop")
             told = gradio.Markdown(elem_id="told")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.checks import check_num_steps
+from opensora_perflow.checks import check_num_steps, whole
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.hosts.v1.weights import ZERO_AT_FIRST, as_loaded, read_source
 from opensora_perflow.method.metrics import endpoint_error
@@ -94,12 +94,13 @@ class Studio:
 
         Args:
             checkpoint: See `find_students`.
-            steps: Of the student, 1 to MOST_STEPS.
+            steps: Of the student, 1 to MOST_STEPS. seed: Of the noise, >= 0.
 
         Raises:
-            ValueError: no prompt, steps out of range, or a checkpoint that is no student of the tiny model.
+            ValueError: no prompt, steps or seed out of range, or a checkpoint that is no student of the tiny model.
         """
         check_num_steps(steps, "the student's steps")
+        whole(0)("the seed", seed)
         if steps > MOST_STEPS or not prompt.strip():
             raise ValueError(f"a prompt and 1 to {MOST_STEPS} steps are needed, got {prompt!r} and {steps}")
         prompt = " ".join(prompt.lower().split())
