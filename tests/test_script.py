@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine import Config
 
-from opensora_perflow.hosts.script import read_host_config, running_config, trained_students
+from opensora_perflow.hosts.script import cannot_import, read_host_config, running_config, trained_students
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.tools import cli
 from opensora_perflow.training.recipe import TeacherSettings
@@ -115,3 +115,8 @@ def test_what_a_config_raises_is_told_with_its_name(tmp_path):
     (tmp_path / "config.py").write_text("x = 1 / 0")
     with pytest.raises(ValueError, match="config.py' cannot be read .ZeroDivisionError"):
         read_host_config(tmp_path / "config.py")
+
+
+@pytest.mark.parametrize("name, remedy", [("opensora.registry", "name its checkout"), ("omegaconf", "install what is missing")])
+def test_what_stops_the_import_of_open_sora_is_told_from_its_absence(name, remedy):
+    assert remedy in str(cannot_import(ModuleNotFoundError(f"No module named {name!r}", name=name)))

@@ -34,6 +34,15 @@ def use_checkout(open_sora: Path | None, version: str = "") -> None:
     sys.path.insert(0, str(root))
 
 
+def cannot_import(error: ImportError) -> ValueError:
+    """What is told where importing `opensora` failed: there is none, or a package of Open-Sora's is missing."""
+    is_missing = (error.name or "").partition(".")[0] == "opensora"
+    remedy = (
+        "name its checkout: --open-sora ROOT" if is_missing else "install what is missing; docs/hosts.md has its environments"
+    )
+    return ValueError(f"Open-Sora cannot be imported ({error}); {remedy}")
+
+
 def refuse_no_config(config: Path) -> None:
     """Raises ValueError where a config is no file, or no Python. Runs nothing of the config, and needs no Open-Sora."""
     if not config.is_file():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from opensora_perflow import portable
 from opensora_perflow.hosts.chains import ChainSolver, Part
-from opensora_perflow.hosts.script import refuse_no_config, use_checkout
+from opensora_perflow.hosts.script import cannot_import, refuse_no_config, use_checkout
 from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainWriter
 
@@ -63,7 +63,7 @@ def use_host(config: Path, open_sora: Path | None) -> bool:
         import opensora.models
         import opensora.registry
     except ImportError as error:
-        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+        raise cannot_import(error) from error
     return not hasattr(opensora.registry, "SCHEDULERS")
 
 

@@ -14,7 +14,7 @@ from opensora_perflow import portable
 from opensora_perflow.checks import check_num_steps, number
 from opensora_perflow.hosts import meta
 from opensora_perflow.hosts.outline import Outline
-from opensora_perflow.hosts.script import read_host_config, refuse_no_config, use_checkout
+from opensora_perflow.hosts.script import cannot_import, read_host_config, refuse_no_config, use_checkout
 from opensora_perflow.tools.residents import residents
 from opensora_perflow.tools.step_memory import changes, memory_of, seconds_of, stored_bytes
 from opensora_perflow.tools.step_units import Units
@@ -39,7 +39,7 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
     try:
         import opensora.registry as host
     except ImportError as error:
-        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+        raise cannot_import(error) from error
     if hasattr(host, "SCHEDULERS"):
         import opensora.models  # noqa: F401  registers its networks
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from opensora_perflow import portable
-from opensora_perflow.hosts.script import read_host_config, refuse_no_config, use_checkout
+from opensora_perflow.hosts.script import cannot_import, read_host_config, refuse_no_config, use_checkout
 from opensora_perflow.hosts.v1.negative_text import write_negative
 
 
@@ -35,7 +35,7 @@ def _text_encoder(config: Path, open_sora: Path | None) -> Any:
     try:
         from opensora.registry import MODELS, build_module
     except ImportError as error:
-        raise ValueError(f"Open-Sora cannot be imported ({error}); name its checkout: --open-sora ROOT") from error
+        raise cannot_import(error) from error
 
     settings = read_host_config(config).get("text_encoder")
     if not isinstance(settings, dict) or "type" not in settings:
