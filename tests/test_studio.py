@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from browser import BROWSER, REMEDY, Page
@@ -171,6 +172,16 @@ def test_a_port_that_cannot_be_used_is_refused(port, words, capsys):
         other.listen()
         assert cli.main(["ui", "--port", port or str(other.getsockname()[1])]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_folder_that_has_nothing_to_show_is_told(tmp_path, monkeypatch, capsys):
+    layout = SimpleNamespace(serve=lambda *arguments: None)
+    monkeypatch.setitem(sys.modules, "opensora_perflow.tools.studio.layout", layout)
+    write_steps(tmp_path / "run", range(2))
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["ui", str(tmp_path / "run"), str(tmp_path / "empty")]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'empty'} has no student and no run yet" in said and str(tmp_path / "run") not in said
 
 
 SERVER = """

@@ -53,6 +53,12 @@ def ui(args: dict) -> int:
         if error.name != "gradio":
             raise
         raise ValueError("the page needs gradio, which is not installed: pip install 'opensora_perflow[ui]'") from error
+    from opensora_perflow.tools.studio.runs import find_runs
+    from opensora_perflow.tools.studio.students import find_students
+
+    for path in args["runs"]:
+        if not find_students([path]) and not find_runs([path]):
+            print(f"opensora-perflow ui: {path} has no student and no run yet; the page looks again", file=sys.stderr)
     serve([args["out"], *args["runs"]], args["out"], args["port"], args["share"], _say)
     return 0
 

@@ -35,7 +35,8 @@ CSS = """
 .studio-claims td { padding: 2px 12px 2px 0; vertical-align: top; }
 """
 NONE_YET = (
-    "No student is here yet. Train the demo's in the tab Train (quick: one minute), or run the command opensora-perflow demo."
+    "No student is here yet. Train the demo's in the tab Train and watch (quick: one minute), or run the command "
+    "opensora-perflow demo."
 )
 
 
