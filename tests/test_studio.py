@@ -151,6 +151,15 @@ def test_a_demo_is_started_told_of_and_ended(tmp_path):
     assert "stopped by Ctrl-C" in training.told() and not (tmp_path / "out").exists()
 
 
+def test_a_bar_that_is_drawn_after_the_last_words_does_not_hide_them(tmp_path):
+    training = runs.Training(tmp_path / "out")
+    training._process = SimpleNamespace(poll=lambda: 130, returncode=130)
+    training._log.write_text(
+        "opensora-perflow demo: loading torch\nclips: 0%| |opensora-perflow: stopped by Ctrl-C\n\rclips: 0%| |\n"
+    )
+    assert training.told() == "Ended: opensora-perflow: stopped by Ctrl-C"
+
+
 def test_without_gradio_the_remedy_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "opensora_perflow.tools.studio.layout", raising=False)

@@ -94,7 +94,8 @@ class Training:
         text = self._log.read_text(encoding="utf-8", errors="replace")
         lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
         if not self.runs:
-            last = lines[-1] if lines else "without a word"
+            # Before other lines: a bar may be drawn once more after the command's own last words.
+            last = [*(lines or ["without a word"]), *re.findall("opensora-perflow: .*", text)][-1]
             return f"Finished: {self.out}/report.html" if self._process.returncode == 0 else f"Ended: {last}"
         stage = next((line for line in reversed(lines) if line.startswith("stage ")), "starting")
         bar = lines[-1] if lines and "%|" in lines[-1] else ""
