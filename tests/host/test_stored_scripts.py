@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_before_training(host_root: Path, stored: P
     assert not checkpoints(tmp_path / "outputs")
     with pytest.raises(AssertionError, match="was begun with other settings: captions is"):
         (stored / "captions.csv").write_text("text\na white star\n")
-        start(host_root, stored, "store", "--out", "store")
+        start(host_root, stored, "store", "--out", "store", "--first-window", "2")
 
 
 def test_online_training_without_t5_and_vae(host_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
