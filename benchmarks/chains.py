@@ -82,7 +82,7 @@ def solve(
     further: Solutions of the first window that each chain has besides its own.
     """
     solver = chain_solver(world.scheduler(settings), world.teacher, None, seed, torch.float32)
-    writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype, further=further)) for dtype in dtypes]
+    writers = [ChainWriter(folder / dtype, replace(solver.origin, dtype=dtype, first_window=further)) for dtype in dtypes]
     generator, told = torch.Generator().manual_seed(seed), []
     at_once = AT_ONCE.get(world.name, 8192)
     for number, first in enumerate(range(0, count, at_once)):

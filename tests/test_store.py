@@ -35,7 +35,7 @@ def write(folder, network, dtype="float32", first=0, further=0, **config):
 
     ends, scales = solver.ends(noise(), args, first)
     more = [solver.ends(noise(one), args, first, num_windows=1)[0] for one in range(1, further + 1)]
-    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype, further=further))
+    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype, first_window=further))
     writer.write(first // 2, first, ends, CAPTIONS, TOLD, scales, torch.cat(more, dim=1) if more else None)
     return writer, noise(), args
 
@@ -246,7 +246,7 @@ def test_further_solutions_of_the_first_window_are_trained_as_often(tmp_path, mo
     write(tmp_path / "plain", network)
     store, chains = ChainStore(tmp_path / "more"), torch.tensor([0, 1])
     plain = ChainStore(tmp_path / "plain")
-    assert "further" not in plain._shards.header and plain.origin.further == 0 and store.origin.further == 2
+    assert "first_window" not in plain._shards.header and plain.origin.first_window == 0 and store.origin.first_window == 2
     pairs = {}
     for one in range(3):
         start, end = (store.states(chains, torch.tensor([place] * 2), torch.tensor([one] * 2)) for place in (0, 1))
@@ -286,7 +286,7 @@ def test_a_solver_adds_further_solutions_of_the_first_window(network, guidance):
     solver = chain_solver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
     part = Part(CAPTIONS, TOLD, (4, 5, 4, 4), 2)
     ((ends, scales, none),) = solver.solve(part, 0)
-    solver = replace(solver, origin=replace(solver.origin, further=2))
+    solver = replace(solver, origin=replace(solver.origin, first_window=2))
     ((same, also, further),) = solver.solve(part, 0)
     assert none is None and torch.equal(same, ends) and further.shape == (2, 2, 4, 5, 4, 4)
     assert (scales is None) == (guidance["mode"] == "fixed") and (scales is None or torch.equal(also, scales))

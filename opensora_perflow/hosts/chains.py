@@ -62,7 +62,7 @@ class ChainSolver:
             arguments, chains = self.arguments(captions, part), range(first + start, first + start + len(captions))
             noise, *others = (
                 torch.stack([chain_noise(self.origin.seed, chain, part.latent, one) for chain in chains])
-                for one in range(self.origin.further + 1)
+                for one in range(self.origin.first_window + 1)
             )
             # Scales of the same chains are drawn alike.
             further = [self.ends(other, arguments, chains[0], num_windows=1)[0] for other in others]
@@ -103,7 +103,7 @@ def planned(buckets: Callable[[int], Iterable[Part]], origin: Origin, rows: int)
     for one_pass in count():
         generator, parts = step_generator(origin.seed, 0, one_pass, purpose="plan"), []
         for bucket in buckets(one_pass):
-            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1 + origin.further) * prod(bucket.latent)
+            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1 + origin.first_window) * prod(bucket.latent)
             each = min(MOST_ROWS, max(1, SHARD_BYTES // size))
             order = torch.randperm(len(bucket.captions), generator=generator).tolist()
             captions = [bucket.captions[place] for place in order]

@@ -92,9 +92,9 @@ class Stored:
 
     def _further(self, starts: Tensor, ends: Tensor) -> Tensor:
         """The solution that each sample's window is of, from places of its edges [B]; see ChainStore.states."""
-        if self.generator is None or not self.store.origin.further:
+        if self.generator is None or not self.store.origin.first_window:
             return torch.zeros_like(starts)
-        drawn = torch.randint(self.store.origin.further + 1, starts.shape, generator=self.generator)
+        drawn = torch.randint(self.store.origin.first_window + 1, starts.shape, generator=self.generator)
         return torch.where((starts == 0) & (ends == 1), drawn, 0)
 
     def noise(self, batch: Batch, seed: int) -> Tensor:

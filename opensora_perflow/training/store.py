@@ -39,7 +39,7 @@ class Origin:
     windows: Edges, untransformed. solver, steps: The teacher's ODE steps in each window. guidance: The keys of
     recipe.Guidance, a negative prompt as its file's SHA-256. teacher, teacher_source, stage: See state.StudentState.
     host: What of the host's settings a path depends on: the warp, sizes of time ranges. dtype: Of the ends on disk.
-    seed: Of the noise. further: Solutions of the first window that each chain has besides its own.
+    seed: Of the noise. first_window: Solutions of the first window that each chain has besides its own.
     """
 
     windows: Sequence[float]
@@ -52,7 +52,7 @@ class Origin:
     host: dict[str, Any]
     dtype: str
     seed: int
-    further: int = 0
+    first_window: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, host: dict[str, Any], teacher: str, source: str, stage: int, dtype: str, seed: int) -> Origin:
@@ -106,7 +106,7 @@ class ChainWriter:
         remedy = "write to another folder, or with the settings of this one"
         self.origin = origin
         # Without further solutions the header is the one of versions that knew none.
-        header = {name: value for name, value in asdict(origin).items() if name != "further" or value}
+        header = {name: value for name, value in asdict(origin).items() if name != "first_window" or value}
         self.shards = ShardWriter(folder, KIND, {**header, **plan}, rank, remedy)
 
     def write(

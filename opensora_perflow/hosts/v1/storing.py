@@ -71,7 +71,7 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     vae = _build(cfg.vae, "MODELS")
     seed = int(cfg.get("seed", 1024))
     solver = chain_solver(scheduler, _network(cfg, text, vae, workers), text, seed, dtype_of(cfg))
-    solver = replace(solver, origin=replace(solver.origin, further=first_window))
+    solver = replace(solver, origin=replace(solver.origin, first_window=first_window))
     parts = planned(dataset, cfg.bucket_config, vae, solver.origin)
     captions = list(map(str, dataset.data["text"]))
     wanted = len(dataset) if chains is None else chains

@@ -82,7 +82,7 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     torch.manual_seed(seed)  # as train.py: where no weights are named, its random ones teach
     network = flux_of(recipe, {**_settings(cfg.model, "type", "perflow"), **there}, trains=True)
     solver = chain_solver(recipe, keys, network, _preparing(cfg, t5, clip, workers, dtype), seed)
-    solver = replace(solver, origin=replace(solver.origin, further=first_window))
+    solver = replace(solver, origin=replace(solver.origin, first_window=first_window))
     channels, latent_size = network.in_channels // network.patch_size**2, _latent_size(cfg, dtype)
     parts = planned(dataset, texts, cfg.bucket_config, lambda pixels: (channels, *latent_size(pixels)), solver.origin)
     wanted = len(dataset) if chains is None else chains
