@@ -252,7 +252,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["demo", "--help"])
     text = capsys.readouterr().out
-    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "3 minutes", "--quick", "default 100"):
+    for expected in ("--videos", "--open-sora", "side_by_side.mp4", "two minutes", "--quick", "default 100"):
         assert expected in text
 
 

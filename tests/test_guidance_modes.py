@@ -481,7 +481,8 @@ def test_mistakes_of_embed_are_one_line(host, tmp_path, capsys):
     assert not (tmp_path / "n.safetensors").exists()
 
 
-def test_embed_without_open_sora_says_how_to_name_it(host, tmp_path, monkeypatch):
+def test_embed_says_which_package_open_sora_lacks(host, tmp_path, monkeypatch):
     (host / "opensora" / "registry.py").write_text("raise ImportError('no colossalai')\n")
-    with pytest.raises(ValueError, match=r"cannot be imported \(no colossalai\); name its checkout: --open-sora ROOT"):
+    (tmp_path / "train.py").touch()  # a config that is missing is said first
+    with pytest.raises(ValueError, match=r"cannot be imported \(no colossalai\); install what is missing"):
         embed(tmp_path / "train.py", "blurry", tmp_path / "n.safetensors", host)
