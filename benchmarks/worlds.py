@@ -10,6 +10,7 @@ mmdit    the same clips, the MMDiT class and the sampler of Open-Sora 2.0, and a
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.hosts.chains import CHAIN, Part
+from opensora_perflow.hosts.install import find_tag
 from opensora_perflow.method.metrics import temporal_difference_energy
 from opensora_perflow.tools.compare import reference_times
 from opensora_perflow.tools.demo_models import build_network
-from opensora_perflow.tools.open_sora_2 import GUIDANCE, Scripts, find_root
+from opensora_perflow.tools.open_sora_2 import GUIDANCE, Scripts
 from opensora_perflow.tools.report import as_described
 from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.store import ChainWriter
@@ -203,6 +205,22 @@ class OpenSora2:
 
     def sample(self, network: nn.Module, text: Any, z: Tensor, prompts: Sequence[str], *_: Any, **__: Any) -> Tensor:
         return self.host.sample(network, z, prompts, self.steps, self.guidance)
+
+
+def find_root(open_sora: Path | None) -> Path:
+    """A checkout of Open-Sora 2.0: the given one, else the first of OPENSORA_ROOTS that is one.
+
+    Raises:
+        ValueError: neither is.
+    """
+    roots = [open_sora] if open_sora else [Path(part) for part in os.environ.get("OPENSORA_ROOTS", "").split(":") if part]
+    for root in roots:
+        if find_tag(root) == "2.0":
+            return root.resolve()
+    raise ValueError(
+        f"Open-Sora 2.0's own MMDiT is needed, got {[str(root) for root in roots]}; clone hpcaitech/Open-Sora's main branch "
+        "and name it with --open-sora ROOT, or in OPENSORA_ROOTS"
+    )
 
 
 class MMDiTWorld(World):

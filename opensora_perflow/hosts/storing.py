@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ def use_host(config: Path, open_sora: Path | None) -> bool:
     except ImportError as error:
         raise cannot_import(error) from error
     return not hasattr(opensora.registry, "SCHEDULERS")
+
+
+def store(
+    host: ModuleType, config: Path, out: Path, chains: int | None, progress: Progress, data_path: Path | None, first_window: int
+) -> int:
+    """Solve chains until the folder `out` has `chains` of them; how many there are.
+
+    Args:
+        host: hosts.v1.storing or hosts.v2.storing.
+        chains: None: one a row of the data set.
+        data_path: The table of captions; None: the config's.
+        first_window: Further solutions of the first window, for each chain.
+
+    Raises:
+        ValueError: see the host's `read_training_config`; a recipe whose chains no store has, or a folder of other chains.
+    """
+    cfg, workers = host.read_training_config(config, data_path), Workers.started()
+    return host.main(cfg, out, chains, workers, progress, first_window)
 
 
 def solve_chains(

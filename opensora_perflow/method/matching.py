@@ -5,7 +5,7 @@ A state x_s at time s of the straight path is noised again to a time t in (s, 1]
     x_t = alpha x_s + sigma noise,    alpha = (1 - t) / (1 - s),    sigma^2 = t^2 - (alpha s)^2.
 
 Where x_s is distributed as the path at s, x_t is as the path at t. A field's velocity v at x_t gives the score of x_t's
-distribution, -(x_t + (1 - t) v) / t, and with it the mean of x_s given x_t. Of two distributions of x_s, the difference of
+distribution, -(x_t + (1 - t) v) / t. The mean of x_s given x_t follows. Of two distributions of x_s, the difference of
 these means shows the way from one to the other; for s = 0 they are the predicted data.
 
 Source: Distribution Matching Distillation (arXiv:2311.18828, eq. 7 and 8), whose noised clean data are s = 0, and DMD2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tqdm import tqdm
 
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.chains import CHAIN, ChainSolver
-from opensora_perflow.hosts.install import find_tag
 from opensora_perflow.hosts.v2.chain_solver import chain_solver
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import perflow_flux
@@ -54,22 +52,6 @@ NETWORK: dict[str, Any] = {
 """The released model's settings in small."""
 STEPS_KEY = "training_steps"
 """Of a teacher, in the metadata of its file."""
-
-
-def find_root(open_sora: Path | None) -> Path:
-    """A checkout of Open-Sora 2.0: the given one, else the first of OPENSORA_ROOTS that is one.
-
-    Raises:
-        ValueError: neither is.
-    """
-    roots = [open_sora] if open_sora else [Path(part) for part in os.environ.get("OPENSORA_ROOTS", "").split(":") if part]
-    for root in roots:
-        if find_tag(root) == "2.0":
-            return root.resolve()
-    raise ValueError(
-        f"Open-Sora 2.0's own MMDiT is needed, got {[str(root) for root in roots]}; clone hpcaitech/Open-Sora's main branch "
-        "and name it with --open-sora ROOT, or in OPENSORA_ROOTS"
-    )
 
 
 class Scripts:

@@ -95,8 +95,10 @@ def store(args: dict[str, Any]) -> int:
         check_num_steps(args["chains"], "--chains")
     if args["first_window"] < 0:
         raise ValueError(f"--first-window must be an integer >= 0, got {args['first_window']}")
-    storing, is_v2 = _storing(args["config"], args.pop("open_sora"))
-    count = storing.store(progress=_bar, **args)
+    from opensora_perflow.hosts.storing import store as store_chains
+
+    host, is_v2 = _storing(args["config"], args.pop("open_sora"))
+    count = store_chains(host, progress=_bar, **args)
     if _is_first():
         key = f'dict(teacher=dict(stored="{args["out"]}"), ...)'
         print(f"{count} chains are in {args['out']}: {f'model = dict(perflow={key})' if is_v2 else f'scheduler = {key}'}")

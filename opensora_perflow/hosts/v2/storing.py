@@ -44,25 +44,11 @@ def encode(config: Path, out: Path, progress: Progress, data_path: Path | None =
     return _encode(cfg, _texts(_dataset(cfg)), out, workers, progress)
 
 
-def store(
-    config: Path, out: Path, chains: int | None, progress: Progress, data_path: Path | None = None, first_window: int = 0
-) -> int:
-    """Solve chains until the folder `out` has `chains` of them (None: one a row of the data set); how many there are.
+def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress, first_window: int = 0) -> int:
+    """Solve chains, see hosts/storing.py: a script's main(), so that whoever asks for a running script's config finds `cfg`.
 
     The texts' embeddings are kept in `out`/text, unless the config's text encoders are such a folder already.
-
-    Args:
-        first_window: Further solutions of the first window, for each chain.
-
-    Raises:
-        ValueError: see `read_training_config`; a recipe whose chains no store has, or a folder of other chains.
     """
-    cfg, workers = read_training_config(config, data_path), Workers.started()
-    return main(cfg, out, chains, workers, progress, first_window)
-
-
-def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Progress, first_window: int = 0) -> int:
-    """`store`, as a script's main(): whatever asks for the running script's config finds `cfg` here."""
     recipe, keys = read_config(cfg.model.get("perflow"))
     check_recipe(recipe)
     given = [name for name in cfg.get("condition_config") or {} if name != "t2v"]
