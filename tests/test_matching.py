@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from networks import batch, tiny_network
 from problems import Gaussian
+from processes import in_two_processes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -205,8 +204,7 @@ def test_gradients_are_checkpointed_where_the_student_s_are():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
-def average_worker(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def average_worker(rank):
     tensors = [torch.tensor([1.0, 4.0][rank]), torch.full((2, 3), float(rank))]
     average_over_ranks(tensors)
     assert tensors[0] == 2.5 and torch.equal(tensors[1], torch.full((2, 3), 0.5))
@@ -218,11 +216,10 @@ def average_worker(rank, path):
     ups = torch.cat([up.detach().flatten() for _, up in scheduler.run.fake.weights.values()])
     everyone = scheduler.host.gathered(ups)
     assert torch.equal(*everyone) and ups.abs().max() > 0
-    dist.destroy_process_group()
 
 
 def test_adapters_are_the_same_in_all_processes(tmp_path):
-    mp.spawn(average_worker, (tmp_path / "rendezvous",), nprocs=2)
+    in_two_processes(average_worker, tmp_path)
 
 
 def test_a_saved_state_goes_on_as_it_would_have(tmp_path, caplog):

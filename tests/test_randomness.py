@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine import Config
 from networks import Reference13, batch, tiny_network
+from processes import in_two_processes
 
 from opensora_perflow.hosts.parallel import data_parallel_rank, shared
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
@@ -164,9 +164,8 @@ def of_rank(rank):
     return across, torch.tensor([rank == 0, True]), torch.tensor(rank), None, [rank], 0.1 * rank
 
 
-def _two_processes(rank, store, results):
+def _two_processes(rank, results):
     """Rank `rank` of two: first as one sequence-parallel group, as the host keeps them, then as two data-parallel ranks."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     alone = [dist.new_group([index]) for index in range(2)]  # ZeroSeqParallelPlugin: dp_group holds one process of each group
     sys.modules["opensora.acceleration.parallel_states"] = SimpleNamespace(
         get_data_parallel_group=lambda: alone[rank], get_sequence_parallel_group=lambda: dist.group.WORLD
@@ -175,13 +174,12 @@ def _two_processes(rank, store, results):
     kinds = shared(*(of_rank(rank) if rank == 0 else (None, *of_rank(rank)[1:])))
     del sys.modules["opensora.acceleration.parallel_states"]
     torch.save((together, kinds, training(3)), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_a_sequence_parallel_group_draws_the_same_and_data_parallel_ranks_differ(tmp_path):
     """Two processes with gloo, whose latents and reference frames differ until they are shared: then windows, times, noise,
     starts, text and reference drops are the same. No network is split: the host's alltoall needs nccl and is not run here."""
-    mp.spawn(_two_processes, args=(tmp_path / "store", tmp_path), nprocs=2)
+    in_two_processes(_two_processes, tmp_path, tmp_path)
     (one, kinds, first), (other, same_kinds, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(one, other) and one.shape == first.shape == second.shape
     assert not torch.equal(first, second)

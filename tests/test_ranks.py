@@ -1,31 +1,27 @@
 """What the processes of a run tell each other, in two processes of gloo."""
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from networks import batch, tiny_network
+from processes import in_two_processes
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.parallel import mean_over_ranks
 
 
-def worker(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def worker(rank):
     results = [mean_over_ranks(value) for value in ((1.0, 4.0)[rank], (float("nan"), 1.0)[rank])]
-    dist.destroy_process_group()
     assert results[0] == 2.5 and results[1] != results[1]  # the same on both, NaN included
 
 
 def test_two_processes_agree_on_the_mean(tmp_path):
-    mp.spawn(worker, (tmp_path / "rendezvous",), nprocs=2)
+    in_two_processes(worker, tmp_path)
 
 
 def test_a_plain_process_keeps_its_number():
     assert mean_over_ranks(0.3) == 0.3
 
 
-def training_worker(rank, path, settings, message):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def training_worker(rank, settings, message):
     network = tiny_network().train()
     x, args = batch(network)
     scheduler = PeRFlow(**settings[rank])
@@ -39,7 +35,6 @@ def training_worker(rank, path, settings, message):
     else:
         with pytest.raises(ValueError, match=message):  # in both
             scheduler.training_losses(network, x, args)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -53,16 +48,14 @@ def training_worker(rank, path, settings, message):
     ],
 )  # fmt: skip
 def test_processes_that_disagree_are_refused_at_the_first_step(one, other, message, tmp_path):
-    mp.spawn(training_worker, (tmp_path / "rendezvous", (one, other), message), nprocs=2)
+    in_two_processes(training_worker, tmp_path, (one, other), message)
 
 
-def other_teacher_worker(rank, path):
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def other_teacher_worker(rank):
     network = tiny_network(seed=rank).train()
     with pytest.raises(ValueError, match='teacher is "fingerprint .*" there and "fingerprint .*" here'):
         PeRFlow().training_losses(network, *batch(network))
-    dist.destroy_process_group()
 
 
 def test_processes_with_different_teachers_are_refused(tmp_path):
-    mp.spawn(other_teacher_worker, (tmp_path / "rendezvous",), nprocs=2)
+    in_two_processes(other_teacher_worker, tmp_path)
