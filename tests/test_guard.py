@@ -196,7 +196,7 @@ def test_rollback_puts_weights_and_rate_back(tmp_path, caplog):
 def test_rollback_lowers_the_rate_where_nothing_is_kept_yet():
     rates = []
     remedies = Remedies(
-        "rollback", SimpleNamespace(mean=lambda value, device: value, device=lambda: "cpu", scale_rate=rates.append)
+        "rollback", SimpleNamespace(mean=lambda value, device: value, device=lambda: "cpu", scale_rate=rates.append), None
     )
     remedies.note(Breach("learning rate", "too high", curable=True))
     assert remedies.act(1) is None and rates == [0.1]

@@ -1,6 +1,7 @@
 """Distribution matching: exact scores of a Gaussian, what the adapters learn, and what a run keeps of them."""
 
 import logging
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -220,6 +221,21 @@ def average_worker(rank):
 
 def test_adapters_are_the_same_in_all_processes(tmp_path):
     in_two_processes(average_worker, tmp_path)
+
+
+def test_a_rollback_puts_the_adapters_back():
+    """A run's copy puts back adapters and their optimizer: three further steps then change them as they did before."""
+    network, scheduler = tiny_network().train(), PeRFlow(**FIXED, draws=dict(seed=0), matching=dict(weight=1.0))
+    steps(scheduler, network, 2)
+    run, found = scheduler.run, []
+    put_back, student = run.keep_state(), deepcopy(network.state_dict())  # no script's optimizer knows the student here
+    for _ in range(2):
+        put_back()
+        network.load_state_dict(student)
+        run.randomness.steps = 2
+        steps(scheduler, network, 3)
+        found.append(torch.cat([part.detach().flatten() for pair in run.fake.weights.values() for part in pair]))
+    assert torch.equal(*found)
 
 
 def test_a_saved_state_goes_on_as_it_would_have(tmp_path, caplog):

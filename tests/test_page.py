@@ -185,6 +185,12 @@ def test_a_curve_is_quality_against_evaluations(tmp_path):
     assert charts.render(charts.CHARTS[0], [run]) != [""]
 
 
+def test_a_run_that_has_written_nothing_is_no_page(tmp_path):
+    (tmp_path / "record.jsonl").touch()
+    with pytest.raises(ValueError, match=r"has nothing to report yet: its record\.jsonl has no line"):
+        read_run(tmp_path)
+
+
 def test_runs_of_one_name_are_told_by_their_folders(demo, tmp_path):
     other = shutil.copytree(demo, tmp_path / "other" / demo.name)
     out = report([demo, other], tmp_path / "both.html")

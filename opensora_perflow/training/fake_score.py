@@ -8,8 +8,9 @@ steps inside the training step. Their state lies beside perflow.json.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +135,20 @@ class FakeScore:
                 "use a lower matching.rate or matching.updates"
             )
         return product - product.detach()
+
+    @torch.no_grad()
+    def keep_state(self) -> Callable[[], None]:
+        """A copy of the adapters and of their optimizer's state. Returns what puts both back."""
+        weights = [weight.detach().clone() for _, _, weight in self._named()]
+        moments = deepcopy(self.optimizer.state_dict())
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for (_, _, weight), copy in zip(self._named(), weights):
+                weight.copy_(copy)
+            self.optimizer.load_state_dict(deepcopy(moments))
+
+        return put_back
 
     def save(self, folder: Path) -> None:
         """Write adapters and the state of their optimizer into a checkpoint folder, atomically."""

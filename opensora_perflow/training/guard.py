@@ -26,10 +26,10 @@ BLANK, STILL = 0.1, 1e-3
 """Latents are blank where they vary less than this part of the most varied ones; they stand still where their motion is less
 than this part of their variance. Healthy clips have .2 and .9 at least."""
 LARGEST_UPDATE = 0.05
-WILD_UPDATE = 0.5
-"""The same of one step: nothing of a network is left then, and the next step may give NaN."""
 """Part of their length by which weights may move in a step. Healthy: .0004 of the video model, .014 of the mixture's small
 one."""
+WILD_UPDATE = 0.5
+"""The same of one step: nothing of a network is left then, and the next step may give NaN."""
 ENOUGH = 16
 """Samples before the data is judged."""
 SHARE_BLANK, SHARE_STILL = 0.25, 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,13 +39,16 @@ class Observer:
     Args:
         recipe, host: See there.
         edges: The windows', in untransformed time.
+        keep_state: See remedies.Remedies.
     """
 
-    def __init__(self, recipe: Recipe, host: Host, edges: Sequence[float]) -> None:
+    def __init__(
+        self, recipe: Recipe, host: Host, edges: Sequence[float], keep_state: Callable[[], Callable[[], None]]
+    ) -> None:
         self.recipe, self.host = recipe, host
         self.record = Record(host.folder())
         self.guard = None if recipe.watch is None else Guard(edges)
-        self.remedies = Remedies("warn" if recipe.watch is None else recipe.watch.policy, host)
+        self.remedies = Remedies("warn" if recipe.watch is None else recipe.watch.policy, host, keep_state)
         self.instruments: Instruments | None = None
         self.seen: list[Vitals] = []
         """Of the first steps, up to FIRST_STEPS."""

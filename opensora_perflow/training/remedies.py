@@ -28,11 +28,12 @@ class Remedies:
 
     Args:
         policy: watch.policy.
-        host: Has the optimizer.
+        host: Has the optimizer's rate.
+        keep_state: Copies all that a step changes. Returns what puts the copy back, as often as it is called.
     """
 
-    def __init__(self, policy: str, host: Host) -> None:
-        self.policy, self.host = policy, host
+    def __init__(self, policy: str, host: Host, keep_state: Callable[[], Callable[[], None]]) -> None:
+        self.policy, self.host, self.keep_state = policy, host, keep_state
         self._pending: Breach | None = None
         self._good: tuple[int, float | None, Callable[[], None]] | None = None
         self._newest: tuple[int, float | None, Callable[[], None]] | None = None
@@ -58,7 +59,7 @@ class Remedies:
         if breached:
             return self._carry_out(step, "another process saw it" if seen is None else seen.text)
         if self.policy == "rollback" and not breached and step % KEEP_EVERY == 0:
-            self._good, self._newest = self._newest or self._good, (step, self.host.rate(), self.host.keep_state())
+            self._good, self._newest = self._newest or self._good, (step, self.host.rate(), self.keep_state())
         return None
 
     def _carry_out(self, step: int, text: str) -> int | None:

@@ -69,7 +69,7 @@ class TrainingRun:
     ) -> None:
         self.recipe, self.host, self.teacher, self.curriculum, self.store = recipe, host, teacher, curriculum, store
         self.monitor = Monitor(recipe.watch)
-        self.observer = Observer(recipe, host, self.windows.edges)
+        self.observer = Observer(recipe, host, self.windows.edges, self.keep_state)
         self.randomness: TrainingRandomness | None = None
         self.fake = None if recipe.matching is None else FakeScore(teacher.network, recipe.matching)
         self.looked = False
@@ -153,6 +153,16 @@ class TrainingRun:
             as_given=as_given,
             generator=generator,
         )
+
+    def keep_state(self) -> Callable[[], None]:
+        """Copies the state that training steps change: the host's, and matching's adapters. Returns what puts all back."""
+        parts = [self.host.keep_state(), *([] if self.fake is None else [self.fake.keep_state()])]
+
+        def put_back() -> None:
+            for part in parts:
+                part()
+
+        return put_back
 
     def step(self, batch: Batch, objective: Objective, model: nn.Module) -> Tensor:
         """The losses [B] of one step; with gradients enabled also what belongs before and after a step."""
@@ -253,7 +263,7 @@ class TrainingRun:
         changed = any(getattr(recipe, name) != getattr(self.recipe, name) for name in measured_by)
         if changed or curriculum is not self.curriculum:
             self.monitor = Monitor(recipe.watch, self.randomness.rank, self.shares)
-            self.observer = Observer(recipe, self.host, self.windows.edges)
+            self.observer = Observer(recipe, self.host, self.windows.edges, self.keep_state)
         self.recipe, self.curriculum = recipe, curriculum
 
     def _resume(self, model: nn.Module, describe: Callable[[TrainingRun], StudentState]) -> None:

@@ -132,7 +132,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         name: Title; None: the folder's name.
 
     Raises:
-        ValueError: no run's folder, or a file in it that is no JSON.
+        ValueError: no run's folder, one in which nothing is written yet, or a file in it that is no JSON.
     """
     folder = path.parent if path.name == RECORD else path
     if not any((folder / name).is_file() for name in (RESULT, RECORD, CURVE)):
@@ -147,10 +147,14 @@ def read_run(path: Path, name: str | None = None) -> Run:
             left_out.append(shown)
         else:
             videos[shown] = place.read_bytes()
+    result = _json(folder / RESULT) or _of_curve(_json(folder / CURVE))
+    record = read_record(folder) if (folder / RECORD).is_file() else []
+    if not result and not record:
+        raise ValueError(f"{folder} has nothing to report yet: its {RECORD} has no line; try again when training has begun")
     return Run(
         name or folder.resolve().name,
-        _json(folder / RESULT) or _of_curve(_json(folder / CURVE)),
-        read_record(folder) if (folder / RECORD).is_file() else [],
+        result,
+        record,
         _state(folder),
         _json(folder / "config.txt"),
         videos,
