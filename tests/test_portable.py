@@ -599,6 +599,7 @@ def test_cpu_accelerator_gets_streams(no_cuda: None, packages) -> None:
     accelerator.Stream().wait_stream(accelerator.current_stream())
     with accelerator.stream(accelerator.default_stream()):
         accelerator.synchronize()
+    assert accelerator.device_count() == 1  # float16's loss scaler asks
 
 
 def test_cpu_accelerator_seeds_torchs_generator(no_cuda: None, packages) -> None:

@@ -3,7 +3,8 @@
 The accelerator of 0.4.6 raises for Stream, current_stream, stream and synchronize (accelerator/cpu_accelerator.py), and
 zero/low_level/low_level_optim.py:326-330 and bookkeeping/bucket_store.py:22 call them without looking. Linear layers
 of tensor parallelism (shardformer/layer/utils.py:158) read a generator's state, where the accelerator of 0.4.6 and 0.5.0 hands
-torch an argument that torch does not take, and seed the generator, where it raises.
+torch an argument that torch does not take, and seed the generator, where it raises. The loss scaler of float16 asks for a count
+of devices and drops the answer (amp/naive_amp/grad_scaler/dynamic_grad_scaler.py:41), where it raises as well.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def _with_streams(base: type) -> type:
 
         def synchronize(self, device: Any = None) -> None:
             return None
+
+        def device_count(self) -> int:
+            return 1
 
         def get_rng_state(self, device: Any = None) -> Tensor:
             return torch.get_rng_state()

@@ -14,6 +14,8 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TAIL_LINES = 60
@@ -277,6 +279,21 @@ def run_python(command: Sequence[str], *, nproc: int, log: Path, cwd: Path, time
         tail = "\n".join(output.splitlines()[-TAIL_LINES:])
         raise AssertionError(f"{' '.join(command)} ended with {code}; last {TAIL_LINES} lines of {log}:\n{tail}")
     return output
+
+
+def computes_in_half() -> bool:
+    """Does torch have float16 on this CPU? 2.2 has no layer norm of it, 2.4 has."""
+    try:
+        torch.nn.functional.layer_norm(torch.ones(1, 2, dtype=torch.float16), (2,))
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_half = pytest.mark.skipif(
+    not computes_in_half(),
+    reason="torch 2.2 has no float16 on a CPU; run with torch 2.4 and the host's packages",
+)
 
 
 def losses(printed: str) -> list[float]:

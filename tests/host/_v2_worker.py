@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _harness import computes_in_half
 from _harness_v2 import TINY_FLUX
 from torch import Tensor, nn
 
@@ -177,16 +178,21 @@ def check_alpha_is_get_schedule_s() -> None:
 
 def check_backward_is_ours() -> None:
     """booster.backward with ZeRO and two micro steps a step: the gradients that plain autograd has of the mean of both losses,
-    rounded to bfloat16 once more; with a loss scale as fp16 has it, which is a power of two, too. This CPU has no fp16."""
+    rounded once more. In float16 ZeRO scales the loss itself. Where the CPU has no float16, a scaled loss stands for it."""
     from colossalai.booster import Booster
     from colossalai.booster.plugin import LowLevelZeroPlugin
     from colossalai.nn.optimizer import HybridAdam
 
-    dtype = torch.bfloat16
-    for stage, scale in ((1, 1), (2, 1), (2, 2**16)):
+    cases = [("bf16", torch.bfloat16, stage, scale) for stage, scale in ((1, 1), (2, 1), (2, 2**16))]
+    if computes_in_half():
+        cases += [("fp16", torch.float16, stage, 2**10) for stage in (1, 2)]
+    for precision, dtype, stage, scale in cases:
         network, _ = student(dtype=dtype)
         reference, _ = student(dtype=dtype)
-        plugin = LowLevelZeroPlugin(stage=stage, precision="bf16", overlap_allgather=False, cast_inputs=False)
+        plugin = LowLevelZeroPlugin(
+            stage=stage, precision=precision, initial_scale=scale, overlap_allgather=False, cast_inputs=False
+        )
+        given = 1 if precision == "fp16" else scale
         booster = Booster(plugin=plugin)
         torch.set_default_dtype(dtype)
         model, optimizer, *_ = booster.boost(network, HybridAdam(network.parameters(), lr=1e-3))
@@ -195,7 +201,7 @@ def check_backward_is_ours() -> None:
             inp, target = training_inputs(dtype, seed=micro)
             waits = stage == 1 and micro == 0
             with booster.no_sync(model, optimizer) if waits else nullcontext():
-                booster.backward(loss=loss_of(model, dict(inp), target) / 2 * scale, optimizer=optimizer)
+                booster.backward(loss=loss_of(model, dict(inp), target) / 2 * given, optimizer=optimizer)
             (loss_of(reference, dict(inp), target) / 2 * scale).backward()
         for (name, parameter), other in zip(network.named_parameters(), reference.parameters(), strict=True):
             gradient = optimizer.get_param_grad(parameter)
@@ -204,7 +210,7 @@ def check_backward_is_ours() -> None:
                 continue
             gradient, expected = gradient.flatten()[: other.numel()].float(), other.grad.flatten().float()
             error = (gradient - expected).norm() / expected.norm().clamp(min=1e-9 * scale)
-            assert error <= 2**-8, (stage, scale, name, error)
+            assert error <= torch.finfo(dtype).eps / 2, (precision, stage, scale, name, error)
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

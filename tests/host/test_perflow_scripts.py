@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _harness import REPOSITORY, Clips, checkpoints, decode_video, mp4_files, run_python, run_script
+from _harness import REPOSITORY, Clips, checkpoints, decode_video, mp4_files, needs_half, run_python, run_script
 
 from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.worlds.clips import recognise
@@ -96,6 +96,18 @@ def test_a_resumed_run_needs_a_named_teacher_and_then_goes_on(
     printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
     assert [folder.name for folder in checkpoints(tmp_path / "outputs")] == ["epoch3-global_step16"]
     assert f"PeRFlow teacher: weights from {start}" in printed and np.isfinite(losses(printed)).all()
+
+
+@needs_half
+def test_float16_trains(host_root: Path, clips: Clips, tmp_path: Path) -> None:
+    """ZeRO scales the loss; weights move, and stay finite."""
+    config = child_config(tmp_path / "half.py", "perflow_tiny_stage1.py", dtype="fp16", epochs=2, ckpt_every=4)
+    options = ["--data-path", clips.csv, "--outputs", tmp_path / "outputs"]
+    printed = run_script(host_root, "train.py", config, *options, cwd=tmp_path)
+    assert np.isfinite(losses(printed)).all()
+    first, last = (read_state_dict(folder) for folder in checkpoints(tmp_path / "outputs"))
+    assert all(value.isfinite().all() for value in last.values())
+    assert any(not torch.equal(first[key], last[key]) for key in last)
 
 
 def test_two_processes_with_frame_masks(host_root: Path, clips: Clips, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _harness import Clips, checkpoints, decode_video, losses, mp4_files, run_python, run_script
+from _harness import Clips, checkpoints, decode_video, losses, mp4_files, needs_half, run_python, run_script
 from _harness_v2 import TINY_FLUX, inference_config_v2, train_config_v2
 from safetensors.torch import load_file
 from torch import Tensor
@@ -135,6 +135,17 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(host2_root: Path, small_c
     rest = train(host2_root, small_clips, tmp_path / "rest", FIXED, "--load", whole.checkpoints[0])
     pairs = list(zip(whole.draws[0][2:], rest.draws[0], strict=True))
     assert len(pairs) == 2 and all(torch.equal(one["loss"], other["loss"]) for one, other in pairs)
+
+
+@needs_half
+def test_float16_trains(host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """ZeRO scales the loss; weights move, and stay finite."""
+    scaled = {"reduce_bucket_size_in_m": 1, "overlap_allgather": False, "initial_scale": 2**8}
+    run = train(host2_root, small_clips, tmp_path, FIXED, dtype="fp16", plugin_config=scaled)
+    is_sound(run, steps=4)
+    before, after = run.weights(0), run.weights()
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
 
 
 def test_changed_windows_are_refused(student: Trained, host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
