@@ -1,15 +1,15 @@
-"""Kills the demo, or delta weights' commands, at random moments, and counts outputs that are not whole.
+"""Kills the demo, or the commands that write weights, at random moments, and counts outputs that are not whole.
 
     python benchmarks/kills.py --kills 100
-    python benchmarks/kills.py --kills 50 --what delta      # a minute
+    python benchmarks/kills.py --kills 250 --what weights      # two minutes
 
 Each run has its own seed, so that each of its files differs from those of all other runs. Half of the kills come at a random
 moment of the run, half within a few milliseconds of the moment when the files take their places. After each kill the output
 folder must hold every file of the last whole run or every file of the killed one, and the user's own files. "too late" counts
 runs that had ended by themselves. Needs a system that can fork; about 10 minutes for 100 kills on 2 CPU cores.
 
-With --what delta the demo's teacher and a student of it become a delta, which is merged into a folder or a file, in turn. After
-each kill an output must be absent, or be read as whole with its windows.
+With --what weights a student of the demo's teacher is exported, becomes a delta, or comes from that delta merged into a folder
+or a file, in turn. After each kill an output must be absent, or be read as whole with its windows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 
 from opensora_perflow.checkpoints import read_state_dict, write_state_dict
 from opensora_perflow.tools import compare, delta, demo
+from opensora_perflow.tools.export import export
 from opensora_perflow.tools.report import KIND
 from opensora_perflow.training.delta_file import read_delta
 from opensora_perflow.training.state import StudentState, find_state, write_state
@@ -86,8 +87,8 @@ def when_written(out: Path, pid: int) -> None:
         time.sleep(0.0002)
 
 
-def kill_deltas(kills: int, rng: random.Random) -> dict[str, int]:
-    """How often `delta make` and `delta merge` leave nothing, something whole, or something else."""
+def kill_writers(kills: int, rng: random.Random) -> dict[str, int]:
+    """How often `export`, `delta make` and `delta merge` leave nothing, something whole, or something else."""
     counts = {"nothing": 0, "whole": 0, "not whole": 0, "too late": 0}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,6 +103,8 @@ def kill_deltas(kills: int, rng: random.Random) -> dict[str, int]:
         def work(out: Path) -> None:
             if out.stem.startswith("delta"):
                 delta.make(*sources, out)
+            elif out.stem.startswith("export"):
+                export(folder / "student", out, ema=False)
             else:
                 delta.merge(folder / "whole.safetensors", sources[1], out)
 
@@ -116,7 +119,7 @@ def kill_deltas(kills: int, rng: random.Random) -> dict[str, int]:
             except (ValueError, TypeError):
                 return False
 
-        outs = ("delta{}.safetensors", "out{}", "pt{}/student.pt", "one{}/student.safetensors")
+        outs = ("delta{}.safetensors", "export{}", "out{}", "pt{}/student.pt", "one{}/student.safetensors")
         lengths = {}
         for kill in range(-len(outs), kills):
             kind = outs[kill % len(outs)]
@@ -138,11 +141,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="kills (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--what", choices=("demo", "delta"), default="demo", help="what is killed (default demo)")
+    parser.add_argument("--what", choices=("demo", "weights"), default="demo", help="what is killed (default demo)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    if args.what == "delta":
-        counts = kill_deltas(args.kills, rng)
+    if args.what == "weights":
+        counts = kill_writers(args.kills, rng)
         print(json.dumps(counts))
         return int(counts["not whole"] > 0)
     counts = {"all old": 0, "all new": 0, "too late": 0, "mixed": 0, "user's files lost": 0}
