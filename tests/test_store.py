@@ -8,7 +8,7 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
-from opensora_perflow.hosts.chains import CHAIN, Part
+from opensora_perflow.hosts.chains import CHAIN, Part, check_recipe
 from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
@@ -75,6 +75,81 @@ def test_losses_are_those_of_a_teacher_that_solves_now(tmp_path, monkeypatch, ne
         # The loss is a mean square: |a^2 - b^2| <= |a - b| (2 |b| + |a - b|).
         slope = 2 * 8 * rounding / 0.25
         assert ((loss - online).abs() <= slope * (2 * online.sqrt() + slope)).all() and not torch.equal(loss, online)
+
+
+class Text:
+    """Says of any captions what networks.batch says of its own."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def encode(self, captions):
+        return {name: self.args[name] for name in ("y", "mask")}
+
+
+DIFFUSED = dict(**FIXED, draws=dict(starts="diffused", seed=3))
+
+
+def write_over_data(folder, network, data, dtype, **config):
+    """A store of two chains over latents [2, ...]; model_args of the training."""
+    _, args = batch(network)
+    solver = chain_solver(PeRFlow(**{**DIFFUSED, **config}), network, Text(args), seed=5, dtype=torch.float32)
+    solver = replace(solver, origin=replace(solver.origin, dtype=dtype))
+    told = {**TOLD, "fps": [24.0, 12.0]}
+    ((ends, scales, further, kept),) = solver.solve(Part(CAPTIONS, told, (4, 5, 4, 4), 2, data=data), 0)
+    ChainWriter(folder, solver.origin).write(0, 0, ends, CAPTIONS, told, scales, further, kept)
+    return {**args, "fps": torch.tensor(told["fps"])}
+
+
+@pytest.mark.parametrize("config", [{}, dict(use_timestep_transform=True, windows=[1.0, 0.6, 0.0])])
+def test_losses_over_data_are_those_of_a_teacher_that_solves_now(tmp_path, network, config):
+    """Windows start at the clip's latents with the chain's noise. Latents are rounded to the store's dtype before the teacher
+    solves, so that the bound of its ends alone holds."""
+    data, chains = torch.randn(2, 4, 5, 4, 4), {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)]).bfloat16()}
+    noise = torch.stack([chain_noise(5, chain, (4, 5, 4, 4)) for chain in range(2)])
+    for dtype, rounding in (("float32", 0), ("float16", 2.0**-11)):
+        args = write_over_data(tmp_path / dtype, network, data, dtype, **config)
+        assert [told["fps"] for _, told in ChainStore(tmp_path / dtype).chains] == [24.0, 12.0]
+        online = PeRFlow(**{**DIFFUSED, **config})
+        stored = PeRFlow(**{**DIFFUSED, **config}, teacher=dict(stored=str(tmp_path / dtype)))
+        x, zeros, slope = data.to(getattr(torch, dtype)).float(), torch.zeros_like(data), 8 * rounding / 0.25
+        for _ in range(6):
+            expected = online.training_losses(network, x, args, noise=noise)["loss"]
+            found = stored.training_losses(network, zeros, {**args, **chains})["loss"]
+            # As above, of ends alone: |a^2 - b^2| <= |a - b| (2 |b| + |a - b|).
+            assert ((found - expected).abs() <= slope * (2 * expected.sqrt() + slope)).all(), (found, expected)
+
+
+def test_a_store_over_data_has_its_own_windows_alone(tmp_path, network):
+    chains = {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)])}
+    args = {**write_over_data(tmp_path / "data", network, torch.randn(2, 4, 5, 4, 4), "float16"), **chains}
+    write(tmp_path / "noise", network)
+    for folder, changes, message in (
+        ("data", dict(draws=dict(starts="student")), "solved with draws.starts='diffused', and this training has 'student'"),
+        ("noise", dict(), "solved with draws.starts='student', and this training has 'diffused'"),
+        ("data", dict(windows=2), "starts each of its windows .* at data anew"),
+        ("data", dict(draws=dict(starts="diffused", grids=[2])), "starts each of its windows .* at data anew"),
+        ("data", dict(curriculum=dict(windows=[4, 2])), "starts each of its windows .* at data anew"),
+    ):
+        scheduler = PeRFlow(**{**DIFFUSED, **changes}, teacher=dict(stored=str(tmp_path / folder)))
+        with pytest.raises(ValueError, match=message):
+            scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), args)
+    for more in (dict(grids=[2]), dict()):
+        curriculum = None if more else dict(windows=[4, 2])
+        recipe = PeRFlow(**{**DIFFUSED, "draws": dict(starts="diffused", **more)}, curriculum=curriculum).recipe
+        with pytest.raises(ValueError, match="a store has the windows of `windows` alone"):
+            check_recipe(recipe)
+
+
+def test_a_training_over_stored_data_measures_no_path_from_noise(tmp_path, caplog, network):
+    caplog.set_level("INFO")
+    args = write_over_data(tmp_path, network, torch.randn(2, 4, 5, 4, 4), "float16")
+    scheduler = PeRFlow(**{**DIFFUSED, "watch": dict(every=4)}, teacher=dict(stored=str(tmp_path)))
+    chains = {CHAIN: torch.stack([chain_bytes(0), chain_bytes(1)])}
+    for _ in range(9):
+        scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})["loss"].mean().backward()
+    said = [record.message for record in caplog.records]
+    assert any("stored chains" in one for one in said) and not any("held-out" in one for one in said)
 
 
 def test_scales_of_mode_range_are_the_chains_own(tmp_path, monkeypatch, network):
@@ -186,7 +261,6 @@ def test_batches_and_stores_have_to_go_together(tmp_path, network):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (dict(draws=dict(starts="diffused")), 'draws.starts="diffused" wants a teacher'),
         (dict(windows=2, curriculum=dict(windows=[2, 1], teacher="previous")), 'curriculum.teacher="previous" wants a teacher'),
     ],
 )
@@ -278,16 +352,11 @@ def test_further_solutions_of_the_first_window_are_trained_as_often(tmp_path, mo
 def test_a_solver_adds_further_solutions_of_the_first_window(network, guidance):
     _, args = batch(network)
     text = {name: args[name] for name in ("y", "mask")}
-
-    class Text:
-        def encode(self, captions):
-            return text
-
-    solver = chain_solver(PeRFlow(watch=None, guidance=guidance), network, Text(), seed=5, dtype=torch.float32)
+    solver = chain_solver(PeRFlow(watch=None, guidance=guidance), network, Text(args), seed=5, dtype=torch.float32)
     part = Part(CAPTIONS, TOLD, (4, 5, 4, 4), 2)
-    ((ends, scales, none),) = solver.solve(part, 0)
+    ((ends, scales, none, _),) = solver.solve(part, 0)
     solver = replace(solver, origin=replace(solver.origin, first_window=2))
-    ((same, also, further),) = solver.solve(part, 0)
+    ((same, also, further, _),) = solver.solve(part, 0)
     assert none is None and torch.equal(same, ends) and further.shape == (2, 2, 4, 5, 4, 4)
     assert (scales is None) == (guidance["mode"] == "fixed") and (scales is None or torch.equal(also, scales))
     for one in (1, 2):

@@ -24,14 +24,15 @@ def nulls(monkeypatch):
     return note_nulls(monkeypatch)
 
 
-def write(folder, dtype="float32", config=FIXED, network=None):
-    """A store of two chains with the arguments of mmdit.py; their noise [2, ...]."""
+def write(folder, dtype="float32", config=FIXED, network=None, data=None):
+    """A store of two chains with the arguments of mmdit.py, over `data` or from noise; their noise [2, ...]."""
     recipe, keys = read_config(config)
     settings = dict(guidance_embed=True) if recipe.guidance.mode == "range" else {}
     network = TinyMMDiT(**settings) if network is None else network
     solver = chain_solver(recipe, keys, network, lambda captions, latent: arguments()[0], seed=5)
-    ((ends, scales, _),) = solver.solve(Part(["one", "two"], TOLD, LATENT, 2), 0)
-    ChainWriter(folder, replace(solver.origin, dtype=dtype)).write(0, 0, ends, ["one", "two"], TOLD, scales)
+    solver = replace(solver, origin=replace(solver.origin, dtype=dtype))
+    ((ends, *others),) = solver.solve(Part(["one", "two"], TOLD, LATENT, 2, data=data), 0)
+    ChainWriter(folder, solver.origin).write(0, 0, ends, ["one", "two"], TOLD, *others)
     return torch.stack([chain_noise(5, chain, LATENT) for chain in range(2)])
 
 
@@ -73,6 +74,17 @@ def test_losses_are_those_of_a_teacher_that_solves_now(tmp_path, monkeypatch, co
     slope = 2 * 8 * 2.0**-11 / 0.18
     assert ((half - online).abs() <= slope * (2 * online.sqrt() + slope)).all()
     assert not torch.equal(half, online)
+
+
+def test_losses_over_data_are_those_of_a_teacher_that_solves_now(tmp_path, monkeypatch):
+    """A teacher that solves starts at train.py's x_t with more noise; here both start at the clip with the chain's noise."""
+    config = {**FIXED, "draws": dict(starts="diffused", seed=3)}
+    data = torch.randn(2, *LATENT)
+    noise = write(tmp_path, config=config, data=data)
+    stored = stored_losses(tmp_path, config)
+    real = segments.diffused
+    monkeypatch.setattr(segments, "diffused", lambda batch, t: real(replace(batch, data=data, noise=noise), t))
+    assert torch.equal(stored, losses(hooked(config)[0]))
 
 
 def test_scales_of_mode_range_are_the_chains_own(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from opensora_perflow.training.players import Batch
 from opensora_perflow.training.randomness import step_generator
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.run import TrainingRun
-from opensora_perflow.training.segments import path_times, teacher_path
-from opensora_perflow.training.store import DTYPES, SHARD_BYTES, ChainStore, Origin, chain_noise
+from opensora_perflow.training.segments import diffused, path_times, teacher_path
+from opensora_perflow.training.store import DTYPES, SHARD_BYTES, ChainStore, Origin, chain_noise, told_of
 
 CHAIN = "perflow_chain"
 """Name of each sample's chain in a batch."""
@@ -28,12 +28,25 @@ MOST_ROWS = 64
 
 @dataclass(frozen=True)
 class Part:
-    """Chains of one size: captions, what else the teacher is told of each, their latents' shape, and how many at once."""
+    """Chains of one size.
+
+    captions: Of each. told: What else the teacher is told of them, see `ChainWriter.write`. latent: C, T, H, W of latents.
+    batch_size: How many are solved at once. rows: Of the data set. data: Clean latents [n, C, T, H, W] at which windows start
+    with noise; None: they start at noise.
+    """
 
     captions: Sequence[str]
-    told: Mapping[str, float]
+    told: Mapping[str, Any]
     latent: tuple[int, ...]
     batch_size: int
+    rows: Sequence[int] = ()
+    data: Tensor | None = None
+
+    def of(self, places: Sequence[int]) -> Part:
+        """Some of its chains."""
+        captions, rows = ([every[place] for place in places if every] for every in (self.captions, self.rows))
+        data = None if self.data is None else self.data[list(places)]
+        return replace(self, captions=captions, rows=rows, told=told_of(self.told, places), data=data)
 
 
 @dataclass(frozen=True)
@@ -41,40 +54,44 @@ class ChainSolver:
     """Solves chains by a recipe's teacher.
 
     run: Whose teacher and windows count. origin: Of the chains.
-    arguments: (captions, the part that they are of) -> what the host tells networks of a batch.
+    arguments: What the host tells networks of a part's chains.
     batch: (noise [B, ...], arguments, generator of scales) -> a training's batch, from this noise.
     """
 
     run: TrainingRun
     origin: Origin
-    arguments: Callable[[Sequence[str], Part], Any]
+    arguments: Callable[[Part], Any]
     batch: Callable[[Tensor, Any, torch.Generator], Batch]
 
-    def solve(self, part: Part, first: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    def solve(self, part: Part, first: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]]:
         """The part's chains first, first + 1, ..., batch by batch.
 
         Yields:
             Ends [n, K, C, T, H, W]; scales [n], where they are drawn; further states at the first clean edge
-            [n, M, C, T, H, W], where the origin has any.
+            [n, M, C, T, H, W], where the origin has any; the part's data.
         """
         for start in range(0, len(part.captions), part.batch_size):
-            captions = part.captions[start : start + part.batch_size]
-            arguments, chains = self.arguments(captions, part), range(first + start, first + start + len(captions))
+            batch = part.of(range(start, min(start + part.batch_size, len(part.captions))))
+            arguments, chains = self.arguments(batch), range(first + start, first + start + len(batch.captions))
             noise, *others = (
                 torch.stack([chain_noise(self.origin.seed, chain, part.latent, one) for chain in chains])
                 for one in range(self.origin.first_window + 1)
             )
             # Scales of the same chains are drawn alike.
             further = [self.ends(other, arguments, chains[0], num_windows=1)[0] for other in others]
-            yield *self.ends(noise, arguments, chains[0]), torch.cat(further, dim=1) if further else None
+            ends, scales = self.ends(noise, arguments, chains[0], data=batch.data)
+            yield ends, scales, torch.cat(further, dim=1) if further else None, batch.data
 
     @torch.no_grad()
-    def ends(self, noise: Tensor, arguments: Any, first: int, num_windows: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def ends(
+        self, noise: Tensor, arguments: Any, first: int, num_windows: int | None = None, data: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Where the teacher carries noise [B, ...] by each window's clean edge, [B, K, ...]; and drawn scales [B].
 
         Args:
             arguments: See `ChainSolver`. first: Number of the first chain, from which scales are drawn in mode range.
             num_windows: Of the noisiest alone; None: all K.
+            data: Clean latents [B, ...]: each window starts at them with the noise, as a store keeps them.
         """
         network, guidance = self.run.teacher.network, self.run.recipe.guidance
         noise = noise.to(next(network.parameters()).device)
@@ -84,8 +101,13 @@ class ChainSolver:
         def solve(x: Tensor, times: Tensor, k: int) -> Tensor:
             return segments.edge(batch, guidance, x, times, k)
 
-        states = teacher_path(batch.noise, path_times(self.run.solver_grids[:num_windows], noise, batch.windows.ratio), solve)
-        return states[1:].transpose(0, 1).cpu(), batch.scale.cpu() if guidance.mode == "range" else None
+        times = path_times(self.run.solver_grids[:num_windows], noise, batch.windows.ratio)
+        if data is None:
+            states = teacher_path(batch.noise, times, solve)[1:]
+        else:
+            batch = replace(batch, data=data.to(DTYPES[self.origin.dtype]).to(noise))
+            states = torch.stack([solve(diffused(batch, window[0]), window, k) for k, window in enumerate(times)])
+        return states.transpose(0, 1).cpu(), batch.scale.cpu() if guidance.mode == "range" else None
 
 
 def planned(buckets: Callable[[int], Iterable[Part]], origin: Origin, rows: int) -> Iterator[Part]:
@@ -103,11 +125,11 @@ def planned(buckets: Callable[[int], Iterable[Part]], origin: Origin, rows: int)
     for one_pass in count():
         generator, parts = step_generator(origin.seed, 0, one_pass, purpose="plan"), []
         for bucket in buckets(one_pass):
-            size = DTYPES[origin.dtype].itemsize * (len(origin.windows) - 1 + origin.first_window) * prod(bucket.latent)
+            states = len(origin.windows) - 1 + origin.first_window + (origin.starts == "diffused")
+            size = DTYPES[origin.dtype].itemsize * states * prod(bucket.latent)
             each = min(MOST_ROWS, max(1, SHARD_BYTES // size))
             order = torch.randperm(len(bucket.captions), generator=generator).tolist()
-            captions = [bucket.captions[place] for place in order]
-            parts += [replace(bucket, captions=captions[start : start + each]) for start in range(0, len(captions), each)]
+            parts += [bucket.of(order[start : start + each]) for start in range(0, len(order), each)]
         if not parts:
             raise ValueError(
                 f"none of the {rows} rows of the data set falls into a bucket of bucket_config; add a bucket that they fit, or "
@@ -144,6 +166,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("the config trains from a store (teacher.stored); name the config of a training whose teacher solves")
     if recipe.curriculum is not None and recipe.curriculum.teacher == "previous":
         raise ValueError('curriculum.teacher="previous" teaches by students, whose paths no store has; use teacher="original"')
+    if recipe.draws.starts == "diffused" and (recipe.curriculum is not None or recipe.draws.grids):
+        raise ValueError(
+            'draws.starts="diffused" starts each window at data anew, so a store has the windows of `windows` alone; use no '
+            'curriculum and no draws.grids, or starts="student"'
+        )
     Origin.of(recipe, {}, "", "", 1, "float16", 0)  # before a text encoder of 19 GB is loaded
 
 

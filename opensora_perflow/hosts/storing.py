@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from opensora_perflow import portable
 from opensora_perflow.hosts.chains import ChainSolver, Part
+from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.script import cannot_import, refuse_no_config, use_checkout
 from opensora_perflow.training.shards import text_digest
-from opensora_perflow.training.store import ChainWriter
+from opensora_perflow.training.store import ChainStore, ChainWriter
 
 Progress = Callable[[int, str], Callable[[int], Any]]
 """(total, of what) -> what is told of how many more are done."""
@@ -95,14 +96,16 @@ def solve_chains(
     bucket_config: Any,
     workers: Workers,
     progress: Progress,
+    clips: Clips | None = None,
 ) -> int:
     """Solve parts until the folder `out` has so many chains; how many there are.
 
     Args:
         captions: Of the data set.
+        clips: At which windows start with noise; None: they start at noise. Clips that cannot be read are left out.
 
     Raises:
-        ValueError: a folder of other chains, see ShardWriter.
+        ValueError: a folder of other chains, see ShardWriter; no clip can be read.
     """
     writer = ChainWriter(out, solver.origin, workers.rank, captions=text_digest(captions), buckets=plain(bucket_config))
     done, first = progress(wanted, "chains"), 0
@@ -110,14 +113,16 @@ def solve_chains(
     while first < wanted:
         number, part = next(numbered)
         if number % workers.world == workers.rank and not writer.shards.is_there(number):
-            solved = zip(*map(_reporting(done), solver.solve(part, first)))
-            ends, scales, further = (None if batches[0] is None else torch.cat(batches) for batches in solved)
-            writer.write(number, first, ends, part.captions, part.told, scales, further)
+            read = part if clips is None else clips.of(part, first)
+            if read.captions:
+                solved = zip(*map(_reporting(done), solver.solve(read, first)))
+                ends, *others = (None if batches[0] is None else torch.cat(batches) for batches in solved)
+                writer.write(number, first, ends, read.captions, read.told, *others)
         else:
             done(len(part.captions))
         first += len(part.captions)
     workers.barrier()
-    return first
+    return len(ChainStore(out))
 
 
 def plain(settings: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from math import prod
 
 from opensora_perflow.hosts.outline import Bucket, Outline
 from opensora_perflow.tools.activations import Cost, cost, flops
@@ -83,9 +84,10 @@ def seconds_of(plan: Outline, bucket: Bucket, memory: Memory, tflops: float) -> 
 
 
 def stored_bytes(plan: Outline, bucket: Bucket) -> int:
-    """Of a clip's window ends on disk, in half precision."""
-    channels, frames, height, width = bucket.latent
-    return 0 if plan.recipe is None else 2 * plan.recipe.windows.num_windows * channels * frames * height * width
+    """Of a clip's window ends on disk, in half precision, and of its latents where windows start at them."""
+    if plan.recipe is None:
+        return 0
+    return 2 * (plan.recipe.windows.num_windows + (plan.recipe.draws.starts == "diffused")) * prod(bucket.latent)
 
 
 def changes(bucket: Bucket, memory: Memory, limit: float) -> list[str]:

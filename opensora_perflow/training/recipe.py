@@ -319,7 +319,6 @@ class Recipe:
 
     def _check_stored(self) -> None:
         other = {
-            'draws.starts="diffused"': self.draws.starts == "diffused",
             'curriculum.teacher="previous"': self.curriculum is not None and self.curriculum.teacher == "previous",
             "matching": self.matching is not None,
         }

@@ -207,6 +207,7 @@ class TrainingRun:
                 teacher = self.teacher.network if self.store is None else None
                 self.observer.after_loss(step, batch, segment, loss, answer, model, teacher)
                 measures = self.monitor.watch is not None or self.curriculum is not None
+                measures = measures and (self.store is None or self.store.origin.starts == "student")  # a path from noise
                 if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
                     if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
@@ -304,7 +305,7 @@ class TrainingRun:
         """Measure where it is time to, say so, and begin the next stage where one has ended."""
         curriculum, watch = self.curriculum, self.monitor.watch
         steps = self.randomness.steps - 1  # the optimizer's step is to come
-        watched = watch is not None and watch.wants_measurement(steps)
+        watched = bool(self.monitor.batches) and watch is not None and watch.wants_measurement(steps)
         staged = curriculum is not None and curriculum.wants_measurement()
         grids = self.solver_grids if watched or staged else None
         if watched:

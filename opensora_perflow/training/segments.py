@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -84,11 +84,15 @@ class Stored:
     def of(self, batch: Batch) -> Segment:
         drawn, ratio = batch.drawn, batch.windows.ratio
         u = unshift_time(torch.cat([drawn.t_start, drawn.t_end]), None if ratio is None else ratio.repeat(2))
-        places = self.store.nearest(u)
-        further = self._further(*places.chunk(2)).repeat(2)
-        # Starts and ends together: each file is asked once.
-        ends = self.store.states(batch.chains.repeat(2), places, further).to(batch.noise).chunk(2)
-        return Segment(*ends, drawn.t_start, drawn.t_end, units=_units(batch))
+        starts, ends = self.store.nearest(u).chunk(2)
+        further, over_data = self._further(starts, ends), self.store.origin.starts == "diffused"
+        # Starts, or the noise in them, and ends together: each file is asked once.
+        places = torch.cat([torch.zeros_like(starts) if over_data else starts, ends])
+        x_start, x_end = self.store.states(batch.chains.repeat(2), places, further.repeat(2)).to(batch.noise).chunk(2)
+        if over_data:
+            data = self.store.data(batch.chains).to(x_start)
+            x_start = diffused(replace(batch, data=data, noise=x_start), drawn.t_start)
+        return Segment(x_start, x_end, drawn.t_start, drawn.t_end, units=_units(batch))
 
     def _further(self, starts: Tensor, ends: Tensor) -> Tensor:
         """The solution that each sample's window is of, from places of its edges [B]; see ChainStore.states."""

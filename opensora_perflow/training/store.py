@@ -3,6 +3,9 @@
 A chain is one sample's states at the edges 1 = e_0 > e_1 > ... > e_K = 0. The noise at e_0 is not kept: it follows from the
 store's seed and the chain's number. The K states at the clean edges are, in a shard as `ends` [n, K, C, T, H, W]. A chain may
 have further solutions of the first window, for the same caption from noise of their own: `further` [n, M, C, T, H, W].
+
+A store over data (starts="diffused") has a clip's latents beside them, `data` [n, C, T, H, W]. Each window then starts at data
+with the chain's noise, whatever the window before ends at.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class Origin:
     windows: Edges, untransformed. solver, steps: The teacher's ODE steps in each window. guidance: The keys of
     recipe.Guidance, a negative prompt as its file's SHA-256. teacher, teacher_source, stage: See state.StudentState.
     host: What of the host's settings a path depends on: the warp, sizes of time ranges. dtype: Of the ends on disk.
-    seed: Of the noise. first_window: Solutions of the first window that each chain has besides its own.
+    seed: Of the noise. first_window: Solutions of the first window that each chain has besides its own. starts: "student":
+    windows start where the one before ends; "diffused": at data with noise.
     """
 
     windows: Sequence[float]
@@ -53,6 +57,7 @@ class Origin:
     dtype: str
     seed: int
     first_window: int = 0
+    starts: str = "student"
 
     @classmethod
     def of(cls, recipe: Recipe, host: dict[str, Any], teacher: str, source: str, stage: int, dtype: str, seed: int) -> Origin:
@@ -68,12 +73,22 @@ class Origin:
             )
         return cls(
             list(recipe.windows.edges), recipe.teacher.solver, recipe.teacher_steps, guidance_of(recipe.guidance), teacher,
-            source, stage, host, dtype, seed,
+            source, stage, host, dtype, seed, starts=recipe.draws.starts,
         )  # fmt: skip
 
     def check(self, recipe: Recipe, host: dict[str, Any], folder: str | os.PathLike) -> None:
         """Raises ValueError where a training would not fit the chains."""
+        if recipe.draws.starts != self.starts:
+            raise ValueError(
+                f"the store {str(folder)!r} was solved with draws.starts={self.starts!r}, and this training has "
+                f"{recipe.draws.starts!r}; set draws=dict(starts={self.starts!r}), or write another store"
+            )
         trained = [recipe.windows, *map(TimeWindows.uniform, recipe.draws.grids)]
+        if self.starts == "diffused" and (recipe.curriculum or any(list(one.edges) != list(self.windows) for one in trained)):
+            raise ValueError(
+                f"the store {str(folder)!r} starts each of its windows {list(self.windows)} at data anew, so no others can be "
+                "put together from them; train those windows, without a curriculum and draws.grids"
+            )
         if any(edge not in self.windows for windows in trained for edge in windows.edges):
             raise ValueError(
                 f"the store {str(folder)!r} has chains with the window edges {list(self.windows)}, and this training's windows "
@@ -105,8 +120,8 @@ class ChainWriter:
     def __init__(self, folder: str | os.PathLike, origin: Origin, rank: int = 0, **plan: Any) -> None:
         remedy = "write to another folder, or with the settings of this one"
         self.origin = origin
-        # Without further solutions the header is the one of versions that knew none.
-        header = {name: value for name, value in asdict(origin).items() if name != "first_window" or value}
+        # What is not used leaves the header as it was in versions that did not know it.
+        header = {field.name: value for field, value in zip(fields(origin), asdict(origin).values()) if value != field.default}
         self.shards = ShardWriter(folder, KIND, {**header, **plan}, rank, remedy)
 
     def write(
@@ -115,9 +130,10 @@ class ChainWriter:
         first: int,
         ends: Tensor,
         captions: Sequence[str],
-        told: Mapping[str, float],
+        told: Mapping[str, Any],
         scales: Tensor | None = None,
         further: Tensor | None = None,
+        data: Tensor | None = None,
     ) -> None:
         """Write the chains first, first + 1, ...
 
@@ -125,14 +141,16 @@ class ChainWriter:
             number: Of the shard.
             ends: States at the clean edges, [n, K, C, T, H, W].
             captions: What each was told.
-            told: What else the teacher was told, the same of all: the video's sizes in pixels and frames, its rate.
+            told: What else the teacher was told: the video's sizes in pixels and frames, its rate. A value of all chains, or
+                a list of one a chain.
             scales: Guidance [n], where each chain has its own.
             further: Further states at the first clean edge, [n, M, C, T, H, W], from `chain_noise` with further = 1..M.
+            data: Clean latents at which windows start with noise, [n, C, T, H, W].
 
         Raises:
             ValueError: states that are not finite, or too large for the store's dtype.
         """
-        stored = {"ends": ends} | ({} if further is None else {"further": further})
+        stored = {name: one for name, one in (("ends", ends), ("further", further), ("data", data)) if one is not None}
         tensors = {name: states.to(DTYPES[self.origin.dtype]) for name, states in stored.items()}
         for name, states in tensors.items():
             if not bool(states.isfinite().all()):
@@ -158,6 +176,15 @@ def chain_noise(seed: int, chain: int, shape: Sequence[int], further: int = 0) -
     """The state of a chain at t = 1, float32, on the CPU; `further` >= 1: of that further solution of its first window."""
     purpose = f"chain, further {further}" if further else "chain"
     return torch.randn(tuple(shape), generator=step_generator(seed, 0, chain, purpose=purpose))
+
+
+def told_of(told: Mapping[str, Any], rows: int | Sequence[int]) -> dict[str, Any]:
+    """What the teacher was told of one chain, or of some, of those that `ChainWriter.write` was told of."""
+    one = isinstance(rows, int)
+    return {
+        name: value if not isinstance(value, list) else value[rows] if one else [value[row] for row in rows]
+        for name, value in told.items()
+    }
 
 
 class ChainStore:
@@ -190,9 +217,7 @@ class ChainStore:
         """Number of every chain, ascending, and what its teacher was told besides the caption."""
         shards = (self._shards.shards[number] for number in self._numbers)
         return [
-            (chain, shard.about["told"])
-            for shard in shards
-            for chain in range(shard.about["first"], shard.about["first"] + shard.rows)
+            (shard.about["first"] + row, told_of(shard.about["told"], row)) for shard in shards for row in range(shard.rows)
         ]
 
     def caption(self, chain: int) -> str:
@@ -244,6 +269,13 @@ class ChainStore:
                 f"torch {torch.__version__} draws other noise for the store {str(self.folder)!r} than the torch that wrote "
                 "the store; train with that version, or write the store anew"
             )
+
+    def data(self, chains: Tensor) -> Tensor:
+        """Clean latents of B chains over data, [B, C, T, H, W], float32."""
+        data = torch.empty(len(chains), *self.latent_shape(chains))
+        for number, samples, rows in self._found(chains):
+            data[samples] = self._shards.tensor(number, "data")[rows].float()
+        return data
 
     def scales(self, chains: Tensor) -> Tensor:
         """Guidance by which each of B chains was solved, where it was drawn, [B], float64."""

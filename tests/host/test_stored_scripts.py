@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _harness import REPOSITORY, checkpoints, decode_video, losses, mp4_files, run_python, run_script
+from _harness import REPOSITORY, Clips, checkpoints, decode_video, losses, mp4_files, run_python, run_script
 
 from opensora_perflow.checkpoints import read_state_dict
 
@@ -29,10 +30,18 @@ def child_config(path: Path, base: str, **changes: object) -> Path:
     return path
 
 
-def start(host_root: Path, folder: Path, command: str, *options: str, nproc: int = 1) -> str:
-    """Run `opensora-perflow command` on the tiny data-free config, in `folder`."""
-    config, table = str(CONFIGS / "perflow_tiny_data_free.py"), "captions.csv"
-    arguments = ["-m", "opensora_perflow", command, config, "--data-path", table, "--open-sora", str(host_root), *options]
+def start(
+    host_root: Path,
+    folder: Path,
+    command: str,
+    *options: str,
+    nproc: int = 1,
+    config: Path = CONFIGS / "perflow_tiny_data_free.py",
+    table: Path | str = "captions.csv",
+) -> str:
+    """Run `opensora-perflow command` on a config, in `folder`."""
+    arguments = ["-m", "opensora_perflow", command, str(config), "--data-path", str(table), "--open-sora", str(host_root)]
+    arguments += options
     return run_python(arguments, nproc=nproc, log=folder / f"{command}.log", cwd=folder)
 
 
@@ -107,6 +116,30 @@ def test_what_does_not_fit_is_refused_before_training(host_root: Path, stored: P
     with pytest.raises(AssertionError, match="was begun with other settings: captions is"):
         (stored / "captions.csv").write_text("text\na white star\n")
         start(host_root, stored, "store", "--out", "store", "--first-window", "2")
+
+
+def test_a_store_over_clips(host_root: Path, clips: Clips, tmp_path: Path) -> None:
+    """Two processes read and encode the clips once. A clip that cannot be read is left out; captions alone are refused."""
+    draws = dict(scheduler=dict(draws=dict(starts="diffused"), guidance=dict(mode="fixed", scale=3.0)))
+    config = child_config(tmp_path / "clips.py", "perflow_tiny_stage2.py", **draws)
+    lines = clips.csv.read_text().splitlines()
+    (tmp_path / "broken.mp4").write_bytes(clips.videos[0].read_bytes()[:200])
+    lines.append(lines[-1].replace(str(clips.videos[-1]), str(tmp_path / "broken.mp4")))
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    store = partial(start, host_root, tmp_path, "store", "--out", "store", config=config, table="clips.csv")
+    said = store(nproc=2)
+    assert f"{len(clips.videos)} chains are in store" in said and "broken.mp4 is left out" in said
+    written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.safetensors")}
+    store()
+    assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.safetensors")}
+    train = child_config(tmp_path / "train.py", "perflow_tiny_stored.py", **draws, epochs=2)
+    printed = run_script(host_root, "train.py", train, "--outputs", "outputs", cwd=tmp_path)
+    assert f"trains from {len(clips.videos)} stored chains" in printed and np.isfinite(losses(printed)).all()
+    assert checkpoints(tmp_path / "outputs")
+    (tmp_path / "captions.csv").write_text("text\na red circle moving right\n")
+    blank = child_config(tmp_path / "blank.py", "perflow_tiny_data_free.py", **draws)
+    with pytest.raises(AssertionError, match="this data set has captions alone; name a config and a table of videos"):
+        start(host_root, tmp_path, "store", "--out", "other", config=blank)
 
 
 def test_online_training_without_t5_and_vae(host_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,10 +45,10 @@ def chain_solver(scheduler: PeRFlow, model: nn.Module, text: EncodedText, seed: 
     translation = Translation(run, scheduler.keys, process, prediction, scheduler.negative_text())
     network = teacher.network
 
-    def arguments(captions: Sequence[str], part: Part) -> dict[str, Any]:
-        device = next(network.parameters()).device
-        sizes = {name: torch.tensor([value] * len(captions)).to(device, dtype) for name, value in part.told.items()}
-        return {**text.encode(captions), **sizes}
+    def arguments(part: Part) -> dict[str, Any]:
+        device, count = next(network.parameters()).device, len(part.captions)
+        sizes = {name: torch.tensor(value).expand(count).to(device, dtype) for name, value in part.told.items()}
+        return {**text.encode(part.captions), **sizes}
 
     def batch(noise: Tensor, model_args: Mapping[str, Any], generator: torch.Generator) -> Batch:
         call = TrainingCall(
@@ -76,6 +76,6 @@ def planned(dataset: Dataset, bucket_config: Mapping[str, Any], vae: Any, origin
             fps = IMAGE_FPS if num_frames == 1 else getattr(dataset, "fps", VIDEO_FPS)
             told = {"num_frames": num_frames, "height": height, "width": width, "ar": height / width, "fps": fps}
             captions = [str(dataset.data["text"].iloc[row]) for row in rows]
-            yield Part(captions, told, latent, sampler.bucket.get_batch_size(bucket))
+            yield Part(captions, told, latent, sampler.bucket.get_batch_size(bucket), rows)
 
     return chains.planned(buckets, origin, len(dataset))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from opensora_perflow.hosts.chains import check_recipe
+from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.encoded_captions import are_encoded
 from opensora_perflow.hosts.script import read_host_config
 from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
@@ -61,7 +62,11 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     parts = planned(dataset, cfg.bucket_config, vae, solver.origin)
     captions = list(map(str, dataset.data["text"]))
     wanted = len(dataset) if chains is None else chains
-    return solve_chains(out, solver, parts, wanted, captions, cfg.bucket_config, workers, progress)
+    clips = None
+    if scheduler.recipe.draws.starts == "diffused":
+        device, dtype = workers.device, dtype_of(cfg)
+        clips = Clips(dataset, vae.to(device, dtype).eval(), device, dtype, seed, own=("fps",))
+    return solve_chains(out, solver, parts, wanted, captions, cfg.bucket_config, workers, progress, clips)
 
 
 def read_training_config(config: Path, data_path: Path | None) -> Any:

@@ -49,7 +49,7 @@ def chain_solver(recipe: Recipe, keys: Keys, network: nn.Module, prepare: Prepar
 
     settings = path_settings(keys, network.patch_size)
     origin = Origin.of(recipe, settings, teacher.fingerprint, teacher.source, teacher.stage, "float16", seed)
-    return ChainSolver(run, origin, lambda captions, part: prepare(captions, part.latent), batch)
+    return ChainSolver(run, origin, lambda part: prepare(part.captions, part.latent), batch)
 
 
 def planned(
@@ -75,10 +75,10 @@ def planned(
             seed = origin.seed + one_pass + row * bucket.num_bucket
             place = bucket.get_bucket_id(*one, seed=seed, fps_max=dataset.fps_max)
             if place is not None:
-                found[place].append(captions[row])
-        for place, texts in found.items():
+                found[place].append(row)
+        for place, rows in found.items():
             pixels = bucket.get_thw(place)
             told = dict(zip(("num_frames", "height", "width"), pixels))
-            yield Part(texts, told, latent(pixels), bucket.get_batch_size(place))
+            yield Part([captions[row] for row in rows], told, latent(pixels), bucket.get_batch_size(place), rows)
 
     return chains.planned(buckets, origin, len(sizes))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opensora_perflow.hosts.chains import check_recipe
+from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.encoded_captions import are_encoded
 from opensora_perflow.hosts.meta import unloaded
 from opensora_perflow.hosts.script import read_host_config
@@ -72,7 +73,10 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     channels, latent_size = network.in_channels // network.patch_size**2, _latent_size(cfg, dtype)
     parts = planned(dataset, texts, cfg.bucket_config, lambda pixels: (channels, *latent_size(pixels)), solver.origin)
     wanted = len(dataset) if chains is None else chains
-    return solve_chains(out, solver, parts, wanted, texts, cfg.bucket_config, workers, progress)
+    clips = None
+    if recipe.draws.starts == "diffused":
+        clips = Clips(dataset, _build(cfg.ae, **there), workers.device, dtype, seed)
+    return solve_chains(out, solver, parts, wanted, texts, cfg.bucket_config, workers, progress, clips)
 
 
 def read_training_config(config: Path, data_path: Path | None) -> Any:
@@ -112,8 +116,6 @@ def _texts(dataset: Any) -> list[str]:
 
 
 def _encode(cfg: Any, texts: Sequence[str], out: Path, workers: Workers, progress: Progress) -> int:
-    from opensora.registry import MODELS, build_module
-
     texts, dtype = list(dict.fromkeys(["", *texts])), dtype_of(cfg)
     # T5's shardformer is for training in many processes.
     settings = {name: _settings(cfg[name], "shardformer") for name in ENCODERS}
@@ -125,11 +127,17 @@ def _encode(cfg: Any, texts: Sequence[str], out: Path, workers: Workers, progres
         workers.barrier()
         return 0
     there = {"device_map": workers.device, "torch_dtype": dtype}
-    encoders = {name: build_module(one, MODELS, **there).eval().requires_grad_(False) for name, one in settings.items()}
+    encoders = {name: _build(one, **there) for name, one in settings.items()}
     return encode_captions(
         out, texts, **encoders, header={"text_encoder": kind},
         rank=workers.rank, world=workers.world, barrier=workers.barrier, progress=progress(len(texts), "captions"),
     )  # fmt: skip
+
+
+def _build(settings: Mapping[str, Any], **there: Any) -> Any:
+    from opensora.registry import MODELS, build_module
+
+    return build_module(settings, MODELS, **there).eval().requires_grad_(False)
 
 
 def _preparing(cfg: Any, t5: Any, clip: Any, workers: Workers, dtype: torch.dtype) -> Any:
