@@ -48,11 +48,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "Draws noise and a caption for each chain, and lets the guided teacher of a training config carry the noise\n"
             "through all windows. The states at the windows' clean edges are written as float16 safetensors, and the\n"
             "captions' embeddings beside them in OUT/text. Of the data set only captions and sizes are used; chains are\n"
-            "spread over bucket_config as videos are. The training then needs no teacher, no T5 and no VAE:\n"
+            "spread over bucket_config as videos are. With draws=dict(starts=\"diffused\") in the config, videos are read and\n"
+            "encoded too, and each window starts at one with noise. The training then needs no teacher, no T5 and no VAE:\n"
             '    scheduler = dict(teacher=dict(stored="OUT"), ...)    # 2.0: model = dict(perflow=dict(...))\n'
             "A chain of 4 windows takes .26 MiB at 144p x 51 frames, 3.3 MiB at 360p x 102, 4.1 MiB at 256px x 129 (2.0).\n"
             'Guidance must be folded in (mode="fixed" or "range"). Open-Sora 2.0\'s table has the columns text, num_frames,\n'
-            "height, width and fps; no video is opened. Its chains are text to video."
+            "height, width and fps. Its chains are text to video."
         ),
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
