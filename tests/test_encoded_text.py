@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 
-from opensora_perflow.hosts.encoded_captions import are_encoded
+from opensora_perflow.hosts.encoded_captions import KIND, are_encoded, refuse_encoded
 from opensora_perflow.hosts.v1 import encoded_text
 from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, read_latent_sizes, write_latent_sizes
+from opensora_perflow.hosts.v2.encoded_text import perflow_encoded_t5
+from opensora_perflow.training.shards import ShardWriter
 from opensora_perflow.worlds.text import TinyTextEncoder
 
 CAPTIONS = ["a red circle moving right", "a blue square", "a very long caption of more than ten words that is cut there"]
@@ -59,6 +61,26 @@ def test_processes_share_the_work(tmp_path, monkeypatch):
     first = [lambda: met.append(encode(tmp_path, rank=1, world=2, barrier=lambda: None)), lambda: None]
     assert encode(tmp_path, rank=0, world=2, barrier=lambda: first.pop(0)()) == 2 and met == [1]
     assert torch.equal(EncodedText(tmp_path).encode(CAPTIONS)["y"], TinyTextEncoder().encode(CAPTIONS)["y"])
+
+
+def test_captions_of_the_other_open_sora_are_refused(tmp_path):
+    encode(tmp_path / "1")
+    with pytest.raises(
+        ValueError, match="'.*1' holds captions that were encoded for Open-Sora 1.x; run `opensora-perflow encode`"
+    ):
+        perflow_encoded_t5(str(tmp_path / "1"))
+    ShardWriter(tmp_path / "2", KIND, {"text_encoder": {}}, 0, "").write(0, {"txt": torch.ones(1)}, {"captions": '["a"]'}, 1)
+    with pytest.raises(ValueError, match="'.*2' holds captions that were encoded for Open-Sora 2.0; run"):
+        EncodedText(tmp_path / "2")
+
+
+def test_an_encoder_that_is_a_folder_encodes_nothing():
+    refuse_encoded({"type": "t5"})
+    for kind in ("perflow_encoded", "perflow_encoded_t5"):
+        with pytest.raises(
+            ValueError, match="takes its texts from the folder 'text', and nothing in it encodes; name the config"
+        ):
+            refuse_encoded({"type": kind, "folder": "text"})
 
 
 def test_other_captions_are_refused(tmp_path):

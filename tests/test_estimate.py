@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from networks import tiny_network
 from torch import nn
 
 from opensora_perflow.hosts.outline import Bucket
+from opensora_perflow.hosts.v2.outline import outline
 from opensora_perflow.tools.activations import Cost, cost
 from opensora_perflow.tools.cli import main
+from opensora_perflow.tools.estimate import _print_parts
 from opensora_perflow.tools.residents import residents
-from opensora_perflow.tools.step_memory import GIB, Memory, changes
+from opensora_perflow.tools.step_memory import GIB, Memory, changes, stored_bytes
 from opensora_perflow.tools.step_units import Units
 from opensora_perflow.training.recipe import Recipe
 
@@ -104,6 +108,26 @@ def test_what_to_change_is_what_fits():
     assert changes(bucket, memory, 13 * GIB) == ["grad_checkpoint=True, adapters (LoRA) (12.5 GiB)"]
     assert changes(bucket, memory, 11 * GIB) == ["grad_checkpoint=True, adapters (LoRA), batch size 1 (10.6 GiB)"]
     assert changes(bucket, memory, GIB) == ["more GPUs, or larger ones"]
+
+
+def test_text_encoders_that_take_much_are_said_to_be_left_out(capsys):
+    plan = SimpleNamespace(network=tiny_network())
+    for texts, said in ((9, "take 9.5 GiB off each GPU"), (0, None)):
+        _print_parts(plan, {"weights": GIB, "text encoder": texts * GIB, "CLIP": GIB // 2}, 1)
+        printed = capsys.readouterr().out
+        assert said in printed if said else "encoded once" not in printed
+
+
+def test_a_config_of_20_without_buckets_is_told():
+    with pytest.raises(ValueError, match="has no bucket_config; name the config of a training"):
+        outline({"model": dict(type="perflow_flux")})
+
+
+def test_a_store_over_data_keeps_the_latents_too():
+    bucket = Bucket("a", 4, (1, 8, 8), (4, 5, 4, 4))
+    for starts, states in (("student", 4), ("diffused", 5)):
+        recipe = Recipe(draws=dict(starts=starts))
+        assert stored_bytes(SimpleNamespace(recipe=recipe), bucket) == 2 * states * 4 * 5 * 4 * 4
 
 
 @pytest.mark.parametrize(

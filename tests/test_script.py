@@ -114,7 +114,25 @@ def test_a_config_that_is_none_is_said_before_a_missing_open_sora(command, text,
 def test_what_a_config_raises_is_told_with_its_name(tmp_path):
     (tmp_path / "config.py").write_text("x = 1 / 0")
     with pytest.raises(ValueError, match="config.py' cannot be read .ZeroDivisionError"):
-        read_host_config(tmp_path / "config.py")
+        read_host_config(tmp_path / "config.py", is_v2=False)
+
+
+@pytest.mark.parametrize("is_v2, section", [(False, "ae"), (True, "scheduler")])
+def test_a_config_of_the_other_open_sora_is_told_before_its_imports(is_v2, section, tmp_path):
+    imports = "custom_imports = dict(imports=['no_such_module'], allow_failed_imports=False)"
+    (tmp_path / "config.py").write_text(f"model = dict(type='flux')\n{section} = dict(type='x')\n{imports}\n")
+    here, there = ("2.0", "1.x") if is_v2 else ("1.x", "2.0")
+    with pytest.raises(ValueError, match=f"is a config of Open-Sora {there}, and the checkout is Open-Sora {here}"):
+        read_host_config(tmp_path / "config.py", is_v2)
+    with pytest.raises(ValueError, match="no_such_module"):
+        read_host_config(tmp_path / "config.py", not is_v2)
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in ("store", "encode"):
+        assert cli.main([command, "config.py", "--out", str(tmp_path / "file")]) == 2
+        assert "--out must be a folder, got the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, remedy", [("opensora.registry", "name its checkout"), ("omegaconf", "install what is missing")])

@@ -22,12 +22,19 @@ Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 class EncodedCaptions:
     """What `opensora-perflow encode` wrote into a folder, by caption.
 
+    `is_v2`: Of Open-Sora 2.0, not of 1.x.
+
     Raises:
-        ValueError: see Shards.open.
+        ValueError: see Shards.open; a folder of the other Open-Sora.
     """
 
-    def __init__(self, folder: str | os.PathLike) -> None:
+    def __init__(self, folder: str | os.PathLike, is_v2: bool) -> None:
         self._shards = Shards.open(folder, KIND, REMEDY)
+        if is_v2 == ("model_max_length" in self.header):
+            raise ValueError(
+                f"{str(folder)!r} holds captions that were encoded for Open-Sora {'1.x' if is_v2 else '2.0'}; run "
+                "`opensora-perflow encode` with this training's config, into another folder"
+            )
         self._places: list[tuple[int, int]] = []
         self._ids: dict[str, int] = {}
         for number in self._shards.shards:
@@ -98,6 +105,15 @@ def encode_captions(
             count += len(chunk)
     barrier()
     return count
+
+
+def refuse_encoded(encoder: Mapping[str, Any]) -> None:
+    """Raises ValueError where a config's text encoder is itself a folder of encoded captions."""
+    if str(encoder.get("type")).startswith("perflow_encoded"):
+        raise ValueError(
+            f"the config takes its texts from the folder {encoder.get('folder')!r}, and nothing in it encodes; name the config "
+            "that it is based on, with the text encoder"
+        )
 
 
 def are_encoded(folder: str | os.PathLike, captions: Sequence[str], text_encoder: Mapping[str, Any]) -> bool:

@@ -17,6 +17,9 @@ from mmengine.registry import Registry
 
 from opensora_perflow.training.state import find_state
 
+KEYS = {False: ("scheduler", "vae", "text_encoder"), True: ("ae", "t5", "clip")}
+"""Sections that only configs of 1.x have, and of 2.0."""
+
 
 def use_checkout(open_sora: Path | None, version: str = "") -> None:
     """Have `opensora` imported from a checkout; None: the installed one.
@@ -53,18 +56,28 @@ def refuse_no_config(config: Path) -> None:
         raise ValueError(f"{str(config)!r} is no config, which is a Python file ({error}); mend it, or name another") from error
 
 
-def read_host_config(config: Path) -> Config:
+def read_host_config(config: Path, is_v2: bool) -> Config:
     """A config, with the config's own imports done.
 
+    `is_v2`: Is Open-Sora 2.0 imported, not 1.x?
+
     Raises:
-        ValueError: whatever the config raises, which is a program.
+        ValueError: whatever the config raises, which is a program; a config of the other Open-Sora.
     """
     try:
-        return Config.fromfile(config)
+        named = Config.fromfile(config, import_custom_modules=False)
+        own, other = (any(named.get(key) for key in KEYS[second]) for second in (is_v2, not is_v2))
+        if own or not other:
+            return Config.fromfile(config)
     except Exception as error:
         raise ValueError(
             f"{str(config)!r} cannot be read ({type(error).__name__}: {error}); mend it, or name another"
         ) from error
+    here, there = ("2.0", "1.x") if is_v2 else ("1.x", "2.0")
+    raise ValueError(
+        f"{str(config)!r} is a config of Open-Sora {there}, and the checkout is Open-Sora {here}; name a config or a checkout "
+        "(--open-sora ROOT) that goes with the other"
+    )
 
 
 def main_variable(name: str) -> Any:

@@ -18,8 +18,8 @@ from opensora_perflow import portable
 from opensora_perflow.hosts.chains import ChainSolver, Part
 from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.script import cannot_import, refuse_no_config, use_checkout
-from opensora_perflow.training.shards import text_digest
-from opensora_perflow.training.store import ChainStore, ChainWriter
+from opensora_perflow.training.shards import read_indexes, text_digest
+from opensora_perflow.training.store import KIND, ChainStore, ChainWriter
 
 Progress = Callable[[int, str], Callable[[int], Any]]
 """(total, of what) -> what is told of how many more are done."""
@@ -83,6 +83,7 @@ def store(
     Raises:
         ValueError: see the host's `read_training_config`; a recipe whose chains no store has, or a folder of other chains.
     """
+    read_indexes(out, KIND)  # a folder of another kind is refused before anything is written
     cfg, workers = host.read_training_config(config, data_path), Workers.started()
     return host.main(cfg, out, chains, workers, progress, first_window)
 

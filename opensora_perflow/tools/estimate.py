@@ -16,7 +16,7 @@ from opensora_perflow.hosts import meta
 from opensora_perflow.hosts.outline import Outline
 from opensora_perflow.hosts.script import cannot_import, read_host_config, refuse_no_config, use_checkout
 from opensora_perflow.tools.residents import residents
-from opensora_perflow.tools.step_memory import changes, memory_of, seconds_of, stored_bytes
+from opensora_perflow.tools.step_memory import TEXT, changes, memory_of, seconds_of, stored_bytes
 from opensora_perflow.tools.step_units import Units
 
 GIB = 2**30
@@ -40,13 +40,14 @@ def outline_of(config: Path, open_sora: Path | None) -> Outline:
         import opensora.registry as host
     except ImportError as error:
         raise cannot_import(error) from error
-    if hasattr(host, "SCHEDULERS"):
+    is_v2 = not hasattr(host, "SCHEDULERS")
+    settings = read_host_config(config, is_v2)
+    if is_v2:
+        from opensora_perflow.hosts.v2.outline import outline
+    else:
         import opensora.models  # noqa: F401  registers its networks
 
         from opensora_perflow.hosts.v1.outline import outline
-    else:
-        from opensora_perflow.hosts.v2.outline import outline
-    settings = read_host_config(config)
     if settings.get("model") is None:
         raise ValueError(f"{str(config)!r} has no model; name a config that is trained with")
     return outline(settings)
@@ -137,6 +138,11 @@ def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:
     for name, size in parts.items():
         print(f"  {name:14}{size / GIB:8.3g} GiB")
     print(f"  {'together':14}{sum(parts.values()) / GIB:8.3g} GiB a GPU, without activations\n")
+    texts = sum(parts.get(name, 0) for name in TEXT)
+    if texts > GIB:
+        print(
+            f"texts encoded once (`opensora-perflow encode CONFIG`, docs/recipes.md) take {texts / GIB:.3g} GiB off each GPU\n"
+        )
 
 
 def _print_buckets(plan: Outline, rows: Iterator[dict[str, Any]], tflops: float, steps: int) -> list[dict[str, Any]]:

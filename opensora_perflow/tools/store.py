@@ -48,7 +48,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "Draws noise and a caption for each chain, and lets the guided teacher of a training config carry the noise\n"
             "through all windows. The states at the windows' clean edges are written as float16 safetensors, and the\n"
             "captions' embeddings beside them in OUT/text. Of the data set only captions and sizes are used; chains are\n"
-            "spread over bucket_config as videos are. With draws=dict(starts=\"diffused\") in the config, videos are read and\n"
+            'spread over bucket_config as videos are. With draws=dict(starts="diffused") in the config, videos are read and\n'
             "encoded too, and each window starts at one with noise. The training then needs no teacher, no T5 and no VAE:\n"
             '    scheduler = dict(teacher=dict(stored="OUT"), ...)    # 2.0: model = dict(perflow=dict(...))\n'
             "A chain of 4 windows takes .26 MiB at 144p x 51 frames, 3.3 MiB at 360p x 102, 4.1 MiB at 256px x 129 (2.0).\n"
@@ -77,7 +77,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def encode(args: dict[str, Any]) -> int:
     """Run `encode` with parsed arguments; returns the exit status."""
-    storing, is_v2 = _storing(args["config"], args.pop("open_sora"))
+    storing, is_v2 = _storing(args)
     storing.encode(progress=_bar, **args)
     sections = {"t5": "perflow_encoded_t5", "clip": "perflow_encoded_clip"} if is_v2 else {"text_encoder": "perflow_encoded"}
     if _is_first():
@@ -98,7 +98,7 @@ def store(args: dict[str, Any]) -> int:
         raise ValueError(f"--first-window must be an integer >= 0, got {args['first_window']}")
     from opensora_perflow.hosts.storing import store as store_chains
 
-    host, is_v2 = _storing(args["config"], args.pop("open_sora"))
+    host, is_v2 = _storing(args)
     count = store_chains(host, progress=_bar, **args)
     if _is_first():
         key = f'dict(teacher=dict(stored="{args["out"]}"), ...)'
@@ -106,11 +106,17 @@ def store(args: dict[str, Any]) -> int:
     return 0
 
 
-def _storing(config: Path, open_sora: Path | None) -> tuple[ModuleType, bool]:
-    """The host's module that encodes and stores; is it Open-Sora 2.0's?"""
+def _storing(args: dict[str, Any]) -> tuple[ModuleType, bool]:
+    """The host's module that encodes and stores; is it Open-Sora 2.0's? `open_sora` is taken out.
+
+    Raises:
+        ValueError: --out is a file; see storing.use_host.
+    """
+    if args["out"].exists() and not args["out"].is_dir():
+        raise ValueError(f"--out must be a folder, got the file {str(args['out'])!r}; name another")
     from opensora_perflow.hosts.storing import use_host
 
-    is_v2 = use_host(config, open_sora)
+    is_v2 = use_host(args["config"], args.pop("open_sora"))
     if is_v2:
         from opensora_perflow.hosts.v2 import storing
     else:

@@ -33,12 +33,12 @@ def _text_encoder(config: Path, open_sora: Path | None) -> Any:
     use_checkout(open_sora, "1.x")
     portable.activate()
     try:
-        from opensora.registry import MODELS, build_module
+        from opensora import registry
     except ImportError as error:
         raise cannot_import(error) from error
 
-    settings = read_host_config(config).get("text_encoder")
+    settings = read_host_config(config, is_v2=not hasattr(registry, "SCHEDULERS")).get("text_encoder")
     if not isinstance(settings, dict) or "type" not in settings:
         raise ValueError(f"{str(config)!r} has no text_encoder; name the config that the student will be trained with")
     settings = {name: value for name, value in settings.items() if name != "shardformer"}  # for training in many processes
-    return build_module(settings, MODELS, device="cuda" if torch.cuda.is_available() else "cpu")
+    return registry.build_module(settings, registry.MODELS, device="cuda" if torch.cuda.is_available() else "cpu")

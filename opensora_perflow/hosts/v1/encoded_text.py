@@ -47,7 +47,7 @@ class EncodedText:
         dtype: torch.dtype | None = None,
         **others: Any,
     ) -> None:
-        self._captions = EncodedCaptions(folder)
+        self._captions = EncodedCaptions(folder, is_v2=False)
         self.model_max_length, self.output_dim = (self._captions.header[name] for name in ("model_max_length", "output_dim"))
         self.device, self.dtype = torch.device(device), dtype
         self.y_embedder: nn.Module | None = None  # the host's scripts put the model's own here, for `null`

@@ -14,13 +14,14 @@ import torch
 
 from opensora_perflow.hosts.chains import check_recipe
 from opensora_perflow.hosts.clips import Clips
-from opensora_perflow.hosts.encoded_captions import are_encoded
+from opensora_perflow.hosts.encoded_captions import are_encoded, refuse_encoded
 from opensora_perflow.hosts.script import read_host_config
 from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
 from opensora_perflow.hosts.v1.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
 from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.weights import check_there
 
 SECTIONS = ("model", "vae", "text_encoder", "dataset", "bucket_config", "scheduler")
 
@@ -37,6 +38,7 @@ def encode(config: Path, out: Path, progress: Progress, data_path: Path | None =
         ValueError: see `read_training_config` and encoded_text.encode_captions.
     """
     cfg, workers = read_training_config(config, data_path), Workers.started()
+    refuse_encoded(cfg.text_encoder)
     count = _encode(cfg, _build(cfg.dataset, "DATASETS"), out, workers, progress)
     if workers.rank == 0:
         write_latent_sizes(out, _latent_sizes(cfg.bucket_config, _build(cfg.vae, "MODELS")))
@@ -50,6 +52,8 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     """
     scheduler = PeRFlow(**{name: value for name, value in cfg.scheduler.items() if name != "type"})
     check_recipe(scheduler.recipe)
+    if scheduler.recipe.teacher.from_pretrained is not None:  # before a text encoder of 19 GB is loaded
+        check_there(scheduler.recipe.teacher.from_pretrained)
     dataset = _build(cfg.dataset, "DATASETS")
     if cfg.text_encoder.type != "perflow_encoded":
         _encode(cfg, dataset, out / "text", workers, progress)
@@ -75,7 +79,7 @@ def read_training_config(config: Path, data_path: Path | None) -> Any:
     Raises:
         ValueError: a config that cannot be read, or without a section that is needed, or another scheduler than perflow.
     """
-    found = read_host_config(config)
+    found = read_host_config(config, is_v2=False)
     missing = [name for name in SECTIONS if not found.get(name)]
     if missing or found.scheduler.get("type") != "perflow":
         what = f"no {', '.join(missing)}" if missing else 'no scheduler=dict(type="perflow", ...)'

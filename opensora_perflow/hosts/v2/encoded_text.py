@@ -35,7 +35,7 @@ class EncodedText(nn.Module):
     def __init__(self, folder: str | os.PathLike, argument: str, device: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.argument, self.device, self.dtype = argument, device, dtype
-        self._captions = EncodedCaptions(folder)
+        self._captions = EncodedCaptions(folder, is_v2=True)
 
     def forward(self, text: str | Sequence[str], added_tokens: int = 0, seq_align: int = 1) -> Tensor:
         """Texts -> [B, L, D] of T5, [B, D] of CLIP; one str counts as a batch of one.

@@ -18,7 +18,9 @@ OURS = {"perflow_hunyuan_vae": "hunyuan_vae", "perflow_t5": "text_embedder", "pe
 
 
 def outline(config: Mapping[str, Any]) -> Outline:
-    """The training of a config. Raises ValueError for keys of `perflow` that are wrong."""
+    """The training of a config. Raises ValueError for keys of `perflow` that are wrong, and for a config without buckets."""
+    if not config.get("bucket_config"):
+        raise ValueError("the config has no bucket_config; name the config of a training, such as perflow_256px.py")
     model = dict(config["model"])
     recipe = read_config(model.pop("perflow", None))[0] if model.pop("type", None) == "perflow_flux" else None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.get("dtype", "bf16")]

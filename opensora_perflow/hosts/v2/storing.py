@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_perflow.checkpoints import refuse_missing
 from opensora_perflow.hosts.chains import check_recipe
 from opensora_perflow.hosts.clips import Clips
-from opensora_perflow.hosts.encoded_captions import are_encoded
+from opensora_perflow.hosts.encoded_captions import are_encoded, refuse_encoded
 from opensora_perflow.hosts.meta import unloaded
 from opensora_perflow.hosts.script import read_host_config
 from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
@@ -42,6 +43,7 @@ def encode(config: Path, out: Path, progress: Progress, data_path: Path | None =
         ValueError: see `read_training_config` and encoded_captions.encode_captions.
     """
     cfg, workers = read_training_config(config, data_path), Workers.started()
+    refuse_encoded(cfg.t5)
     return _encode(cfg, _texts(_dataset(cfg)), out, workers, progress)
 
 
@@ -52,6 +54,8 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     """
     recipe, keys = read_config(cfg.model.get("perflow"))
     check_recipe(recipe)
+    if recipe.teacher.from_pretrained is not None:  # before text encoders of 10 GB are loaded
+        refuse_missing(recipe.teacher.from_pretrained)
     given = [name for name in cfg.get("condition_config") or {} if name != "t2v"]
     if given:
         raise ValueError(
@@ -85,7 +89,7 @@ def read_training_config(config: Path, data_path: Path | None) -> Any:
     Raises:
         ValueError: a config that cannot be read, or without a section that is needed, or another model than perflow_flux.
     """
-    found = read_host_config(config)
+    found = read_host_config(config, is_v2=True)
     missing = [name for name in SECTIONS if not found.get(name)]
     if missing or found.model.get("type") != "perflow_flux":
         what = f"no {', '.join(missing)}" if missing else 'no model=dict(type="perflow_flux", ...)'
@@ -103,7 +107,7 @@ def _dataset(cfg: Any) -> Any:
     if missing:
         raise ValueError(
             f"{cfg.dataset.get('data_path')!r} has no column {', '.join(missing)}; a table of chains has the columns "
-            f"{', '.join(COLUMNS)}, and no video is opened"
+            f"{', '.join(COLUMNS)}"
         )
     return dataset
 
