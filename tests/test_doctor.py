@@ -10,6 +10,7 @@ import torch
 from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
+from opensora_perflow.hosts.encoded_captions import KIND
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.tools.check import check_config
 from opensora_perflow.tools.cli import main
@@ -17,6 +18,7 @@ from opensora_perflow.tools.doctor import estimated
 from opensora_perflow.training.examination import Case, examine
 from opensora_perflow.training.findings import Finding, as_json, healthy, table
 from opensora_perflow.training.run import TrainingRun
+from opensora_perflow.training.shards import ShardWriter
 from opensora_perflow.training.state import StudentState, write_state
 
 
@@ -75,6 +77,24 @@ def test_what_is_wrong_is_named(tmp_path, clips, changes, name, words):
     found = failed(check_config(config(tmp_path, clips, **changes)))
     assert name in found and words in found[name].measured, found
     assert found[name].remedy
+
+
+def test_captions_without_videos_and_stored_chains_need_no_paths(tmp_path):
+    (tmp_path / "captions.csv").write_text("text\na ball\n")
+    captions = {"type": "perflow_captions", "data_path": str(tmp_path / "captions.csv")}
+    assert failed(check_config(config(tmp_path, None, dataset=captions))) == {}
+    assert failed(check_config(config(tmp_path, None, dataset={"type": "perflow_stored"}))) == {}
+    (tmp_path / "captions.csv").write_text("path\na.mp4\n")
+    assert "no column text" in failed(check_config(config(tmp_path, None, dataset=captions)))["data"].measured
+
+
+def test_texts_that_were_not_encoded_are_named(tmp_path, clips):
+    text = {"type": "perflow_encoded", "folder": str(tmp_path / "text")}
+    found = failed(check_config(config(tmp_path, clips, text_encoder=text)))
+    assert "encode captions with `opensora-perflow encode CONFIG --out DIR`" in found["texts"].measured
+    header = {"text_encoder": {}, "model_max_length": 4, "output_dim": 2}
+    ShardWriter(tmp_path / "text", KIND, header, 0, "").write(0, {"y": torch.ones(1)}, {"captions": '["a"]'}, 1)
+    assert failed(check_config(config(tmp_path, clips, text_encoder=text))) == {}
 
 
 def test_a_checkpoint_of_other_windows_is_named(tmp_path, clips):

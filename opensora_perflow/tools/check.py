@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora_perflow.checks import shown
+from opensora_perflow.hosts.encoded_captions import EncodedCaptions
 from opensora_perflow.hosts.install import find_tag, imported_tree
 from opensora_perflow.hosts.v1 import early as early_1
 from opensora_perflow.hosts.v1.keys import read_config as read_config_1
@@ -99,7 +100,11 @@ def open_sora(plan: Plan) -> Iterator[Finding]:
 
 def data(plan: Plan) -> Iterator[Finding]:
     """The CSV, its files, and which of its clips fit a bucket."""
-    captions = str(plan.section("dataset").get("type", "")).startswith("perflow_captions")
+    kind = str(plan.section("dataset").get("type", ""))
+    if kind == "perflow_stored":
+        yield Finding("data", None, "the chains of a store")
+        return
+    captions = kind.startswith("perflow_captions")
     path = plan.section("dataset").get("data_path") or plan.config.get("data_path")  # 1.0 has no section
     if path is None:
         yield Finding(
@@ -108,9 +113,15 @@ def data(plan: Plan) -> Iterator[Finding]:
         )  # fmt: skip
         return
     try:
-        rows = _rows(Path(path), header=plan.tag != "v1.0.0")
+        rows = _rows(Path(path), header=plan.tag != "v1.0.0", column="text" if captions else "path")
     except (OSError, ValueError, csv.Error) as error:
-        yield Finding("data", False, f"{path}: {error}", "a CSV with path and text", "write one, see docs/recipes.md")
+        yield Finding(
+            "data",
+            False,
+            f"{path}: {error}",
+            "a CSV with text, and path where there are videos",
+            "write one, see docs/recipes.md",
+        )
         return
     if captions:  # texts alone
         yield Finding("data", bool(rows), f"{len(rows)} rows of captions", "rows", "write some")
@@ -139,6 +150,19 @@ def paths(plan: Plan) -> Iterator[Finding]:
         "paths", not missing, "; ".join(missing) or f"{len(files)} named, all there", "files that are there",
         "paths are taken from the working directory; download the weights, or give a full path",
     )  # fmt: skip
+
+
+def texts(plan: Plan) -> Iterator[Finding]:
+    """Texts that were encoded beforehand are there."""
+    encoders = [plan.section(name) for name in ("text_encoder", "t5", "clip")]
+    folders = [one.get("folder") for one in encoders if str(one.get("type")).startswith("perflow_encoded")]
+    for folder in dict.fromkeys(map(str, folders)):
+        try:
+            EncodedCaptions(folder, plan.is_second)
+        except ValueError as error:
+            yield Finding("texts", False, str(error), "encoded captions", "write them once, see docs/recipes.md")
+        else:
+            yield Finding("texts", True, f"encoded in {folder}")
 
 
 def checkpoint(plan: Plan) -> Iterator[Finding]:
@@ -205,7 +229,7 @@ def disk(plan: Plan) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-CHECKS: tuple[Check, ...] = (keys, open_sora, data, paths, checkpoint, teacher, disk)
+CHECKS: tuple[Check, ...] = (keys, open_sora, data, paths, texts, checkpoint, teacher, disk)
 
 
 def check_config(config: Path, root: Path | None = None, arguments: Sequence[str] = ()) -> list[Finding]:
@@ -270,13 +294,12 @@ def _registered(root: Path) -> set[str]:
     return found
 
 
-def _rows(path: Path, header: bool) -> list[dict[str, str]]:
+def _rows(path: Path, header: bool, column: str) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
         reader = csv.DictReader(opened, None if header else ["path", "text"])
         rows = [row for row, _ in zip(reader, range(MOST_ROWS))]
-        absent = {"path"} - set(reader.fieldnames or ())
-    if absent:
-        raise ValueError(f"it has no column {', '.join(absent)}")
+    if column not in (reader.fieldnames or ()):
+        raise ValueError(f"it has no column {column}")
     return rows
 
 
