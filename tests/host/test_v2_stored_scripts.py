@@ -104,3 +104,16 @@ def test_online_training_without_text_encoders(
     encoded = train(host2_root, tmp_path, config, "encoded", *options)
     both = train(host2_root, tmp_path, child(tmp_path / "both.py", "perflow_tiny.py", epochs=1), "both", *options)
     assert losses(encoded) == losses(both) and len(losses(both)) >= 4
+
+
+def test_a_store_over_clips(host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """A clip that cannot be read is left out."""
+    diffused = dict(model=dict(perflow=dict(draws=dict(starts="diffused"))))
+    config = child(tmp_path / "clips.py", "perflow_tiny.py", **diffused)
+    lines = small_clips.csv.read_text().splitlines()
+    lines.append(lines[-1].replace(str(small_clips.videos[-1]), str(tmp_path / "missing.mp4")))
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
+    assert "8 chains are in store" in start(host2_root, tmp_path, "store", str(config), "clips.csv", "--out", "store")
+    printed = train(host2_root, tmp_path, child(tmp_path / "train.py", "perflow_tiny_stored.py", **diffused), "over")
+    assert "PeRFlow trains from 8 stored chains in store" in printed and np.isfinite(losses(printed)).all()
+    assert "held-out" not in printed and checkpoints(tmp_path / "over")
