@@ -12,6 +12,7 @@ from opensora_perflow.hosts.chains import CHAIN, Part, check_recipe
 from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
+from opensora_perflow.training.examination import Case, targets
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
 from opensora_perflow.training.teacher import fingerprint
 
@@ -150,6 +151,8 @@ def test_a_training_over_stored_data_measures_no_path_from_noise(tmp_path, caplo
         scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})["loss"].mean().backward()
     said = [record.message for record in caplog.records]
     assert any("stored chains" in one for one in said) and not any("held-out" in one for one in said)
+    (finding,) = targets(Case(scheduler.run, None, network))  # of the doctor
+    assert finding.passed is None and "no path from noise" in finding.measured
 
 
 def test_scales_of_mode_range_are_the_chains_own(tmp_path, monkeypatch, network):

@@ -198,6 +198,9 @@ def step_0_parity(case: Case) -> Iterator[Finding]:
 
 def targets(case: Case) -> Iterator[Finding]:
     """Every window has a line to learn, of a size that data and noise can have."""
+    if case.run.store is not None and case.run.store.over_data:
+        yield Finding("targets", None, "windows of a store over data start at data: there is no path from noise to look at")
+        return
     monitor = Monitor(None)
     monitor.keep(case.batch, case.run.recipe.guidance, lambda: case.run.segments)
     remedy = "use dtype bf16 instead of fp16, and check the teacher's weights, guidance.scale and the latents' scale"

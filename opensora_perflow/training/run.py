@@ -207,7 +207,7 @@ class TrainingRun:
                 teacher = self.teacher.network if self.store is None else None
                 self.observer.after_loss(step, batch, segment, loss, answer, model, teacher)
                 measures = self.monitor.watch is not None or self.curriculum is not None
-                measures = measures and (self.store is None or self.store.origin.starts == "student")  # a path from noise
+                measures = measures and (self.store is None or not self.store.over_data)
                 if measures and self.monitor.needs_samples:
                     self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
                     if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept

@@ -85,7 +85,7 @@ class Stored:
         drawn, ratio = batch.drawn, batch.windows.ratio
         u = unshift_time(torch.cat([drawn.t_start, drawn.t_end]), None if ratio is None else ratio.repeat(2))
         starts, ends = self.store.nearest(u).chunk(2)
-        further, over_data = self._further(starts, ends), self.store.origin.starts == "diffused"
+        further, over_data = self._further(starts, ends), self.store.over_data
         # Starts, or the noise in them, and ends together: each file is asked once.
         places = torch.cat([torch.zeros_like(starts) if over_data else starts, ends])
         x_start, x_end = self.store.states(batch.chains.repeat(2), places, further.repeat(2)).to(batch.noise).chunk(2)

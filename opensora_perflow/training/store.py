@@ -212,6 +212,11 @@ class ChainStore:
     def __len__(self) -> int:
         return sum(shard.rows for shard in self._shards.shards.values())
 
+    @property
+    def over_data(self) -> bool:
+        """Does each window start at data, so that no path from noise is known?"""
+        return self.origin.starts == "diffused"
+
     @cached_property
     def chains(self) -> list[tuple[int, dict[str, float]]]:
         """Number of every chain, ascending, and what its teacher was told besides the caption."""
