@@ -112,7 +112,7 @@ def test_what_to_change_is_what_fits():
 
 def test_text_encoders_that_take_much_are_said_to_be_left_out(capsys):
     plan = SimpleNamespace(network=tiny_network())
-    for texts, said in ((9, "take 9.5 GiB off each GPU"), (0, None)):
+    for texts, said in ((9, "take 9.5 GiB off"), (0, None)):
         _print_parts(plan, {"weights": GIB, "text encoder": texts * GIB, "CLIP": GIB // 2}, 1)
         printed = capsys.readouterr().out
         assert said in printed if said else "encoded once" not in printed

@@ -137,12 +137,11 @@ def _print_parts(plan: Outline, parts: Mapping[str, int], gpus: int) -> None:
     print(f"{type(plan.network).__name__}: {every / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained, on {gpus} GPU")
     for name, size in parts.items():
         print(f"  {name:14}{size / GIB:8.3g} GiB")
-    print(f"  {'together':14}{sum(parts.values()) / GIB:8.3g} GiB a GPU, without activations\n")
+    print(f"  {'together':14}{sum(parts.values()) / GIB:8.3g} GiB a GPU, without activations")
     texts = sum(parts.get(name, 0) for name in TEXT)
     if texts > GIB:
-        print(
-            f"texts encoded once (`opensora-perflow encode CONFIG`, docs/recipes.md) take {texts / GIB:.3g} GiB off each GPU\n"
-        )
+        print(f"texts encoded once (`opensora-perflow encode CONFIG`, Open-Sora 1.2 and later) take {texts / GIB:.3g} GiB off")
+    print()
 
 
 def _print_buckets(plan: Outline, rows: Iterator[dict[str, Any]], tflops: float, steps: int) -> list[dict[str, Any]]:
