@@ -1,10 +1,10 @@
 """How often one solution of the teacher should be trained on, and how fine it should be, at equal CPU seconds.
 
-    python benchmarks/equal_cost.py [--world mixture video] [--seeds 0 1 2] [--recipes NAME ...] [--json out.json]
+    python benchmarks/equal_cost.py [--world mixture video] [--seeds 0 1 2] [--recipes NAME ...] [--steps 100] [--json out.json]
 
-The scheduler's defaults train for half of few_step.py's steps. Every other recipe gets as many steps as take the same CPU
-seconds, by the cost of its first. Kept evaluations: what keeps activations in a step, times a solve x batch. Errors are those
-of the averaged weights (EMA).
+The scheduler's defaults train for half of few_step.py's steps, or --steps. Every other recipe gets as many steps as take the
+same CPU seconds, by the cost of its first. Kept evaluations: what keeps activations in a step, times a solve x batch. Errors
+are those of the averaged weights (EMA).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from evaluation import Evaluation
 from few_step import set_up_process, train
 from recipes import OURS, SCALES, Recipe, Scale, changed
+from torch import Tensor
 from worlds import MixtureWorld, VideoWorld, World
 
 TRIAL = {"mixture": 100, "video": 24}
@@ -43,11 +44,17 @@ def seconds_a_step(recipe: Recipe, world: World, seed: int, evaluation: Evaluati
     return trial["cost"]["train_seconds"] / TRIAL[world.name]
 
 
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without its samples, of which JSON knows nothing."""
+    return {name: value for name, value in row.items() if not isinstance(value, Tensor)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", nargs="+", choices=tuple(WORLDS), default=list(WORLDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", help="only those of these names; the first is run in any case")
+    parser.add_argument("--steps", type=int, help="of the defaults (default: half of few_step.py's)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     set_up_process()
@@ -62,7 +69,7 @@ def main() -> None:
                 if args.recipes and allowed is not None and recipe_name not in args.recipes:
                     continue
                 own = replace(scale, batch_size=batch_size)
-                recipe = Recipe(recipe_name, settings, scale.iterations // 2, steps=(4, 8))
+                recipe = Recipe(recipe_name, settings, args.steps or scale.iterations // 2, steps=(4, 8))
                 if allowed is not None:
                     steps = round(allowed / seconds_a_step(recipe, world, seed, evaluation, own))
                     recipe = replace(recipe, iterations=steps)
@@ -71,7 +78,14 @@ def main() -> None:
                 four, eight = [row for row in result["rows"] if "EMA" in row["sampler"]]
                 kept = batch_size * (settings.get("draws", {}).get("per_solve", 2))
                 rows.append(
-                    {"world": name, "seed": seed, "recipe": recipe_name, "kept": kept, **result["cost"], "rows": [four, eight]}
+                    {
+                        "world": name,
+                        "seed": seed,
+                        "recipe": recipe_name,
+                        "kept": kept,
+                        **result["cost"],
+                        "rows": [plain(four), plain(eight)],
+                    }
                 )
                 shown = [f"{row['endpoint_error']:.4f} | {1000 * row['energy_distance']:.2f}" for row in (four, eight)]
                 cost_shown = f"{kept} | {result['cost']['optimizer_steps']} | {result['cost']['train_seconds']:.0f}"
