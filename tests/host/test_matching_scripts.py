@@ -16,7 +16,7 @@ from opensora_perflow.training.fake_score import FILE_NAME
 pytestmark = pytest.mark.host
 CONFIG = REPOSITORY / "configs" / "opensora" / "perflow_tiny_stage1.py"
 IMPORTS = dict(imports=["opensora_perflow", "opensora_perflow.hosts.tiny", "_matching_probe"], allow_failed_imports=False)
-SCHEDULER = dict(windows=2, watch=None, matching=dict(weight=0.5, rank=4, updates=2))
+SCHEDULER = dict(windows=2, draws=dict(shares=[2, 1]), watch=None, matching=dict(weight=0.5, rank=4, updates=2))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,12 +87,15 @@ def test_it_is_resumed_in_two_processes(host_root: Path, stored: Path, trained: 
 
 
 def test_a_store_that_grows_in_training(host_root: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes pass 6 chains, and then 12. A run that goes on in the second pass ends with the same weights."""
+    """Two processes pass 6 chains, and then 12. A run that goes on in the second pass ends with the same weights. Students are
+    told where its steps end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     shutil.copytree(stored / "store", tmp_path / "store")
     (tmp_path / "store" / "index-00001.json").rename(tmp_path / "store" / "hidden.json")
     imports = ["opensora_perflow", "opensora_perflow.hosts.tiny", "opensora_perflow.hosts.stored"]
-    changes = dict(scheduler=dict(teacher=dict(from_pretrained=None), watch=None), epochs=2, ckpt_every=1)
+    draws = dict(grids=[1, 2], two_time=True)
+    scheduler = dict(teacher=dict(from_pretrained=None), watch=None, draws=draws)
+    changes = dict(scheduler=scheduler, epochs=2, ckpt_every=1)
     runs = []
     for name, probe in (("whole", ["_growing_probe"]), ("resumed", [])):
         imported = dict(custom_imports=dict(imports=imports + probe, allow_failed_imports=False), **changes)
@@ -104,7 +107,7 @@ def test_a_store_that_grows_in_training(host_root: Path, stored: Path, tmp_path:
         runs.append(checkpoints(outputs))
     assert len(runs[0]) == 3 + 6 and len(runs[1]) == 5
     states = [json.loads((run[-1] / "perflow.json").read_text()) for run in runs]
-    assert states[0]["steps"] == states[1]["steps"] == 9
+    assert states[0]["steps"] == states[1]["steps"] == 9 and states[0]["draws"]["two_time"]
     weights = [read_state_dict(run[-1]) for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

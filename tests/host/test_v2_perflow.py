@@ -25,6 +25,7 @@ SCALES = [7.0, 4.4, 4.1, 4.1]
 FIXED = {"guidance": {"mode": "fixed", "scale": SCALES}}
 LORA = {"r": 4, "lora_alpha": 4, "target_modules": ["img_attn.proj", "img_mlp.0", "q_proj", "linear2"]}
 CHECKS = re.findall(r"^def check_(\w+)", (WORKERS / "_v2_worker.py").read_text(), re.M)
+TWO_TIME = {"guidance": {"mode": "fixed", "scale": 3.0}, "draws": {"grids": [1, 2], "two_time": True}}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,17 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(host2_root: Path, small_c
     rest = train(host2_root, small_clips, tmp_path / "rest", FIXED, "--load", whole.checkpoints[0])
     pairs = list(zip(whole.draws[0][2:], rest.draws[0], strict=True))
     assert len(pairs) == 2 and all(torch.equal(one["loss"], other["loss"]) for one, other in pairs)
+
+
+def test_a_student_is_told_where_its_steps_end(host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """Two steps in two processes, the second again after the checkpoint of the first, and a sample of two steps."""
+    whole = train(host2_root, small_clips, tmp_path / "whole", TWO_TIME, nproc=2, ckpt_every=1)
+    rest = train(host2_root, small_clips, tmp_path / "rest", TWO_TIME, "--load", whole.checkpoints[0], nproc=2, ckpt_every=1)
+    is_sound(whole, steps=2)
+    assert all(torch.equal(one[1]["loss"], other[0]["loss"]) for one, other in zip(whole.draws, rest.draws, strict=True))
+    assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
+    said = sample(host2_root, tmp_path, whole.checkpoints[-1], {}, sampling_option={"num_steps": 2})
+    assert "PeRFlow samples with 4 windows" in said and "cross edges" not in said
 
 
 @needs_half

@@ -95,7 +95,3 @@ def _refuse_keys_of_1(recipe: Recipe) -> None:
             "matching is for Open-Sora 1.x: 2.0's hooks ask the teacher without a gradient, which its adapters need; leave the "
             "key out"
         )
-    if recipe.draws.two_time:
-        raise ValueError(
-            "draws.two_time=True is for Open-Sora 1.x, whose networks can be told one more number; leave the key out"
-        )
