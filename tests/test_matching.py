@@ -16,7 +16,6 @@ from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.parallel import average_over_ranks
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
-from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.method.matching import renoise
 from opensora_perflow.method.process import Linear
 from opensora_perflow.training.fake_score import FILE_NAME, FakeScore
@@ -279,5 +278,3 @@ def test_a_student_of_adapters_is_refused():
     network = add_adapters(tiny_network(), LoRA(rank=2)).train()
     with pytest.raises(ValueError, match="is its own teacher; leave matching out"):
         PeRFlow(**FIXED, matching=dict(weight=0.5)).training_losses(network, *batch(network))
-    with pytest.raises(ValueError, match="matching is for Open-Sora 1.x"):
-        read_config(dict(matching=dict(weight=0.5)))

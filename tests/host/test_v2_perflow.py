@@ -16,6 +16,8 @@ from _harness_v2 import TINY_FLUX, inference_config_v2, train_config_v2
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.training.fake_score import FILE_NAME
 from opensora_perflow.training.state import find_state
 
 pytestmark = pytest.mark.host
@@ -147,6 +149,25 @@ def test_a_student_is_told_where_its_steps_end(host2_root: Path, small_clips: Cl
     assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
     said = sample(host2_root, tmp_path, whole.checkpoints[-1], {}, sampling_option={"num_steps": 2})
     assert "PeRFlow samples with 4 windows" in said and "cross edges" not in said
+
+
+def test_matching_is_the_same_in_both_processes_and_resumed(
+    host2_root: Path, small_clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in test_matching_scripts.py: two steps, the second again after the checkpoint of the first, to the last bit."""
+    monkeypatch.setenv("PYTHONPATH", str(WORKERS))
+    perflow = {**FIXED, "draws": {"shares": [2, 1, 1, 1]}, "matching": {"weight": 0.5, "rank": 4, "updates": 2}}
+    given = dict(nproc=2, ckpt_every=1, custom_imports=dict(imports=[*IMPORTS["imports"], "_matching_probe"]))
+    whole = train(host2_root, small_clips, tmp_path / "whole", perflow, **given)
+    rest = train(host2_root, small_clips, tmp_path / "rest", perflow, "--load", whole.checkpoints[0], **given)
+    is_sound(whole, steps=2)
+    said = [re.findall(r"adapters of process (\d): (\S+)", run.printed) for run in (whole, rest)]
+    ranks = [[digest for rank, digest in said[0] if rank == name] for name in "01"]
+    assert ranks[0] == ranks[1] and ranks[0][0] != ranks[0][1] and {digest for _, digest in said[1]} == {ranks[0][1]}
+    states = [read_state_dict(run.checkpoints[-1] / FILE_NAME) for run in (whole, rest)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any("exp_avg_sq" in name for name in states[0])
+    assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
 
 
 @needs_half

@@ -101,6 +101,16 @@ def call_without_gradient(network: nn.Module) -> Callable[..., Tensor]:
     return call
 
 
+def call_as_asked(network: nn.Module) -> Callable[..., Tensor]:
+    """The network's forward, past its hooks: with a gradient where one is enabled, and else as `call_without_gradient`."""
+    plain = call_without_gradient(network)
+
+    def call(**inputs: Any) -> Tensor:
+        return network.forward(**inputs) if torch.is_grad_enabled() else plain(**inputs)
+
+    return call
+
+
 @contextmanager
 def _without_checkpointing(network: nn.Module) -> Iterator[None]:
     modules = [module for module in network.modules() if getattr(module, "grad_checkpointing", False)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.hosts.v2.evaluation import Evaluation
 from opensora_perflow.hosts.v2.keys import PROCESS, Keys
-from opensora_perflow.hosts.v2.network import Told, call_without_gradient, network_output, rows_of
+from opensora_perflow.hosts.v2.network import Told, call_as_asked, call_without_gradient, network_output, rows_of
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.training.adapters import adapters_off
@@ -69,11 +69,14 @@ class TrainingPlayers:
         return _player(self._output(teacher.network, self.told, text_scale=scale, image_scale=image_scale, adapted=False))
 
     def untrained(self) -> Player:
-        return _player(self._output(self.teacher_now().network, self.told, adapted=False))
+        network = self.teacher_now().network  # with a gradient for the adapters of matching, which are on it
+        return _player(self._output(network, self.told, adapted=False, caller=call_as_asked))
 
-    def _output(self, network: nn.Module, told: Told, *, adapted: bool = True, **guided: Any) -> Any:
+    def _output(
+        self, network: nn.Module, told: Told, *, adapted: bool = True, caller: Any = call_without_gradient, **guided: Any
+    ) -> Any:
         """`adapted`: With the adapters of the student's network. A teacher that is the same network has none."""
-        call = call_without_gradient(network)
+        call = caller(network)
 
         def plain(**inputs: Tensor) -> Tensor:
             with adapters_off(network):
