@@ -151,23 +151,47 @@ def test_a_student_is_told_where_its_steps_end(host2_root: Path, small_clips: Cl
     assert "PeRFlow samples with 4 windows" in said and "cross edges" not in said
 
 
+MATCHING = {**FIXED, "draws": {"shares": [2, 1, 1, 1]}, "matching": {"weight": 0.5, "rank": 4, "updates": 2}}
+
+
+def matched(folder: Path, root: Path, clips: Clips, *options: object, **overrides: Any) -> tuple[Trained, list[list[str]]]:
+    """Two steps in two processes, a checkpoint each; (the run, of each process its adapters after each step)."""
+    imports = dict(imports=[*IMPORTS["imports"], "_matching_probe"])
+    run = train(root, clips, folder, MATCHING, *options, nproc=2, ckpt_every=1, custom_imports=imports, **overrides)
+    said = re.findall(r"adapters of process (\d): (\S+)", run.printed)
+    return run, [[digest for rank, digest in said if rank == name] for name in "01"]
+
+
 def test_matching_is_the_same_in_both_processes_and_resumed(
     host2_root: Path, small_clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in test_matching_scripts.py: two steps, the second again after the checkpoint of the first, to the last bit."""
     monkeypatch.setenv("PYTHONPATH", str(WORKERS))
-    perflow = {**FIXED, "draws": {"shares": [2, 1, 1, 1]}, "matching": {"weight": 0.5, "rank": 4, "updates": 2}}
-    given = dict(nproc=2, ckpt_every=1, custom_imports=dict(imports=[*IMPORTS["imports"], "_matching_probe"]))
-    whole = train(host2_root, small_clips, tmp_path / "whole", perflow, **given)
-    rest = train(host2_root, small_clips, tmp_path / "rest", perflow, "--load", whole.checkpoints[0], **given)
+    whole, said = matched(tmp_path / "whole", host2_root, small_clips)
+    rest, again = matched(tmp_path / "rest", host2_root, small_clips, "--load", whole.checkpoints[0])
     is_sound(whole, steps=2)
-    said = [re.findall(r"adapters of process (\d): (\S+)", run.printed) for run in (whole, rest)]
-    ranks = [[digest for rank, digest in said[0] if rank == name] for name in "01"]
-    assert ranks[0] == ranks[1] and ranks[0][0] != ranks[0][1] and {digest for _, digest in said[1]} == {ranks[0][1]}
+    assert said[0] == said[1] and said[0][0] != said[0][1] and again == [said[0][1:]] * 2
     states = [read_state_dict(run.checkpoints[-1] / FILE_NAME) for run in (whole, rest)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any("exp_avg_sq" in name for name in states[0])
     assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
+
+
+def test_matching_of_lora_has_one_network(
+    host2_root: Path, small_clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of the student and of the score on the same layers. `lora_checkpoint` goes on with both sets, in a new epoch."""
+    monkeypatch.setenv("PYTHONPATH", str(WORKERS))
+    whole, said = matched(tmp_path / "whole", host2_root, small_clips, lora_config=LORA)
+    lora = str(whole.checkpoints[0] / "lora")
+    rest, again = matched(tmp_path / "rest", host2_root, small_clips, lora_config=LORA, lora_checkpoint=lora)
+    assert said[0] == said[1] and again[0] == again[1] and len({*said[0], *again[0]}) == 4
+    assert "PeRFlow goes on after 1 training steps" in rest.printed and "new adapters" not in rest.printed
+    state = read_state_dict(rest.checkpoints[-1] / FILE_NAME)
+    steps = {int(value) for name, value in state.items() if name.endswith(".step")}
+    assert steps == {(1 + 2) * 2} and not any("lora_" in name for name in state)
+    first, last = (read_state_dict(next((run.checkpoints[-1] / "lora").glob("adapter_model.*"))) for run in (whole, rest))
+    assert first.keys() == last.keys() and any(not torch.equal(first[name], last[name]) for name in first)
 
 
 @needs_half
