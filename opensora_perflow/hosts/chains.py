@@ -286,7 +286,10 @@ def chain_at(store: ChainStore, index: str) -> tuple[int, dict[str, float]]:
     if row >= len(store.chains):  # a worker that loads data looked before the pass began
         store.look_again()
     if row >= len(store.chains):
-        raise ValueError(f"another process sees {row + 1} chains of the store {str(store.folder)!r}, and this one does not")
+        raise ValueError(
+            f"another process sees {row + 1} chains of the store {str(store.folder)!r}, and this one does not; keep the store "
+            "where all processes see the same files"
+        )
     chain, told = store.chains[row]
     if size != [told["num_frames"], told["height"], told["width"]]:
         raise ValueError(

@@ -171,6 +171,8 @@ def _only_writer(out: Path, rank: int) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process writes to the store {str(out)!r}; wait until that one has ended") from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
