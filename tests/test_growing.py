@@ -10,6 +10,7 @@ from processes import in_two_processes
 from opensora_perflow.hosts.chains import Part, Passes, chain_at
 from opensora_perflow.hosts.storing import Workers, after_last, solve_chains
 from opensora_perflow.hosts.storing import store as store_chains
+from opensora_perflow.tools import cli
 from opensora_perflow.training.shards import file_name
 from opensora_perflow.training.store import ChainStore, Origin, chain_noise
 
@@ -94,6 +95,15 @@ def test_a_folder_without_chains_does_not_grow(tmp_path):
     given = dict(progress=None, data_path=None, first_window=0)
     assert store_chains(read, None, tmp_path, None, 5, **given) == 11
     assert store_chains(read, None, tmp_path, 7, None, **given) == 7
+
+
+@pytest.mark.parametrize("options", [["--grow", "0"], ["--grow", "3", "--chains", "6"]])
+def test_wrong_numbers_are_told_before_anything_is_read(options, capsys, tmp_path):
+    try:
+        status = cli.main(["store", "nothing.py", "--out", str(tmp_path), *options])
+    except SystemExit as stop:  # argparse's own
+        status = stop.code
+    assert status == 2 and "--grow" in capsys.readouterr().err
 
 
 def test_others_than_the_store_s_are_not_added(tmp_path):
