@@ -33,6 +33,7 @@ from opensora_perflow.atomic import replacing
 COUNTS = (1, 2, 4, 8)
 STUDENTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "told where steps end": (dict(windows=8, draws=dict(grids=[1, 2, 4], two_time=True)), COUNTS),
+    "told, all times at edges": (dict(windows=8, draws=dict(grids=[1, 2, 4], two_time=True, edge_mass=1.0)), COUNTS),
     "not told": (dict(windows=8, draws=dict(grids=[1, 2, 4])), COUNTS),
     **{f"for {count} alone": (dict(windows=count), (count,)) for count in COUNTS},
 }

@@ -16,6 +16,8 @@ from opensora_perflow.hosts.v2.tokens import Layout
 
 LAYOUT = Layout(frames=3, rows=2, columns=4, patch=2)
 CHANNELS, TOKENS, WORDS, POOLED = 2, 5, 3, 4
+FEATURES = 256
+"""Of a timestep, of which this network has the first: where hosts/scale_input.py says a step's length, there is nothing."""
 EULER = dict(teacher=dict(steps_per_window=1, solver="euler"), draws=dict(edge_mass=1.0))
 """A teacher of one Euler step a window, whose line an untrained student knows already."""
 
@@ -29,7 +31,7 @@ class TinyMMDiT(nn.Module):
         self.patch_size, self.in_channels = LAYOUT.patch, CHANNELS * LAYOUT.patch**2
         torch.manual_seed(seed)
         self.img_in, self.txt_in = nn.Linear(self.in_channels, 16), nn.Linear(WORDS, 16)
-        self.vector_in, self.time_in = nn.Linear(POOLED, 16), nn.Linear(1, 16)
+        self.vector_in, self.time_in = nn.Linear(POOLED, 16), nn.Linear(FEATURES, 16)
         self.cond_in = nn.Linear(self.in_channels + self.patch_size**2, 16) if cond_embed else nn.Identity()
         self.guidance_in = nn.Linear(1, 16) if guidance_embed else nn.Identity()
         self.out = nn.Linear(16, self.in_channels)
@@ -49,7 +51,9 @@ class TinyMMDiT(nn.Module):
     ) -> Tensor:
         self.rows.append(len(img))
         hidden = self.img_in(img) + self.txt_in(txt).mean(1, keepdim=True) + self.vector_in(y_vec)[:, None]
-        hidden = hidden + self.time_in(timesteps[:, None])[:, None] + img_ids.mean(2, keepdim=True) / 10
+        hidden = (
+            hidden + self.time_in(F.pad(timesteps[:, None], (0, FEATURES - 1)))[:, None] + img_ids.mean(2, keepdim=True) / 10
+        )
         if self.config.cond_embed:
             if cond is None:
                 raise ValueError("Didn't get conditional input for conditional model.")

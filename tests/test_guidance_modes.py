@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from opensora_perflow import PeRFlow
+from opensora_perflow.hosts.scale_input import UNIT, direction, told
 from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.embed import embed
 from opensora_perflow.hosts.v1.negative_text import read_negative, write_negative
-from opensora_perflow.hosts.v1.scale_input import UNIT, direction, told
 from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.tools import cli
 from opensora_perflow.training.recipe import Guidance

@@ -9,16 +9,16 @@ import torch
 from networks import batch, tiny_network
 from problems import Gaussian
 from processes import in_two_processes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.parallel import average_over_ranks
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.lora import LoRA, add_adapters
-from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.method.matching import renoise
 from opensora_perflow.method.process import Linear
+from opensora_perflow.training.adapters import adapter_state, teacher_call
 from opensora_perflow.training.fake_score import FILE_NAME, FakeScore
 from opensora_perflow.training.matching import MatchingSettings
 from opensora_perflow.training.players import Player
@@ -194,12 +194,7 @@ def test_gradients_are_checkpointed_where_the_student_s_are():
         torch.manual_seed(0)
         network = kind(hidden_size=32, depth=1, num_heads=2)
         fake = FakeScore(network, MatchingSettings(rank=2))
-        x, args = batch(network)
-        player = Player(lambda states, timestep, n=network, a=args: n(states, timestep, **a)[:, :4], Linear(), "velocity")
-        players = SimpleNamespace(process=player.process, moving=None, untrained=lambda one=player: one)
-        given = SimpleNamespace(players=players, frame_weights=None)
-        for update in range(3):
-            fake.fit(given, torch.ones_like(x), torch.zeros(2, dtype=torch.float64), generator(update), OpenSora())
+        fit(fake, network, *batch(network))
         found.append(torch.cat([up.detach().flatten() for _, up in fake.weights.values()]))
     assert network.repeated == 6 and not network.spatial_blocks[0].grad_checkpointing
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
@@ -274,10 +269,89 @@ def test_what_matching_cannot_do_is_refused(settings, message):
         PeRFlow(matching=dict(weight=0.5), **settings).process_of(tiny_network())
 
 
-def test_a_student_of_adapters_is_refused():
+@pytest.fixture
+def shared():
+    """A student of adapters, moved, which is its own teacher without them."""
     pytest.importorskip("peft")
     network = add_adapters(tiny_network(), LoRA(rank=2)).train()
-    with pytest.raises(ValueError, match="is its own teacher; leave matching out"):
-        PeRFlow(**FIXED, matching=dict(weight=0.5)).training_losses(network, *batch(network))
-    with pytest.raises(ValueError, match="matching is for Open-Sora 1.x"):
-        read_config(dict(matching=dict(weight=0.5)))
+    with torch.no_grad():
+        for name, weight in adapter_state(network).items():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    return network
+
+
+def test_a_student_of_adapters_shares_its_network_with_both_scores(shared):
+    """Three fields of one network: the student's adapters are off where this score's are on, and neither meets the other's
+    gradient."""
+    network, base, (x, args) = shared, tiny_network(), batch(shared)
+    t = torch.full((2,), 500.0)
+    with torch.no_grad():
+        student = network(x, t, **args)
+    fake, found = FakeScore(network, MatchingSettings(rank=2)), []
+    linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    assert {name.removesuffix(".base_layer") for name in fake.weights} == linear
+    with fake.on():
+        assert torch.equal(network(x, t, **args), base(x, t, **args))  # as new adapters add nothing
+    fit(fake, network, x, args)
+    assert all(weight.grad is None for weight in network.parameters())
+    with torch.no_grad():
+        assert torch.equal(network(x, t, **args), student) and network.training
+        assert torch.equal(teacher_call(network, network)(x, t, **args), base(x, t, **args))
+    other = FakeScore(base.eval().requires_grad_(False), MatchingSettings(rank=2))
+    fit(other, base, x, args)
+    found = [torch.cat([part.flatten() for pair in one.weights.values() for part in pair]) for one in (fake, other)]
+    assert torch.equal(*found)
+
+
+def test_a_student_of_adapters_is_matched(shared):
+    """As one whose teacher is another network: the same loss and the same gradients, to the last bit. Not yet moved, since the
+    copy takes the student's weights for the teacher's."""
+    with torch.no_grad():
+        for name, weight in adapter_state(shared).items():
+            if "lora_B" in name:
+                weight.zero_()
+    own = vars(shared).pop("__deepcopy__")
+    other = deepcopy(shared)
+    shared.__deepcopy__ = own
+    del other.perflow_lora  # so that its teacher is a copy
+    x, args = batch(shared)
+    found = []
+    for network in (shared, other):
+        scheduler = PeRFlow(**FIXED, draws=dict(seed=0), matching=dict(weight=1.0))
+        torch.manual_seed(3)
+        loss = scheduler.training_losses(network, x, dict(args))["loss"].mean()
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+        found.append((loss.detach(), gradients))
+        assert (scheduler.run.teacher.network is network) == (network is shared)
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_a_backward_repeats_the_forward_without_the_student_s_adapters():
+    """Gradients that are checkpointed, where the student's network checkpoints them itself."""
+    pytest.importorskip("peft")
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = Checkpointed(hidden_size=32, depth=1, num_heads=2)
+        network = add_adapters(network, LoRA(rank=2)).train()
+        with torch.no_grad():
+            for name, weight in adapter_state(network).items():
+                weight.fill_(0.1 if "lora_B" in name else weight.mean())
+        network.spatial_blocks[0].grad_checkpointing = checkpointing
+        fake = FakeScore(network, MatchingSettings(rank=2))
+        fit(fake, network, *batch(network))
+        assert network.spatial_blocks[0].grad_checkpointing == checkpointing and network.repeated == 3 * (1 + checkpointing)
+        found.append(torch.cat([up.detach().flatten() for _, up in fake.weights.values()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
+
+def fit(fake, network, x, args):
+    """Three updates towards ends of ones."""
+    player = Player(lambda states, t: network(states, t, **args)[:, :4], Linear(), "velocity")
+    players = SimpleNamespace(process=player.process, moving=None, untrained=lambda: player)
+    given = SimpleNamespace(players=players, frame_weights=None)
+    for update in range(3):
+        fake.fit(given, torch.ones_like(x), torch.zeros(2, dtype=torch.float64), generator(update), OpenSora())

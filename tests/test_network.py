@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
+from opensora_perflow.hosts.scale_input import direction, told
 from opensora_perflow.hosts.v1.host import OpenSora
 from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_dropout
-from opensora_perflow.hosts.v1.scale_input import direction, told
 from opensora_perflow.hosts.v1.stdit import without_text_dropout
 from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.teacher import copy_frozen, load_teacher

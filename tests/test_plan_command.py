@@ -315,6 +315,7 @@ def test_a_hosts_student_is_told_its_scale(checkout):
         (["perflow", "{}", "dict(guidance=dict(mode='sync'), cfg_scale=[3, 2])"], "one guidance scale in all windows"),
         (["perflow", "{}", "dict(guidance=dict(mode='fixed', scale=[3, 2]))"], "got guidance.scale [3, 2]"),
         (["perflow", "{}", "dict(cfg_scale=9.0, guidance=dict(mode='range', scale=(1, 4)))"], "scales from 1 to 4"),
+        (["perflow", "{}", "dict(draws=dict(grids=[1], two_time=True))"], "with draws.two_time and is told the length"),
         (["rflow", "{}"], "has scheduler type rflow, which is a teacher itself"),
     ],
 )

@@ -296,7 +296,7 @@ def test_chains_are_found_by_number_across_shards(tmp_path, network):
     write(tmp_path, network, first=4)
     _, noise, _ = write(tmp_path, network, first=0)
     store = ChainStore(tmp_path)
-    assert len(store) == 4 and [chain for chain, _ in store.chains] == [0, 1, 4, 5] and store.chains[2][1] == TOLD
+    assert len(store) == 4 and store.chains == [(0, TOLD), (1, TOLD)]  # up to the first shard that is missing
     assert store.caption(5) == CAPTIONS[1] and store.latent_shape(torch.tensor([4, 0])) == (4, 5, 4, 4)
     assert torch.equal(store.states(torch.tensor([1]), torch.tensor([0]))[0], noise[1])
     for chain in (2, 6):

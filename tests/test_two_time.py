@@ -7,9 +7,8 @@ from test_store import CAPTIONS, FIXED, TOLD, write
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.chains import CHAIN
-from opensora_perflow.hosts.v1.scale_input import direction, told
+from opensora_perflow.hosts.scale_input import direction, told
 from opensora_perflow.hosts.v1.stored_chains import chain_bytes
-from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.training import segments
 from opensora_perflow.training.state import StudentState
 from opensora_perflow.training.store import ChainStore
@@ -115,8 +114,6 @@ def test_a_trained_student_is_sampled_as_it_was_told(tmp_path):
 def test_what_cannot_be_told_is_refused(tmp_path):
     with pytest.raises(ValueError, match="draws.grids names none"):
         PeRFlow(draws=dict(two_time=True))
-    with pytest.raises(ValueError, match="for Open-Sora 1.x"):
-        read_config(dict(draws=DRAWS))
     network = tiny_network()
     _, _, args = write(tmp_path, network, windows=4)
     scheduler = PeRFlow(**FIXED, draws=dict(grids=[3], two_time=True), teacher=dict(stored=str(tmp_path)))

@@ -108,7 +108,7 @@ def test_every_objective_has_the_loss_that_it_has_on_its_own(objective):
 
 
 def evaluation(direct=None):
-    return Evaluation(direct or (lambda x, t: x * 2), told(), LAYOUT)
+    return Evaluation(direct or (lambda x, t, step: x * 2), told(), LAYOUT)
 
 
 def test_a_rehearsed_evaluation_is_replayed():

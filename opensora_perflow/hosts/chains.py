@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora_perflow.hosts.parallel import gathered
 from opensora_perflow.training.players import Batch
 from opensora_perflow.training.randomness import step_generator
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.run import TrainingRun
 from opensora_perflow.training.segments import diffused, path_times, teacher_path
 from opensora_perflow.training.store import DTYPES, SHARD_BYTES, ChainStore, Origin, chain_noise, told_of
+
+logger = logging.getLogger("opensora_perflow")
 
 CHAIN = "perflow_chain"
 """Name of each sample's chain in a batch."""
@@ -212,6 +216,50 @@ def training_store(data_path: str | None, named: str | None, where: str) -> Chai
     return ChainStore(folder)
 
 
+class Passes:
+    """What a training set has in each pass over a store that may grow: row r is the store's r-th chain.
+
+    A pass follows from the number of chains at its beginning, which all processes share.
+
+    chains: Of each row, see ChainStore.chains.
+
+    Raises:
+        ValueError: the store has no first shard.
+    """
+
+    def __init__(self, store: ChainStore) -> None:
+        self.store = store
+        self.chains = store.chains[: self._agreed()]
+        if not self.chains:
+            raise ValueError(f"the store {str(store.folder)!r} has no first shard; run the command again that wrote the store")
+        if len(store) > len(store.chains):
+            logger.warning(
+                "PeRFlow trains from the first %d chains of %s: a shard is missing there, and the %d after it wait; run the "
+                "command again that wrote the store",
+                len(store.chains), store.folder, len(store) - len(store.chains),
+            )  # fmt: skip
+
+    def next(self, alone: bool = False) -> bool:
+        """Take the chains that a writer has added since the pass before; are there any?
+
+        Args:
+            alone: The other processes do not call, and follow this one's rows.
+
+        Raises:
+            ValueError: see ChainStore.look_again.
+        """
+        self.store.look_again()
+        count, before = len(self.store.chains) if alone else self._agreed(), len(self.chains)
+        self.chains = self.store.chains[:count]
+        if count > before:
+            logger.info("PeRFlow trains from %d chains of %s now, %d more", count, self.store.folder, count - before)
+        return count > before
+
+    def _agreed(self) -> int:
+        # A process may see less than another: it looked earlier, or its file system is late.
+        return min(gathered(len(self.store.chains)))
+
+
 def whole_buckets(bucket_config: Mapping[str, Any], store: ChainStore) -> dict[str, Any]:
     """The buckets of a config with all of their chains: shares were drawn when the store was written.
 
@@ -232,9 +280,16 @@ def chain_at(store: ChainStore, index: str) -> tuple[int, dict[str, float]]:
     """The chain of a sample "row-frames-height-width" of the host's buckets, and what its teacher was told.
 
     Raises:
-        ValueError: a bucket of another size than the chain's.
+        ValueError: no such chain, or a bucket of another size than the chain's.
     """
     row, *size = (int(value) for value in index.split("-"))
+    if row >= len(store.chains):  # a worker that loads data looked before the pass began
+        store.look_again()
+    if row >= len(store.chains):
+        raise ValueError(
+            f"another process sees {row + 1} chains of the store {str(store.folder)!r}, and this one does not; keep the store "
+            "where all processes see the same files"
+        )
     chain, told = store.chains[row]
     if size != [told["num_frames"], told["height"], told["width"]]:
         raise ValueError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +46,13 @@ class Workers:
         if self.world > 1:
             dist.barrier()
 
+    def shared(self, value: Any) -> Any:
+        """The first process's value, in all: every one has to call."""
+        told = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(told)
+        return told[0]
+
     @property
     def device(self) -> str:
         if not torch.cuda.is_available():
@@ -70,13 +79,21 @@ def use_host(config: Path, open_sora: Path | None) -> bool:
 
 
 def store(
-    host: ModuleType, config: Path, out: Path, chains: int | None, progress: Progress, data_path: Path | None, first_window: int
+    host: ModuleType,
+    config: Path,
+    out: Path,
+    chains: int | None,
+    grow: int | None,
+    progress: Progress,
+    data_path: Path | None,
+    first_window: int,
 ) -> int:
     """Solve chains until the folder `out` has `chains` of them; how many there are.
 
     Args:
         host: hosts.v1.storing or hosts.v2.storing.
         chains: None: one a row of the data set.
+        grow: In place of `chains`: how many more than are there.
         data_path: The table of captions; None: the config's.
         first_window: Further solutions of the first window, for each chain.
 
@@ -85,7 +102,22 @@ def store(
     """
     read_indexes(out, KIND)  # a folder of another kind is refused before anything is written
     cfg, workers = host.read_training_config(config, data_path), Workers.started()
+    if grow is not None:
+        chains = after_last(out, workers) + grow
     return host.main(cfg, out, chains, workers, progress, first_window)
+
+
+def after_last(out: Path, workers: Workers) -> int:
+    """Number after the last chain of a store, the same in all processes, whatever the others have added when they ask.
+
+    Raises:
+        ValueError: there is no chain, or the folder is damaged.
+    """
+    _, shards = read_indexes(out, KIND)
+    count = workers.shared(max((shard.about["first"] + shard.rows for shard in shards.values() if shard.rows), default=0))
+    if not count:
+        raise ValueError(f"{str(out)!r} holds no {KIND} that --grow could add to; begin a store with --chains")
+    return count
 
 
 def solve_chains(
@@ -106,24 +138,42 @@ def solve_chains(
         clips: At which windows start with noise; None: they start at noise. Clips that cannot be read are left out.
 
     Raises:
-        ValueError: a folder of other chains, see ShardWriter; no clip can be read.
+        ValueError: a folder of other chains, see ShardWriter, or one that another process of this rank writes to; no clip can
+            be read.
     """
-    writer = ChainWriter(out, solver.origin, workers.rank, captions=text_digest(captions), buckets=plain(bucket_config))
     done, first = progress(wanted, "chains"), 0
     numbered = enumerate(parts)
-    while first < wanted:
-        number, part = next(numbered)
-        if number % workers.world == workers.rank and not writer.shards.is_there(number):
-            read = part if clips is None else clips.of(part, first)
-            if read.captions:
-                solved = zip(*map(_reporting(done), solver.solve(read, first)))
-                ends, *others = (None if batches[0] is None else torch.cat(batches) for batches in solved)
-                writer.write(number, first, ends, read.captions, read.told, *others)
-        else:
-            done(len(part.captions))
-        first += len(part.captions)
-    workers.barrier()
+    with _only_writer(out, workers.rank):
+        writer = ChainWriter(out, solver.origin, workers.rank, captions=text_digest(captions), buckets=plain(bucket_config))
+        while first < wanted:
+            number, part = next(numbered)
+            if number % workers.world == workers.rank and not writer.shards.is_there(number):
+                read = part if clips is None else clips.of(part, first)
+                if read.captions:
+                    solved = zip(*map(_reporting(done), solver.solve(read, first)))
+                    ends, *others = (None if batches[0] is None else torch.cat(batches) for batches in solved)
+                    writer.write(number, first, ends, read.captions, read.told, *others)
+                else:
+                    writer.shards.leave_out(number)
+            else:
+                done(len(part.captions))
+            first += len(part.captions)
+        workers.barrier()
     return len(ChainStore(out))
+
+
+@contextmanager
+def _only_writer(out: Path, rank: int) -> Iterator[None]:
+    """Within, no other process writes this rank's index. The lock goes with the process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"lock-{rank:05d}", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to the store {str(out)!r}; wait until that one has ended") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def plain(settings: Any) -> Any:

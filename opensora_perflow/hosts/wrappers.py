@@ -1,5 +1,6 @@
 """What is inside the wrappers of boosters, compilers and peft, whichever host's network it is."""
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -47,3 +48,17 @@ def settle(model: nn.Module) -> None:
     wait = next((wait for wait in waits if wait is not None), None)
     if wait is not None:
         wait()
+
+
+def compiler_is_loaded() -> bool:
+    """May something be compiled in this process? Asked without loading torch's compiler, which takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def forget_compiled() -> None:
+    """Have torch compile anew, at their next calls, all functions that it has compiled.
+
+    Compiled code does not see hooks that came later; torch 2.2's does not see changed attributes of modules either.
+    """
+    if compiler_is_loaded():
+        torch.compiler.reset()

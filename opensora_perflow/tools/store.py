@@ -17,8 +17,9 @@ examples (in the folder that the training will be started from):
   opensora-perflow encode CONFIG --data-path captions.csv --out text --open-sora ../Open-Sora
   opensora-perflow store CONFIG --data-path captions.csv --out store --chains 20000 --open-sora ../Open-Sora
   torchrun --nproc_per_node 8 -m opensora_perflow store CONFIG --data-path captions.csv --out store
-Both go on where they were stopped or killed: the same command again does what is missing. More captions, or a larger --chains,
-are added to what is there.
+  opensora-perflow store CONFIG --data-path captions.csv --out store --grow 5000 --open-sora ../Open-Sora
+Both go on where they were stopped or killed: the same command again does what is missing. More captions for `encode`, a larger
+--chains or --grow for `store`, are added to what is there.
 """
 
 
@@ -58,8 +59,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    store_parser.add_argument(
-        "--chains", type=int, help="chains that OUT is to have at least (default: one a row of the table)"
+    count = store_parser.add_mutually_exclusive_group()
+    count.add_argument("--chains", type=int, help="chains that OUT is to have at least (default: one a row of the table)")
+    count.add_argument(
+        "--grow", type=int, metavar="N", help="add N chains at least to those in OUT; a training takes them at its next pass"
     )
     store_parser.add_argument(
         "--first-window",
@@ -90,10 +93,11 @@ def store(args: dict[str, Any]) -> int:
     """Run `store` with parsed arguments; returns the exit status.
 
     Raises:
-        ValueError: --chains below 1, or --first-window below 0.
+        ValueError: --chains or --grow below 1, or --first-window below 0.
     """
-    if args["chains"] is not None:
-        check_num_steps(args["chains"], "--chains")
+    for name in ("chains", "grow"):
+        if args[name] is not None:
+            check_num_steps(args[name], f"--{name}")
     if args["first_window"] < 0:
         raise ValueError(f"--first-window must be an integer >= 0, got {args['first_window']}")
     from opensora_perflow.hosts.storing import store as store_chains

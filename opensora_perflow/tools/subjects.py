@@ -87,8 +87,8 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     it was distilled from. Else it is a teacher too, sampled as the config says.
 
     Raises:
-        ValueError: a scheduler other than rflow and perflow, a perflow of the ddpm path, a teacher for an rflow, or scales that
-            differ from window to window. See run.prepare, first_call and teacher.load_teacher.
+        ValueError: a scheduler other than rflow and perflow, a perflow of the ddpm path, a teacher for an rflow, scales that
+            differ from window to window, or a student of draws.two_time. See run.prepare, first_call and teacher.load_teacher.
     """
     prepare(script)
     call = first_call(script, arguments)
@@ -111,6 +111,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     ratio = window_ratio(call.additional_args, keys)
     if keys.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
+    refuse_told_steps(scheduler.settings.two_time)
     scale = one_scale("cfg_scale", scheduler.step_scales())
     own_guidance = {"sync": Guided(scale), "fixed": Guided(), "range": Guided(told=scale)}[recipe.guidance.mode]
     own_negative = None if recipe.guidance.folded else call.neg_prompts  # the student's are in its weights
@@ -155,6 +156,15 @@ def one_scale(name: str, scales: float | Sequence[float]) -> float:
     if len(distinct) > 1:
         raise ValueError(f"plan and curve measure at one guidance scale in all windows, got {name} {distinct}; set one number")
     return distinct[0]
+
+
+def refuse_told_steps(two_time: bool) -> None:
+    """Raises ValueError for a student whose answer is that of one step's length, which plan and curve do not tell."""
+    if two_time:
+        raise ValueError(
+            "this student was trained with draws.two_time and is told the length of its step, and plan and curve ask at a time "
+            "alone; sample it, with steps that it was trained for"
+        )
 
 
 def _host_probes(

@@ -16,7 +16,7 @@ from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe, join
 from opensora_perflow.run import prepare
-from opensora_perflow.tools.subjects import Guided, Subject, average_of
+from opensora_perflow.tools.subjects import Guided, Subject, average_of, refuse_told_steps
 from opensora_perflow.training.teacher import load_teacher
 
 USE = 'model = dict(type="perflow_flux", perflow=dict(windows="{out}"), ...) and sampling_option.num_steps={steps}'
@@ -31,7 +31,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     is guided in each window by the scale that the student has folded in there.
 
     Raises:
-        ValueError: a teacher for a flux; see run.prepare, first_call and teacher.load_teacher.
+        ValueError: a teacher for a flux, or a student of draws.two_time; see run.prepare, first_call and teacher.load_teacher.
     """
     prepare(script)
     call = first_call(script, arguments)
@@ -43,6 +43,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
             )
         guidance = Guided(call.guidance)
         return Subject("flux", _probes(call, call.network, guidance), branches=(guidance.branches, guidance.branches), use=USE)
+    refuse_told_steps(call.settings.two_time)
     recipe, windows = call.settings.recipe, call.settings.windows
     own = {"sync": Guided(call.guidance), "fixed": Guided(), "range": Guided(told=call.guidance)}[recipe.guidance.mode]
     student = _probes(call, call.network, own)

@@ -43,10 +43,17 @@ def teacher_call(teacher: nn.Module, student: nn.Module) -> Callable[..., Tensor
         return teacher
 
     def call(*inputs: object, **named: object) -> Tensor:
-        with adapters_off(student), _as_copied(student):
+        with as_teacher(student):
             return student(*inputs, **named)
 
     return call
+
+
+@contextmanager
+def as_teacher(network: nn.Module) -> Iterator[None]:
+    """The student's own network as `teacher_call` asks it; also while a backward repeats its forward."""
+    with adapters_off(network), _as_copied(network):
+        yield
 
 
 @contextmanager

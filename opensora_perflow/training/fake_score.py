@@ -2,14 +2,15 @@
 
 With its adapters off the teacher gives the score of its own samples (real), with them on that of the student's (fake). The
 difference moves the student's ends of windows, see method/matching.py. The adapters have an optimizer of their own, which
-steps inside the training step. Their state lies beside perflow.json.
+steps inside the training step. Their state lies beside perflow.json. A student of adapters (LoRA) shares one network with its
+teacher; this score's adapters are then a second set on the same layers, and one set is on at a time.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from opensora_perflow.checkpoints import read_state_dict, write_state_dict
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.matching import Renoised, renoise
 from opensora_perflow.method.segment import Segment, mean_over_frames
-from opensora_perflow.training.adapters import adapters
+from opensora_perflow.training.adapters import adapters, as_teacher, is_added
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.matching import MatchingSettings
 from opensora_perflow.training.players import Batch
@@ -42,24 +43,19 @@ class FakeScore:
     Args:
         network: The teacher, which gets hooks on its linear layers, and stays bit-equal while they are off.
         settings: See there.
-
-    Raises:
-        ValueError: the network is the student's own, with adapters (LoRA).
     """
 
     def __init__(self, network: nn.Module, settings: MatchingSettings) -> None:
-        if adapters(network):
-            raise ValueError(
-                "matching puts adapters on a teacher apart from the student, and a student of adapters (LoRA) is its own "
-                "teacher; leave matching out, or train the whole network"
-            )
         self.settings, self.is_on = settings, False
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}
-        # A copy of a student has this attribute, switched off, where the student checkpoints gradients.
-        self._checkpointed = [module for module in network.modules() if hasattr(module, "grad_checkpointing")]
+        self._shared = network if adapters(network) else None
+        # A copy of a student has this attribute, switched off, where the student checkpoints gradients. The student's own
+        # network checkpoints them as it does.
+        copied = [] if self._shared is not None else network.modules()
+        self._checkpointed = [module for module in copied if hasattr(module, "grad_checkpointing")]
         generator = torch.Generator().manual_seed(0)  # the same in all processes
         for name, layer in network.named_modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and not is_added(f"{name}.weight"):
                 down = torch.randn(settings.rank, layer.in_features, generator=generator) / layer.in_features**0.5
                 up = torch.zeros(layer.out_features, settings.rank)
                 self.weights[name] = tuple(part.to(layer.weight.device).requires_grad_() for part in (down, up))
@@ -76,7 +72,8 @@ class FakeScore:
         """The teacher with its adapters. `checkpointing`: Gradients are checkpointed, where the student's are."""
         self._switch(True, checkpointing)
         try:
-            yield
+            with nullcontext() if self._shared is None else as_teacher(self._shared):
+                yield
         finally:
             self._switch(False, False)
 

@@ -83,7 +83,7 @@ class Guidance:
     """sync: the student learns the unguided flow, with text dropout, and is guided when sampled (2 evaluations a step).
     fixed: the teacher is guided with `scale`, the student learns the result and is sampled without guidance (1 a step).
     range: the teacher is guided with a scale that is drawn for each sample. The student gets the scale as an input, see
-    hosts/v1/scale_input.py, and is sampled with any cfg_scale of the range (1 a step)."""
+    hosts/scale_input.py, and is sampled with any cfg_scale of the range (1 a step)."""
     scale: Any = key(None, optional(as_scales))
     """Text guidance of the teacher. Mode fixed: a number >= 0, or a list of one number a window, noisiest first. 1 = a teacher
     that needs none, itself a student of mode fixed. Mode range: (low, high), 0 <= low < high; drawn uniformly."""
@@ -188,7 +188,7 @@ class Draws:
     sampling_grid="uniform"."""
     two_time: bool = key(False, switch)
     """Tell the network where its step ends, as an input: a flow map u(x, t, s), so that the steps of all `grids` can be learned
-    by one student. Open-Sora 1.x and prediction="velocity" only."""
+    by one student. prediction="velocity" only."""
 
     def __post_init__(self) -> None:
         check_keys(self, "draws.")

@@ -36,7 +36,8 @@ OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """What an index says of a file. size: bytes. rows: samples in the shard. about: what else its writer says, plain JSON."""
+    """What an index says of a file. size: bytes. rows: samples in the shard; 0: it was left out, and there is no file. about:
+    what else its writer says, plain JSON."""
 
     size: int
     sha256: str
@@ -69,11 +70,11 @@ class Shards:
         """
         folder = Path(folder)
         header, shards = read_indexes(folder, kind)
-        if header is None or not shards:
+        if header is None or not any(shard.rows for shard in shards.values()):
             raise ValueError(f"{str(folder)!r} holds no {kind}: {'nothing in it is whole' if header else 'no index'}; {remedy}")
         for number, shard in shards.items():
             size = _size(folder / file_name(number))
-            if size != shard.size:
+            if shard.rows and size != shard.size:
                 found = "is missing" if size is None else f"has {size} bytes, and the index says {shard.size}"
                 raise ValueError(
                     f"{str(folder / file_name(number))!r} {found}; remove the file, and run the command again that wrote it"
@@ -117,9 +118,9 @@ class ShardWriter:
         self._own = {number: shard for number, shard in self._own.items() if self.is_there(number)}
 
     def is_there(self, number: int) -> bool:
-        """Is a shard in an index, and its file of the right size? Whatever is not is to be written again."""
+        """Is a shard in an index, and its file of the right size or left out? Whatever is not is to be written again."""
         shard = self.done.get(number)
-        return shard is not None and _size(self.folder / file_name(number)) == shard.size
+        return shard is not None and (not shard.rows or _size(self.folder / file_name(number)) == shard.size)
 
     def write(self, number: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], rows: int, **about: Any) -> None:
         """Write a shard and enter it in the index; `about`: see Shard."""
@@ -129,6 +130,11 @@ class ShardWriter:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, dict(metadata))
             shard = Shard(temporary.stat().st_size, sha256(temporary), rows, about)
         self.done[number] = self._own[number] = shard
+        self._write_index()
+
+    def leave_out(self, number: int) -> None:
+        """Enter a shard of no samples in the index, so that nobody waits for it."""
+        self.done[number] = self._own[number] = Shard(0, "", 0)
         self._write_index()
 
     def _write_index(self) -> None:
@@ -179,7 +185,8 @@ def _read_index(path: Path, kind: str) -> tuple[dict[str, Any] | None, dict[int,
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT!r}")
         shards = {int(number): Shard(**values) for number, values in content["shards"].items()}
-        if not all(re.fullmatch("[0-9a-f]{64}", shard.sha256) and shard.rows > 0 for shard in shards.values()):
+        there = [shard for shard in shards.values() if shard.rows != 0]
+        if not all(re.fullmatch("[0-9a-f]{64}", shard.sha256) and shard.rows > 0 for shard in there):
             raise ValueError("a shard without rows or checksum")
         found, header = content["kind"], dict(content["header"])
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.randomness import step_generator
 from opensora_perflow.training.recipe import Guidance, Recipe
-from opensora_perflow.training.shards import Shards, ShardWriter, sha256
+from opensora_perflow.training.shards import Shards, ShardWriter, differences, sha256
 
 KIND = "stored chains"
 REMEDY = "write a store with `opensora-perflow store CONFIG --out DIR`"
@@ -191,6 +191,8 @@ class ChainStore:
     """A store to train from.
 
     folder: Where it is. origin: What its chains are. plan: What else its writer says of the whole.
+    chains: Number of each chain, and what its teacher was told besides the caption, up to the first shard that is missing:
+        several writers leave gaps for a while.
 
     Raises:
         ValueError: see Shards.open.
@@ -202,12 +204,35 @@ class ChainStore:
         names = {field.name for field in fields(Origin)}
         self.origin = Origin(**{name: value for name, value in self._shards.header.items() if name in names})
         self.plan = {name: value for name, value in self._shards.header.items() if name not in names}
-        by_first = sorted((shard.about["first"], number) for number, shard in self._shards.shards.items())
+        self._seen: set[int] = set()
+        self._find_places()
+
+    def look_again(self) -> None:
+        """See the chains, too, that a writer has added since.
+
+        Raises:
+            ValueError: see Shards.open; or another store has taken this one's place.
+        """
+        found = Shards.open(self.folder, KIND, REMEDY)
+        if found.header != self._shards.header:
+            raise ValueError(
+                f"the store {str(self.folder)!r} is another than when this training began: "
+                f"{differences(self._shards.header, found.header)}; write another store to another folder"
+            )
+        self._shards = found
+        self._find_places()
+
+    def _find_places(self) -> None:
+        whole = {number: shard for number, shard in self._shards.shards.items() if shard.rows}
+        by_first = sorted((shard.about["first"], number) for number, shard in whole.items())
         self._numbers = [number for _, number in by_first]
         self._firsts = torch.tensor([first for first, _ in by_first])
-        self._ends = self._firsts + torch.tensor([self._shards.shards[number].rows for number in self._numbers])
-        self._shapes = list({tuple(shard.about["latent"]) for shard in self._shards.shards.values()})
-        self._seen: set[int] = set()
+        self._ends = self._firsts + torch.tensor([whole[number].rows for number in self._numbers])
+        self._shapes = list({tuple(shard.about["latent"]) for shard in whole.values()})
+        self.chains: list[tuple[int, dict[str, float]]] = []
+        for number in takewhile(self._shards.shards.__contains__, count()):
+            shard = self._shards.shards[number]
+            self.chains += [(shard.about["first"] + row, told_of(shard.about["told"], row)) for row in range(shard.rows)]
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self._shards.shards.values())
@@ -216,14 +241,6 @@ class ChainStore:
     def over_data(self) -> bool:
         """Does each window start at data, so that no path from noise is known?"""
         return self.origin.starts == "diffused"
-
-    @cached_property
-    def chains(self) -> list[tuple[int, dict[str, float]]]:
-        """Number of every chain, ascending, and what its teacher was told besides the caption."""
-        shards = (self._shards.shards[number] for number in self._numbers)
-        return [
-            (shard.about["first"] + row, told_of(shard.about["told"], row)) for shard in shards for row in range(shard.rows)
-        ]
 
     def caption(self, chain: int) -> str:
         [(number, _, rows)] = self._found(torch.tensor([chain]))
@@ -235,7 +252,7 @@ class ChainStore:
         Raises:
             ValueError: they have different ones.
         """
-        if len(self._shapes) == 1:
+        if len(self._shapes) == 1 and not self._places(chains)[1].any():
             return self._shapes[0]
         shapes = {tuple(self._shards.shards[number].about["latent"]) for number, _, _ in self._found(chains)}
         if len(shapes) > 1:
@@ -296,8 +313,10 @@ class ChainStore:
 
     def _found(self, chains: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """For each shard that holds some of the chains [B]: its number, which of the B are there, and their rows."""
-        place = torch.bucketize(chains, self._firsts, right=True) - 1
-        lost = (place < 0) | (chains >= self._ends[place])
+        place, lost = self._places(chains)
+        if lost.any():  # perhaps another process looked later than this one
+            self.look_again()
+            place, lost = self._places(chains)
         if lost.any():
             raise ValueError(
                 f"the store {str(self.folder)!r} holds no chain {int(chains[lost][0])}; train with the dataset type "
@@ -306,3 +325,8 @@ class ChainStore:
         for one in place.unique().tolist():
             samples = (place == one).nonzero().flatten()
             yield self._numbers[one], samples, chains[samples] - self._firsts[one]
+
+    def _places(self, chains: Tensor) -> tuple[Tensor, Tensor]:
+        """Of chains [B]: where each one's shard is in the order of first chains, and whether it is in none."""
+        place = torch.bucketize(chains, self._firsts, right=True) - 1
+        return place, (place < 0) | (chains >= self._ends[place])

@@ -88,7 +88,7 @@ def stored_teacher(settings: TeacherSettings, model: nn.Module, host: Host, stor
                 f"({origin.teacher_source}), and teacher.from_pretrained={settings.from_pretrained!r} has {found}; name the "
                 "store's teacher or none, or write another store"
             )
-    source = f"{len(store)} stored chains in {store.folder} ({origin.teacher_source})"
+    source = f"{len(store.chains)} stored chains in {store.folder} ({origin.teacher_source})"
     begins = "that teacher's" if fingerprint(network) == origin.teacher else "others than that teacher's"
     logger.info("PeRFlow trains from %s (fingerprint %s); the student has %s weights", source, origin.teacher, begins)
     return Teacher(network, source, origin.teacher, origin.stage)

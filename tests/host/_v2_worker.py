@@ -253,6 +253,21 @@ def check_an_untrained_student_has_no_loss() -> None:
     assert loss_of(network, *training_inputs()).item() <= 1e-12
 
 
+def check_the_length_of_a_step_is_told() -> None:
+    """No length is the network as it was, to the last bit; and the first layer learns what lengths mean."""
+    from opensora_perflow.hosts.scale_input import direction, told
+
+    network, (inp, target) = build("flux").eval(), training_inputs()
+    plain = network(**inp)
+    with told(network, step=torch.zeros(2)):
+        assert torch.equal(network(**inp), plain)
+    with told(network, step=torch.tensor([0.5, 0.25])):
+        said = network(**inp)
+        F.mse_loss(said, target).backward()
+    assert ((said - plain).abs().amax((1, 2)) > 1e-3).all()
+    assert (network.time_in.in_layer.weight.grad @ direction(256, 1).float()).abs().max() > 1e-6
+
+
 def check_the_network_is_the_host_s_own() -> None:
     """Its class, which policies look up exactly (T55), its keys, and `flux` as it was."""
     from opensora.models.mmdit.model import Flux, MMDiTModel

@@ -21,8 +21,8 @@ from _harness import (
 )
 
 from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.hosts.scale_input import direction
 from opensora_perflow.hosts.v1.negative_text import read_negative
-from opensora_perflow.hosts.v1.scale_input import direction
 
 pytestmark = pytest.mark.host
 RANGE = {"mode": "range", "scale": [1.0, 9.0]}

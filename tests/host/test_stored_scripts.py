@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def stored(host_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "captions.csv").write_text("\n".join(["text", *CAPTIONS]) + "\n")
     options = ("--out", "store", "--first-window", "2")
     assert "6 chains are in store" in start(host_root, folder, "store", *options)
-    assert "12 chains are in store" in start(host_root, folder, "store", *options, "--chains", "12", nproc=2)
+    assert "12 chains are in store" in start(host_root, folder, "store", *options, "--grow", "6", nproc=2)
     return folder
 
 
@@ -83,6 +84,32 @@ def test_it_is_resumed_in_two_processes(host_root: Path, stored: Path, trained: 
     printed = run_script(host_root, "train.py", config, *options, nproc=2, cwd=stored, log=tmp_path / "log")
     assert "PeRFlow goes on after 24 training steps" in printed and np.isfinite(losses(printed)).all()
     assert checkpoints(tmp_path / "outputs")
+
+
+def test_a_store_that_grows_in_training(host_root: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes pass 6 chains, and then 12. A run that goes on in the second pass ends with the same weights. Students are
+    told where its steps end."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    shutil.copytree(stored / "store", tmp_path / "store")
+    (tmp_path / "store" / "index-00001.json").rename(tmp_path / "store" / "hidden.json")
+    imports = ["opensora_perflow", "opensora_perflow.hosts.tiny", "opensora_perflow.hosts.stored"]
+    draws = dict(grids=[1, 2], two_time=True)
+    scheduler = dict(teacher=dict(from_pretrained=None), watch=None, draws=draws)
+    changes = dict(scheduler=scheduler, epochs=2, ckpt_every=1)
+    runs = []
+    for name, probe in (("whole", ["_growing_probe"]), ("resumed", [])):
+        imported = dict(custom_imports=dict(imports=imports + probe, allow_failed_imports=False), **changes)
+        config = child_config(tmp_path / f"{name}.py", "perflow_tiny_stored.py", **imported)
+        options = [] if name == "whole" else ["--load", str(runs[0][3])]
+        log, outputs = tmp_path / f"{name}.log", tmp_path / name
+        printed = run_script(host_root, "train.py", config, "--outputs", str(outputs), *options, nproc=2, cwd=tmp_path, log=log)
+        assert ("trains from 12 chains of store now, 6 more" in printed) == (name == "whole")
+        runs.append(checkpoints(outputs))
+    assert len(runs[0]) == 3 + 6 and len(runs[1]) == 5
+    states = [json.loads((run[-1] / "perflow.json").read_text()) for run in runs]
+    assert states[0]["steps"] == states[1]["steps"] == 9 and states[0]["draws"]["two_time"]
+    weights = [read_state_dict(run[-1]) for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_inference_with_encoded_prompts(host_root: Path, stored: Path, trained: tuple[Path, str], tmp_path: Path) -> None:

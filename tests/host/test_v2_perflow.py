@@ -16,6 +16,8 @@ from _harness_v2 import TINY_FLUX, inference_config_v2, train_config_v2
 from safetensors.torch import load_file
 from torch import Tensor
 
+from opensora_perflow.checkpoints import read_state_dict
+from opensora_perflow.training.fake_score import FILE_NAME
 from opensora_perflow.training.state import find_state
 
 pytestmark = pytest.mark.host
@@ -25,6 +27,7 @@ SCALES = [7.0, 4.4, 4.1, 4.1]
 FIXED = {"guidance": {"mode": "fixed", "scale": SCALES}}
 LORA = {"r": 4, "lora_alpha": 4, "target_modules": ["img_attn.proj", "img_mlp.0", "q_proj", "linear2"]}
 CHECKS = re.findall(r"^def check_(\w+)", (WORKERS / "_v2_worker.py").read_text(), re.M)
+TWO_TIME = {"guidance": {"mode": "fixed", "scale": 3.0}, "draws": {"grids": [1, 2], "two_time": True}}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +138,60 @@ def test_a_resumed_run_has_the_losses_of_the_whole_one(host2_root: Path, small_c
     rest = train(host2_root, small_clips, tmp_path / "rest", FIXED, "--load", whole.checkpoints[0])
     pairs = list(zip(whole.draws[0][2:], rest.draws[0], strict=True))
     assert len(pairs) == 2 and all(torch.equal(one["loss"], other["loss"]) for one, other in pairs)
+
+
+def test_a_student_is_told_where_its_steps_end(host2_root: Path, small_clips: Clips, tmp_path: Path) -> None:
+    """Two steps in two processes, the second again after the checkpoint of the first, and a sample of two steps."""
+    whole = train(host2_root, small_clips, tmp_path / "whole", TWO_TIME, nproc=2, ckpt_every=1)
+    rest = train(host2_root, small_clips, tmp_path / "rest", TWO_TIME, "--load", whole.checkpoints[0], nproc=2, ckpt_every=1)
+    is_sound(whole, steps=2)
+    assert all(torch.equal(one[1]["loss"], other[0]["loss"]) for one, other in zip(whole.draws, rest.draws, strict=True))
+    assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
+    said = sample(host2_root, tmp_path, whole.checkpoints[-1], {}, sampling_option={"num_steps": 2})
+    assert "PeRFlow samples with 4 windows" in said and "cross edges" not in said
+
+
+MATCHING = {**FIXED, "draws": {"shares": [2, 1, 1, 1]}, "matching": {"weight": 0.5, "rank": 4, "updates": 2}}
+
+
+def matched(folder: Path, root: Path, clips: Clips, *options: object, **overrides: Any) -> tuple[Trained, list[list[str]]]:
+    """Two steps in two processes, a checkpoint each; (the run, of each process its adapters after each step)."""
+    imports = dict(imports=[*IMPORTS["imports"], "_matching_probe"])
+    run = train(root, clips, folder, MATCHING, *options, nproc=2, ckpt_every=1, custom_imports=imports, **overrides)
+    said = re.findall(r"adapters of process (\d): (\S+)", run.printed)
+    return run, [[digest for rank, digest in said if rank == name] for name in "01"]
+
+
+def test_matching_is_the_same_in_both_processes_and_resumed(
+    host2_root: Path, small_clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in test_matching_scripts.py: two steps, the second again after the checkpoint of the first, to the last bit."""
+    monkeypatch.setenv("PYTHONPATH", str(WORKERS))
+    whole, said = matched(tmp_path / "whole", host2_root, small_clips)
+    rest, again = matched(tmp_path / "rest", host2_root, small_clips, "--load", whole.checkpoints[0])
+    is_sound(whole, steps=2)
+    assert said[0] == said[1] and said[0][0] != said[0][1] and again == [said[0][1:]] * 2
+    states = [read_state_dict(run.checkpoints[-1] / FILE_NAME) for run in (whole, rest)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any("exp_avg_sq" in name for name in states[0])
+    assert all(torch.equal(value, rest.weights()[name]) for name, value in whole.weights().items())
+
+
+def test_matching_of_lora_has_one_network(
+    host2_root: Path, small_clips: Clips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of the student and of the score on the same layers. `lora_checkpoint` goes on with both sets, in a new epoch."""
+    monkeypatch.setenv("PYTHONPATH", str(WORKERS))
+    whole, said = matched(tmp_path / "whole", host2_root, small_clips, lora_config=LORA)
+    lora = str(whole.checkpoints[0] / "lora")
+    rest, again = matched(tmp_path / "rest", host2_root, small_clips, lora_config=LORA, lora_checkpoint=lora)
+    assert said[0] == said[1] and again[0] == again[1] and len({*said[0], *again[0]}) == 4
+    assert "PeRFlow goes on after 1 training steps" in rest.printed and "new adapters" not in rest.printed
+    state = read_state_dict(rest.checkpoints[-1] / FILE_NAME)
+    steps = {int(value) for name, value in state.items() if name.endswith(".step")}
+    assert steps == {(1 + 2) * 2} and not any("lora_" in name for name in state)
+    first, last = (read_state_dict(next((run.checkpoints[-1] / "lora").glob("adapter_model.*"))) for run in (whole, rest))
+    assert first.keys() == last.keys() and any(not torch.equal(first[name], last[name]) for name in first)
 
 
 @needs_half

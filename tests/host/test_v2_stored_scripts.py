@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from _harness import REPOSITORY, Clips, checkpoints, losses, run_python, run_script
+
+from opensora_perflow.checkpoints import read_state_dict
 
 pytestmark = pytest.mark.host
 CONFIGS = REPOSITORY / "configs" / "opensora" / "v2" / "train"
@@ -39,7 +43,7 @@ def stored(host2_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "captions.csv").write_text("\n".join(TABLE) + "\n")
     said = start(host2_root, folder, "store", "perflow_tiny.py", "captions.csv", "--out", "store")
     assert '6 chains are in store: model = dict(perflow=dict(teacher=dict(stored="store"), ...))' in said
-    more = ("--out", "store", "--chains", "12")
+    more = ("--out", "store", "--grow", "6")
     assert "12 chains are in store" in start(host2_root, folder, "store", "perflow_tiny.py", "captions.csv", *more, nproc=2)
     return folder
 
@@ -68,6 +72,30 @@ def test_it_is_resumed_exactly(host2_root: Path, stored: Path, trained: tuple[Pa
     assert losses(printed)[-1] == losses(trained[1])[-1]
     first, second = ((checkpoints(folder)[-1] / "perflow.json").read_text() for folder in (trained[0], stored / "resumed"))
     assert first == second
+
+
+def test_a_store_that_grows_in_training(
+    host2_root: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes pass 6 chains, and then as many of 12: train.py keeps a pass's length. A run that goes on in the second
+    pass, which is then twice as long, takes the same batches."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    shutil.copytree(stored / "store", tmp_path / "store")
+    (tmp_path / "store" / "index-00001.json").rename(tmp_path / "store" / "hidden.json")
+    imports, runs = ["opensora_perflow", "opensora_perflow.hosts.stored"], []
+    buckets = {"_delete_": True, "64px": {9: (1.0, 1)}}
+    for name, probe in (("whole", ["_growing_probe"]), ("resumed", [])):
+        changes = dict(custom_imports=dict(imports=imports + probe, allow_failed_imports=False), bucket_config=buckets)
+        config = child(tmp_path / f"{name}.py", "perflow_tiny_stored.py", epochs=2, ckpt_every=1, **changes)
+        options = () if name == "whole" else ("--load", runs[0][3])
+        printed = train(host2_root, tmp_path, config, name, *options, nproc=2)
+        assert ("trains from 12 chains of store now, 6 more" in printed) == (name == "whole")
+        runs.append(checkpoints(tmp_path / name))
+    assert len(runs[0]) == 3 + 3 and len(runs[1]) == 6 - 1
+    pair = runs[0][5], runs[1][1]
+    assert [json.loads((run / "perflow.json").read_text())["steps"] for run in pair] == [6, 6]
+    weights = [read_state_dict(run) for run in pair]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_adapters_in_two_processes(host2_root: Path, stored: Path) -> None:

@@ -1,7 +1,6 @@
 """Networks of Open-Sora 1.x: what their forward accepts, their null text and text dropout."""
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,20 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.wrappers import unwrap
-
-
-def compiler_is_loaded() -> bool:
-    """May something be compiled in this process? Asked without loading torch's compiler, which takes seconds."""
-    return "torch._dynamo" in sys.modules
-
-
-def forget_compiled() -> None:
-    """Have torch compile anew, at their next calls, all functions that it has compiled.
-
-    Compiled code does not see hooks that came later; torch 2.2's does not see changed attributes of modules either.
-    """
-    if compiler_is_loaded():
-        torch.compiler.reset()
 
 
 def one_graph_a_step(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:

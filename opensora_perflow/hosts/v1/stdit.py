@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.conventions import expand_like
+from opensora_perflow.hosts.scale_input import told as told_inputs
 from opensora_perflow.hosts.v1.conditions import Condition
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, forget_compiled, text_embedder
-from opensora_perflow.hosts.v1.scale_input import told as told_inputs
-from opensora_perflow.hosts.wrappers import unwrap, weights_dtype
+from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_embedder
+from opensora_perflow.hosts.wrappers import forget_compiled, unwrap, weights_dtype
 from opensora_perflow.method.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.method.process import Linear, Output
 from opensora_perflow.method.solvers import Velocity

@@ -10,7 +10,7 @@ from opensora.registry import DATASETS, MODELS
 from torch import nn
 
 from opensora_perflow.checks import check_num_steps
-from opensora_perflow.hosts.chains import CHAIN, chain_at, training_store, whole_buckets
+from opensora_perflow.hosts.chains import CHAIN, Passes, chain_at, training_store, whole_buckets
 from opensora_perflow.hosts.script import running_config
 from opensora_perflow.hosts.v1.encoded_text import EncodedText
 from opensora_perflow.hosts.v1.stored_chains import WHERE, chain_bytes
@@ -59,14 +59,26 @@ class StoredChains(VariableVideoTextDataset):
         self.store, self.tokenize_fn = training_store(data_path, named, WHERE), tokenize_fn
         if config.get("bucket_config"):
             config["bucket_config"] = whole_buckets(config["bucket_config"], self.store)
-        told = [told for _, told in self.store.chains]
+        self._passes = Passes(self.store)
+        self._data = self._table()
+        self.num_frames, self.frame_interval, self.image_size, self.bucket_class = None, 1, (None, None), "Bucket"
+
+    @property
+    def data(self) -> pd.DataFrame:
+        """The table, as the host's sampler asks for it at each pass, in all processes: with chains added meanwhile."""
+        if self._passes.next():
+            self._data = self._table()
+        return self._data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def _table(self) -> pd.DataFrame:
+        told = [told for _, told in self._passes.chains]
         # The host's buckets take videos that are longer than they are.
         frames = [one["num_frames"] + (one["num_frames"] > 1) for one in told]
-        self.data = pd.DataFrame(
-            {"num_frames": frames, "height": [one["height"] for one in told], "width": [one["width"] for one in told]}
-        )
-        self.data["id"] = range(len(told))
-        self.num_frames, self.frame_interval, self.image_size, self.bucket_class = None, 1, (None, None), "Bucket"
+        sizes = {name: [one[name] for one in told] for name in ("height", "width")}
+        return pd.DataFrame({"num_frames": frames, **sizes, "id": range(len(told))})
 
     def getitem(self, index: str) -> dict[str, Any]:
         """The sample "row-frames-height-width" of the host's buckets; errors as chain_at."""

@@ -33,7 +33,7 @@ class StudentDenoiser:
             guided = "guidance_img" in options  # "distill" evaluates one row
             referred = guided and bool(options["masks"].any())
             hooks.check_guidance(options["guidance"], guided, options["guidance_img"] if referred else None)
-            options["timesteps"] = hooks.sampling_times(times, network, options["img_ids"])
+            options["timesteps"] = hooks.times = hooks.sampling_times(times, network, options["img_ids"])
         elif self.t2i_steps is not None and len(times) - 1 != self.t2i_steps:
             warp = Layout.of(options["img_ids"], unwrap(model).patch_size).warp(options.get("flow_shift"))
             options["timesteps"] = other_steps(times, self.t2i_steps, warp)

@@ -24,15 +24,15 @@ class Evaluation:
 
     def __init__(self, direct: Output, told: Told, layout: Layout) -> None:
         self.direct, self.told, self.layout = direct, told, layout
-        self._asked: list[tuple[Tensor, Tensor]] = []
+        self._asked: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._answers: list[Tensor] | None = None
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
         rehearsing = self._answers is None
         if not torch.is_grad_enabled():
-            return torch.zeros_like(x) if rehearsing else self.direct(x, t)
+            return torch.zeros_like(x) if rehearsing else self.direct(x, t, step)
         if rehearsing:
-            self._asked.append((x, t))
+            self._asked.append((x, t, step))
             return torch.zeros_like(x)
         asked = self._asked.pop(0) if self._asked else None
         if asked is None or not (torch.equal(asked[0], x) and torch.equal(asked[1], t)):
@@ -45,9 +45,15 @@ class Evaluation:
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the network has to be called with, after the rehearsal: as many batches as there were calls."""
-        states, times = zip(*self._asked)
+        states, times, _ = zip(*self._asked)
         rows = repeated(self.told, len(states))
         return {**rows, "img": self.layout.pack(torch.cat(states)).to(dtype), "timesteps": torch.cat(times).to(dtype)}
+
+    @property
+    def steps(self) -> Tensor | None:
+        """Lengths of the rows' steps, [n B], where the network is told them."""
+        steps = [step for _, _, step in self._asked]
+        return None if steps[0] is None else torch.cat(steps)
 
     def answer(self, output: Tensor) -> None:
         """Take what the network said, [n B, L, D], with its graph."""

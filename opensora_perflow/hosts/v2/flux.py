@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.hosts.chains import check_batch, open_store
+from opensora_perflow.hosts.scale_input import tell
 from opensora_perflow.hosts.script import main_variable
 from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.prediction import Prediction
-from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row
+from opensora_perflow.hosts.v2.sampling import SamplingSettings, one_row, step_at
 from opensora_perflow.hosts.v2.stored_chains import WHERE, path_settings
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.hosts.v2.training_call import TrainingCall, completed
@@ -44,6 +45,7 @@ class PeRFlowFlux:
         run: What training remembers; None before the first training step.
         host: Who answers `training.host.Host`.
         evaluations: Rows of the network that sampling evaluated.
+        times: Of the sampler's steps, from 1 to 0, set before the first.
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
@@ -52,10 +54,10 @@ class PeRFlowFlux:
         self.objective, self.curriculum = combine(self.recipe.objective), self.recipe.stages()
         self.host = OpenSora2()
         self.run: TrainingRun | None = None
-        self.evaluations = 0
+        self.evaluations, self.times = 0, (1.0, 0.0)
         self._sampled: SamplingSettings | None = None
         self._step: Any = None
-        self._copies = 1
+        self._copies, self._tells = 1, False
         self._said: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PeRFlowFlux:
@@ -77,17 +79,21 @@ class PeRFlowFlux:
         if args:
             raise ValueError(f"the network of Open-Sora 2.0 is called by keywords, got {len(args)} arguments without names")
         arguments = completed(network, kwargs)
-        self._step, self._copies = None, 1
+        self._step, self._copies, self._tells = None, 1, False
         if network.training and torch.is_grad_enabled():
             return args, self._begin_step(network, arguments)
         if not network.training:
             if self.settings.recipe.guidance.folded:
                 arguments, self._copies = one_row(arguments)
             self.evaluations += len(arguments["img"])
+            if self.settings.two_time:
+                self._tell(network, step_at(self.times, arguments["timesteps"]))
         return args, arguments
 
     def after(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """What the script gets as the network's answer."""
+        if self._tells:
+            tell(network, None)
         if self._step is not None:
             return self._end_step(network, output)
         return output if self._copies == 1 else output.repeat(self._copies, 1, 1)
@@ -104,8 +110,15 @@ class PeRFlowFlux:
         batch = call.batch(self.run, self.keys, generator)
         segment = self.run.solve(batch, network)
         distil(batch, self.objective, segment)  # the rehearsal, see evaluation.py
-        self._step = call, batch, segment
-        return batch.players.evaluation.inputs(call.img.dtype)
+        self._step, evaluation = (call, batch, segment), batch.players.evaluation
+        if self.recipe.draws.two_time:
+            self._tell(network, evaluation.steps)
+        return evaluation.inputs(call.img.dtype)
+
+    def _tell(self, network: nn.Module, lengths: Tensor) -> None:
+        """Have the call that comes told the lengths of its rows' steps; `after` takes them back."""
+        self._tells = True
+        tell(network, lengths)
 
     def _end_step(self, network: nn.Module, output: Tensor) -> Tensor:
         (call, batch, segment), self._step = self._step, None

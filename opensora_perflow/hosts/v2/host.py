@@ -11,7 +11,7 @@ from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts import masters, saving, script
 from opensora_perflow.hosts.host import OpenSoraScript
 from opensora_perflow.hosts.v2.averages import AdapterAverage, write_average
-from opensora_perflow.hosts.wrappers import settle
+from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.adapters import adapters
 
 ZERO_AT_FIRST = ("cond_in.weight", "cond_in.bias")
@@ -31,13 +31,20 @@ class OpenSora2(OpenSoraScript):
 
     def __init__(self, built: nn.Module | None = None) -> None:
         self.built = built
-        self.average: AdapterAverage | None = None
+        self.followed: AdapterAverage | None = None
 
     def weights(self, source: str | os.PathLike, network: nn.Module) -> Mapping[str, Tensor]:
         return with_later(read_state_dict(source), network.state_dict())
 
     def own_teacher(self, model: nn.Module, source: str | None) -> nn.Module | None:
-        return model if self.built is None and source is None and adapters(model) else self.built
+        if self.built is None:
+            return model if source is None and adapters(model) else None
+        # It was built before train.py said where the student checkpoints gradients. A copy can do so there too, and does not.
+        modules = dict(self.built.named_modules())
+        for name, module in unwrap(model).named_modules():
+            if hasattr(module, "grad_checkpointing") and name in modules:
+                modules[name].grad_checkpointing = False
+        return self.built
 
     def resumed(self) -> tuple[str, bool] | None:
         config = script.running_config() or {}
@@ -49,7 +56,7 @@ class OpenSora2(OpenSoraScript):
         return masters.restore_masters(_checkpoint(folder), model)
 
     def before_each_save(self, write: Callable[[Path], None]) -> None:
-        saving.before_each_save(write, lambda folder: write_average(folder, self.average))
+        saving.before_each_save(write, lambda folder: write_average(folder, self.followed))
 
     def follow(self, model: nn.Module) -> None:
         """Keep an average of the adapters that the running script trains, where its config has ema_decay."""
@@ -57,7 +64,7 @@ class OpenSora2(OpenSoraScript):
         if config.get("lora_config") and config.get("ema_decay") is not None and optimizer is not None:
             resumed = self.resumed()
             folder = None if resumed is None else _checkpoint(resumed[0])
-            self.average = AdapterAverage(model, optimizer, config["ema_decay"], folder)
+            self.followed = AdapterAverage(model, optimizer, config["ema_decay"], folder)
 
     def settled(self, model: nn.Module) -> nn.Module:
         boosted = script.main_variable("model")

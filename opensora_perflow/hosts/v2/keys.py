@@ -90,12 +90,3 @@ def _refuse_keys_of_1(recipe: Recipe) -> None:
             f'draws.shares={list(recipe.draws.shares)} with starts="diffused": windows are those that the times of Open-Sora '
             '2.0\'s train.py lie in; use starts="student", or leave the key out'
         )
-    if recipe.matching is not None:
-        raise ValueError(
-            "matching is for Open-Sora 1.x: 2.0's hooks ask the teacher without a gradient, which its adapters need; leave the "
-            "key out"
-        )
-    if recipe.draws.two_time:
-        raise ValueError(
-            "draws.two_time=True is for Open-Sora 1.x, whose networks can be told one more number; leave the key out"
-        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opensora_perflow.conventions import expand_like
+from opensora_perflow.hosts.scale_input import told as step_told
 from opensora_perflow.hosts.v2.text import null_text
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.method.guidance import classifier_free, text_and_image
@@ -53,7 +54,8 @@ def network_output(
         image_scale: Guidance by reference frames, likewise, and a third row; no effect where no sample has any.
 
     Returns:
-        output(x, t): x [B, C, T, H, W], t [B] in 0..1 -> noise - data, [B, C, T, H, W], float32.
+        output(x, t, step): x [B, C, T, H, W], t [B] in 0..1 -> noise - data, [B, C, T, H, W], float32. `step`: Lengths of the
+        steps that begin at t, which the network is told, [B]; None: it is told none.
 
     Raises:
         ValueError: see text.null_text.
@@ -63,9 +65,10 @@ def network_output(
     count = 3 if referred and (guided_by_text or guided_by_image) else 2 if guided_by_text else 1
     rows = dict(told) if count == 1 else _branches(told, count)
 
-    def output(x: Tensor, t: Tensor) -> Tensor:
+    def output(x: Tensor, t: Tensor, step: Tensor | None = None) -> Tensor:
         tokens = layout.pack(x).to(dtype).repeat(count, 1, 1)
-        said = call(img=tokens, timesteps=t.to(x.device, dtype).repeat(count), **rows)
+        steps = {} if step is None else {"step": step.repeat(count)}
+        said = call(img=tokens, timesteps=t.to(x.device, dtype).repeat(count), **rows, **steps)
         parts = layout.unpack(said.as_subclass(Tensor).float()).chunk(count)
         if count == 1:
             return parts[0]
@@ -86,14 +89,24 @@ def _branches(told: Told, count: int) -> dict[str, Tensor]:
 
 
 def call_without_gradient(network: nn.Module) -> Callable[..., Tensor]:
-    """The network's forward for evaluations without a gradient, past its hooks.
+    """The network's forward for evaluations without a gradient, past its hooks. `step`: See `network_output`.
 
     Open-Sora's checkpointing does not ask whether there is a gradient, and with a buffer of activations it would fill that.
     """
 
-    def call(**inputs: Any) -> Tensor:
-        with torch.no_grad(), _without_checkpointing(network):
+    def call(step: Tensor | None = None, **inputs: Any) -> Tensor:
+        with torch.no_grad(), _without_checkpointing(network), nullcontext() if step is None else step_told(network, step=step):
             return network.forward(**inputs)
+
+    return call
+
+
+def call_as_asked(network: nn.Module) -> Callable[..., Tensor]:
+    """The network's forward, past its hooks: with a gradient where one is enabled, and else as `call_without_gradient`."""
+    plain = call_without_gradient(network)
+
+    def call(**inputs: Any) -> Tensor:
+        return network.forward(**inputs) if torch.is_grad_enabled() else plain(**inputs)
 
     return call
 

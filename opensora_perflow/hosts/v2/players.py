@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.hosts.v2.evaluation import Evaluation
 from opensora_perflow.hosts.v2.keys import PROCESS, Keys
-from opensora_perflow.hosts.v2.network import Told, call_without_gradient, network_output, rows_of
+from opensora_perflow.hosts.v2.network import Told, call_as_asked, call_without_gradient, network_output, rows_of
 from opensora_perflow.hosts.v2.tokens import Layout
 from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.training.adapters import adapters_off
@@ -27,6 +27,7 @@ class TrainingPlayers:
 
     network: The student, bare. told, layout, dtype: What networks are told, see `network.network_output`.
     teacher_now: Asked at every use, since a curriculum changes its teacher.
+    route: Drawn.route, where the student is told the lengths of its steps.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class TrainingPlayers:
     recipe: Recipe
     keys: Keys
     teacher_now: Callable[[], Teacher]
+    route: Tensor | None = None
     process, prediction, moving, separable = PROCESS, "velocity", None, True
 
     @cached_property
@@ -44,7 +46,7 @@ class TrainingPlayers:
 
     @cached_property
     def student(self) -> Player:
-        return _player(self.evaluation)
+        return replace(_player(self.evaluation), two_time=self.route is not None)
 
     def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         told = self.told if rows is None else rows_of(self.told, rows)
@@ -53,7 +55,11 @@ class TrainingPlayers:
             text = self.keys.cfg_scale
             text = text[window] if isinstance(text, tuple) else text
             guided = {"text_scale": text, "image_scale": self.keys.image_cfg_scale}
-        return _player(self._output(self.network, told, **guided)).velocity(None)  # rectified flows do not ask for windows
+        player = _player(self._output(self.network, told, **guided))
+        if self.route is None:
+            return player.velocity(None)  # rectified flows do not ask for windows
+        step = self.route[window : window + 2] if rows is None else self.route[window : window + 2, rows]
+        return replace(player, two_time=True).velocity(lambda t: (step[0], step[1]))
 
     def teacher(self, scale: float | Tensor) -> Player:
         guidance, teacher = self.recipe.guidance, self.teacher_now()
@@ -63,11 +69,14 @@ class TrainingPlayers:
         return _player(self._output(teacher.network, self.told, text_scale=scale, image_scale=image_scale, adapted=False))
 
     def untrained(self) -> Player:
-        return _player(self._output(self.teacher_now().network, self.told, adapted=False))
+        network = self.teacher_now().network  # with a gradient for the adapters of matching, which are on it
+        return _player(self._output(network, self.told, adapted=False, caller=call_as_asked))
 
-    def _output(self, network: nn.Module, told: Told, *, adapted: bool = True, **guided: Any) -> Any:
+    def _output(
+        self, network: nn.Module, told: Told, *, adapted: bool = True, caller: Any = call_without_gradient, **guided: Any
+    ) -> Any:
         """`adapted`: With the adapters of the student's network. A teacher that is the same network has none."""
-        call = call_without_gradient(network)
+        call = caller(network)
 
         def plain(**inputs: Tensor) -> Tensor:
             with adapters_off(network):

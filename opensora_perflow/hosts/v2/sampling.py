@@ -28,6 +28,7 @@ class SamplingSettings:
 
     grids: Numbers of steps whose uniform grids it was trained for as well.
     scale, image_scale: Guidance by which the student came to its starts, see state.StudentState.cfg_scale; None: not known.
+    two_time: Is the network told the length of its step?
     """
 
     recipe: Recipe
@@ -36,10 +37,11 @@ class SamplingSettings:
     grids: tuple[int, ...] = ()
     scale: float | tuple[float, ...] | None = None
     image_scale: float | None = None
+    two_time: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, keys: Keys) -> SamplingSettings:
-        return cls(recipe, keys, recipe.windows, recipe.draws.grids)
+        return cls(recipe, keys, recipe.windows, recipe.draws.grids, two_time=recipe.draws.two_time)
 
     def as_trained(self, given: Collection[str], state: StudentState, where: str | os.PathLike) -> SamplingSettings:
         """These settings, with windows, guidance and flow_shift as a student was trained, where the config does not name them.
@@ -61,7 +63,7 @@ class SamplingSettings:
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{where} does not go with the config's perflow: {error}") from error
         scales = (None, None) if guidance.folded else (state.cfg_scale, state.image_cfg_scale)
-        return SamplingSettings(recipe, keys, windows, grids, *scales)
+        return SamplingSettings(recipe, keys, windows, grids, *scales, bool(state.draws.get("two_time")))
 
     def times(self, asked: Sequence[float], alpha: float) -> tuple[list[float], list[tuple[int, str]]]:
         """The times of as many steps as Open-Sora asks for, and what the log should say.
@@ -120,6 +122,13 @@ class SamplingSettings:
                     )
                 )
         return said
+
+
+def step_at(times: Sequence[float], t: Tensor) -> Tensor:
+    """Lengths of the steps of a grid that begin at times t [B], which the network's precision has rounded."""
+    grid = torch.tensor(times, dtype=torch.float64, device=t.device)
+    place = (grid[:-1, None] - t.double()).abs().argmin(dim=0)
+    return grid[place] - grid[place + 1]
 
 
 def _listed(times: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ from opensora.datasets.datasets import VideoTextDataset
 from opensora.registry import DATASETS
 from torch.utils.data import Dataset
 
-from opensora_perflow.hosts.chains import CHAIN, chain_at, training_store, whole_buckets
+from opensora_perflow.hosts.chains import CHAIN, Passes, chain_at, training_store, whole_buckets
 from opensora_perflow.hosts.script import running_config
 from opensora_perflow.hosts.v2.stored_chains import WHERE
 
@@ -33,10 +33,23 @@ class StoredChains(VideoTextDataset):
         self.store = training_store(data_path, teacher.get("stored"), WHERE)
         if config.get("bucket_config"):
             config["bucket_config"] = whole_buckets(config["bucket_config"], self.store)
-        told = [told for _, told in self.store.chains]
-        self.data = pd.DataFrame({name: [one[name] for one in told] for name in ("num_frames", "height", "width")})
-        self.data["fps"], self.data["path"] = float("nan"), ""  # no frame is left out
+        self._passes = Passes(self.store)
+        self._data = self._table()
         self.fps_max, self.bucket_class, self.memory_efficient = 24, "Bucket", False
+
+    @property
+    def data(self) -> pd.DataFrame:
+        """The table, as the host's sampler asks for it at each pass, in its first process: with chains added meanwhile."""
+        if self._passes.next(alone=True):
+            self._data = self._table()
+        return self._data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def _table(self) -> pd.DataFrame:
+        sizes = {name: [one[name] for _, one in self._passes.chains] for name in ("num_frames", "height", "width")}
+        return pd.DataFrame({**sizes, "fps": float("nan"), "path": ""})  # no frame is left out
 
     def getitem(self, index: str) -> dict[str, Any]:
         """The sample "row-frames-height-width" of the host's buckets; errors as chain_at."""

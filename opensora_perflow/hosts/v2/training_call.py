@@ -98,7 +98,8 @@ class TrainingCall:
         told = dict(self.told)
         if recipe.guidance.mode == "range":
             told["guidance"] = scale.to(self.img)
-        players = TrainingPlayers(self.network, told, self.layout, self.img.dtype, recipe, keys, lambda: run.teacher)
+        route = drawn.route if recipe.draws.two_time else None
+        players = TrainingPlayers(self.network, told, self.layout, self.img.dtype, recipe, keys, lambda: run.teacher, route)
         named = partial(self._named, recipe.guidance.image_scale)
         return Batch(data, noise, windows, drawn, players, scale, chains=self.chains, inputs=named)
 

@@ -1,8 +1,9 @@
 r"""Further inputs of an Open-Sora network, added to the features of its timestep before their MLP: the guidance scale, and the
 length of its step.
 
-Every STDiT embeds its timestep as cosines and sines (`t_embedder`, 256 channels) and sends them through an MLP, whose result
-modulates every block. The scale w and the length t - s of a step from t to s enter there as
+Every STDiT, and 2.0's MMDiT, embeds its timestep as cosines and sines (256 channels) and sends them through an MLP
+(`t_embedder.mlp`, `time_in`), whose result modulates every block. The scale w and the length t - s of a step from t to s
+enter there as
 
     features(timestep) + (w - 1) / UNIT direction_0 + (t - s) direction_1
 
@@ -32,8 +33,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1.network import compiler_is_loaded, forget_compiled
-from opensora_perflow.hosts.wrappers import unwrap
+from opensora_perflow.hosts.wrappers import compiler_is_loaded, forget_compiled, unwrap
 
 UNIT = 8.0
 """Change of the scale that moves the features by one `direction`."""
@@ -59,15 +59,24 @@ def told(network: nn.Module, scale: Tensor | None = None, step: Tensor | None = 
     steps [B] in flow time.
 
     Raises:
-        ValueError: the network has no t_embedder with an MLP.
+        ValueError: the network has no MLP of its timestep.
     """
     teller = _teller(unwrap(network))
-    moved = {} if scale is None else {0: (scale.double() - 1.0) / UNIT}
-    before, teller.moved = teller.moved, moved if step is None else {**moved, 1: step.double()}
+    before, teller.moved = teller.moved, _moved(scale, step)
     try:
         yield
     finally:
         teller.moved = before
+
+
+def tell(network: nn.Module, step: Tensor | None) -> None:
+    """Have calls of the network told lengths of their steps [B], or none, until told otherwise; errors as `told`."""
+    _teller(unwrap(network)).moved = _moved(None, step)
+
+
+def _moved(scale: Tensor | None, step: Tensor | None) -> dict[int, Tensor]:
+    moved = {} if scale is None else {0: (scale.double() - 1.0) / UNIT}
+    return moved if step is None else {**moved, 1: step.double()}
 
 
 class _Teller:
@@ -100,11 +109,11 @@ def _add(teller: _Teller, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | No
 
 def _teller(network: nn.Module) -> _Teller:
     """The network's teller, which is put there if there is none that compiled code meets."""
-    mlp = getattr(getattr(network, "t_embedder", None), "mlp", None)
+    mlp = getattr(getattr(network, "t_embedder", None), "mlp", None) or getattr(network, "time_in", None)
     if mlp is None:
         raise ValueError(
-            f"{type(network).__name__} cannot be told a guidance scale, or where a step ends: it has no t_embedder.mlp, "
-            'where Open-Sora\'s networks embed their timestep; use guidance=dict(mode="fixed", scale=...) and '
+            f"{type(network).__name__} cannot be told a guidance scale, or where a step ends: it has no t_embedder.mlp or "
+            'time_in, where Open-Sora\'s networks embed their timestep; use guidance=dict(mode="fixed", scale=...) and '
             "draws.two_time=False"
         )
     hooks = unwrap(mlp)._forward_pre_hooks
