@@ -109,8 +109,11 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
-        # 16 samples a step over 4 windows: each window of a chain is trained twice.
-        chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
+        # Each solution of the first window is trained twice, as is each other window.
+        first = changed(STORED, draws=dict(shares=[5, 1, 1, 1]))
+        named = "stored paths, 5 solutions of the first window"
+        count = 10 * iterations
+        chosen.append(Recipe(named, first, count, steps=(4,), lr_factor=2.0, chains=count, further=4))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
