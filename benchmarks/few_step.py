@@ -73,7 +73,7 @@ def _train(
     began, chains, batch = time.process_time(), None, world.batch
     rate, desc = recipe.lr_factor * scale.lr, f"seed {seed}, {recipe.name}"
     if recipe.chains and isinstance(world, MMDiTWorld):
-        batch = world.stored(config, folder, recipe.chains, seed + 1000)
+        batch = world.stored(config, folder, recipe.chains, seed + 1000, recipe.further)
         config = changed(config, teacher=dict(stored=str(folder)))
     elif recipe.chains:
         chains = solve(world, folder, recipe.chains, seed + 1000, config, further=recipe.further)
@@ -143,7 +143,7 @@ def _learner(
 def run_seed(world: World, seed: int, chosen: Sequence[Recipe], scale: Scale) -> dict[str, Any]:
     evaluation = Evaluation.of(world, scale.num_samples, seed)
     rows = []
-    for steps in (4, 8, 16, 30):
+    for steps in world.teacher_steps:
         x = evaluation.sample(host_sampler(world, steps), world.teacher)
         rows.append({"sampler": world.host_sampler, "steps": steps, "nfe": 2 * steps, **evaluation.row(x)})
     curves = {}

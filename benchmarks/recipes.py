@@ -84,6 +84,7 @@ BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video"
 """Peak learning rates of the reference recipe and of ours, over the world's: the best of those that tune.py tries."""
 STORED = dict(windows=4, draws=dict(edge_mass=1.0))
 """From stored paths, for 4 evaluations alone: all times lie at the edge."""
+FIRST_WINDOW = "stored paths, 5 solutions of the first window"
 SHARES = [0.2, 0.35, 0.35, 0.1]
 """Of the mixture's windows: what each adds to the error of a student of 4,000 such steps, whose windows were drawn alike."""
 ONE_FOR_ALL = dict(
@@ -109,8 +110,9 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
-        # 16 samples a step over 4 windows: each window of a chain is trained twice.
-        chosen.append(Recipe("ours, stored paths", STORED, 10 * iterations, steps=(4,), lr_factor=2.0, chains=20 * iterations))
+        # 16 samples a step, of whose draws 5 / 8 lie in the first window: each solution of each window is trained twice.
+        settings, count = changed(STORED, draws=dict(shares=[5, 1, 1, 1])), 10 * iterations
+        chosen.append(Recipe(FIRST_WINDOW, settings, count, steps=(4,), lr_factor=2.0, chains=count, further=4))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
@@ -128,9 +130,8 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
             dict(windows=windows, teacher=dict(steps_per_window=steps), draws=dict(edge_mass=1.0, shares=shares))
             for windows, steps, shares in ((VIDEO_PLAN[::2], 3, [5, 1, 1, 1]), (VIDEO_PLAN, 2, [4, 2, 2, 2, 1, 1, 1, 1]))
         )
-        named = "stored paths, 5 solutions of the first window"
-        chosen.append(Recipe(named, four, 400, steps=(4, 8), lr_factor=2.0, chains=512, further=4))
-        chosen.append(Recipe(f"{named}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
+        chosen.append(Recipe(FIRST_WINDOW, four, 400, steps=(4, 8), lr_factor=2.0, chains=512, further=4))
+        chosen.append(Recipe(f"{FIRST_WINDOW}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
     if closed:
         long, stored, pilot = (3000, STORED, 300)
         if world.name == "mixture":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ class World(ABC):
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
         """Clean latents and model_args of one training step."""
 
-    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
-        """Solve chains, and write a store of them.
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int, further: int) -> Batches:
+        """Solve chains, each with so many further solutions of the first window, and write a store of them.
 
         Returns:
             As `batch`, of the store's chains: each once in a pass.
@@ -267,15 +268,16 @@ class MMDiTWorld(World):
         index = torch.randint(len(self._latents), (size,), generator=generator)
         return self._latents[index], {"captions": [self._captions[i] for i in index.tolist()]}
 
-    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int) -> Batches:
+    def stored(self, config: Mapping[str, Any], folder: Path, count: int, seed: int, further: int) -> Batches:
         generator, captions = torch.Generator().manual_seed(seed), []
         solver = self.host.chain_solver(self.teacher, config, seed)
+        solver = replace(solver, origin=replace(solver.origin, first_window=further))
         writer = ChainWriter(folder, solver.origin)
         for number, first in enumerate(range(0, count, AT_ONCE)):
             _, args = self.batch(min(AT_ONCE, count - first), generator)
             part = Part(args["captions"], {}, self.latent_shape, AT_ONCE)
-            ((ends, *_),) = solver.solve(part, first)
-            writer.write(number, first, ends, part.captions, part.told)
+            ((ends, _, more),) = solver.solve(part, first)
+            writer.write(number, first, ends, part.captions, part.told, further=more)
             captions += part.captions
         order: list[int] = []
 
