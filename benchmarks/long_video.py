@@ -44,6 +44,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,6 @@ from train_teacher import save_weights
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
-from opensora_perflow.method.metrics import energy_distance
 from opensora_perflow.method.solvers import solve
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.fine_path import uniform_grid
@@ -120,7 +120,7 @@ def rows(world: World, joint: dict[str, Any]) -> list[Row]:
     edit = joint["edit"]
     nfe = 4 if edit in TimeWindows.uniform(4).edges else 5  # frames that join between two grid points cost an evaluation
     return [
-        Row(FINE, "teacher", 4 * world.fine_steps, None),
+        Row(FINE, "teacher", 4 * world.fine_steps[1], None),
         host(30),
         host(4),
         Row("ours, 4 steps", "student", 4, folded),
@@ -134,7 +134,8 @@ def clip_of(world: World, network: nn.Module, row: Row, prompts: list[str], z: T
     """One loop's clips, from noise with reference frames in place; mask: edit ratios [N, T]."""
     sizes = world.sizes(len(z))
     if row.settings is None:
-        times = torch.tensor(uniform_grid(world.fine_steps), dtype=torch.float64)[:, None].expand(-1, len(z))
+        steps = world.fine_steps[int((mask == 0).any())]
+        times = torch.tensor(uniform_grid(steps), dtype=torch.float64)[:, None].expand(-1, len(z))
         field = guided_field(network, world.text, prompts, sizes, world.guidance, mask.bool())
         return solve(field, z, times, method="midpoint")
     scheduler = build_module(dict(type="perflow", **row.settings), SCHEDULERS)
@@ -161,16 +162,36 @@ def joined(clips: Tensor) -> Tensor:
     return torch.cat([clips[0]] + [clip[:, :, SHARED:] for clip in clips[1:]], dim=2)
 
 
-def figures(clips: Tensor, fine: Tensor, real: Tensor, seed: int) -> dict[str, Resampled]:
-    """The measures of clips [L, N, C, T, H, W] beside the converged teacher's and as many real ones; seed: of the resamples."""
-    num_frames, fresh = clips.shape[3], clips.shape[3] - SHARED
-    found = {}
-    for name, other in (("teacher", fine), ("real", real)):
-        found[f"{name}_first"] = energy(clips[:1], other[:1], seed)
-        found[f"{name}_later"] = energy(clips[1:], other[1:], seed)
-    found["drift"] = drift(clips, seed)
-    found["seam"] = seam(joined(clips), [num_frames + k * fresh for k in range(len(clips) - 1)], seed)
-    return {**found, "nearest": nearest_clip_distance(clips[:, :, :, SHARED:], seed)}
+@dataclass(frozen=True)
+class Measured:
+    """Clips of one student and noise seed, [L, N, C, T, H, W], beside the converged teacher's and as many real ones.
+
+    seed: Of the resamples.
+    """
+
+    clips: Tensor
+    fine: Tensor
+    real: Tensor
+    seed: int
+
+    @cached_property
+    def by_loop(self) -> dict[str, list[Resampled]]:
+        """The energy distance of each loop's clips to others."""
+        others = {"teacher": self.fine, "real": self.real}
+        return {name: [energy(*pair, self.seed) for pair in zip(self.clips, other)] for name, other in others.items()}
+
+    def figures(self, loops: int) -> dict[str, Resampled]:
+        """All measures of the first loops."""
+        clips, num_frames, found = self.clips[:loops], self.clips.shape[3], {}
+        for name, distances in self.by_loop.items():
+            found[f"{name}_first"], found[f"{name}_later"] = distances[0], Resampled.mean(distances[1:loops])
+        joints = [num_frames + k * (num_frames - SHARED) for k in range(loops - 1)]
+        return {
+            **found,
+            "drift": drift(clips, self.seed),
+            "seam": seam(joined(clips), joints, self.seed),
+            "nearest": nearest_clip_distance(clips[:, :, :, SHARED:], self.seed),
+        }
 
 
 def sample(
@@ -256,14 +277,12 @@ def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[in
         for noise in args.noise_seeds:
             number = noise if is_video else 100 * seed + noise  # one teacher: students share its videos
             clips = sample(world, networks, joint, max(args.loops), count, number, world.weights if is_video else None)
-            fine, real = clips[FINE], clips["real videos"]
             for name, found in clips.items():
-                for loops, measured in runs.items():
-                    own = figures(found[:loops], fine[:loops], real[:loops], number)
-                    measured.setdefault(name, []).append(own)
-                for other, reference in (("teacher", fine), ("real", real)):
-                    distances = [energy_distance(a, b) for a, b in zip(found, reference)]
-                    by_loop.setdefault(name, {}).setdefault(other, []).append(distances)
+                measured = Measured(found, clips[FINE], clips["real videos"], number)
+                for loops, measures in runs.items():
+                    measures.setdefault(name, []).append(measured.figures(loops))
+                for other, distances in measured.by_loop.items():
+                    by_loop.setdefault(name, {}).setdefault(other, []).append([one.value.item() for one in distances])
     means = {name: {other: np.mean(each, axis=0).tolist() for other, each in of.items()} for name, of in by_loop.items()}
     return runs, means, clips
 

@@ -34,8 +34,8 @@ class World(ABC):
     guidance: float
     batch_size: int
     lr: float
-    fine_steps: int
-    """Midpoint steps of the converged teacher."""
+    fine_steps: tuple[int, int]
+    """Midpoint steps of the converged teacher: of first clips, and of those with reference frames, whose paths bend less."""
     has_codec = False
 
     text: Any
@@ -65,7 +65,7 @@ class World(ABC):
 
 
 class SceneWorld(World):
-    num_frames, guidance, batch_size, lr, fine_steps = 6, 2.0, 256, 2e-3, 64
+    num_frames, guidance, batch_size, lr, fine_steps = 6, 2.0, 256, 2e-3, (64, 64)
 
     def __init__(self) -> None:
         self.scenes, self.text = Scenes.standard(), ClassText()
@@ -89,7 +89,7 @@ class SceneWorld(World):
 class VideoWorld(World):
     """Shapes that bounce between walls; a clip is any piece of such a video."""
 
-    num_frames, guidance, batch_size, lr, fine_steps = 5, 2.0, 12, 2e-4, 20
+    num_frames, guidance, batch_size, lr, fine_steps = 5, 2.0, 12, 3e-4, (48, 14)
     has_codec = True
 
     def __init__(self, out: Path, steps: list[int], seed: int) -> None:

@@ -52,12 +52,12 @@ def error_estimate(squared: Tensor) -> Estimate:
 
 def energy_estimate(x: Tensor, y: Tensor) -> Estimate:
     """Energy distance of paired sets [N, ...], see metrics.energy_distance. A resample draws pairs."""
-    return energy(x[None], y[None]).estimate
+    return energy(x, y).estimate
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """A measure of a run's samples, and of each resample [R], float64. Runs drew their samples independently."""
+    """A measure of samples, and of each resample [R], float64."""
 
     value: Tensor
     resampled: Tensor
@@ -71,31 +71,28 @@ class Resampled:
         return Resampled(self.value - other.value, self.resampled - other.resampled)
 
     @classmethod
-    def mean(cls, runs: Sequence[Resampled]) -> Resampled:
-        """Over runs, whose resamples were drawn with seeds of their own."""
-        return cls(*(torch.stack(parts).mean(dim=0) for parts in zip(*((run.value, run.resampled) for run in runs))))
+    def mean(cls, measures: Sequence[Resampled]) -> Resampled:
+        """Over measures of the same samples, with one seed, or of independent ones, with seeds of their own."""
+        return cls(*(torch.stack(parts).mean(dim=0) for parts in zip(*((one.value, one.resampled) for one in measures))))
 
 
 def energy(x: Tensor, y: Tensor, seed: int = 0) -> Resampled:
-    """Mean over L loops of the energy distance of paired sets [L, N, ...], see metrics.energy_distance.
+    """Energy distance of paired sets [N, ...], see metrics.energy_distance. The seed fixes which pairs a resample draws.
 
-    A resample draws pairs, the same in all loops. Two draws of one pair are left out, as equal indices are in the measure: a
-    sample is at distance 0 from itself.
+    Two draws of one pair are left out, as equal indices are in the measure: a sample is at distance 0 from itself.
     """
-    x, y = x.flatten(2).float(), y.flatten(2).float()
-    loops, count = x.shape[:2]
-    counts = times_drawn(count, seed).to(x).T
+    x, y = x.flatten(1).float(), y.flatten(1).float()
+    count, counts = len(x), times_drawn(len(x), seed).to(x).T
     total, resampled = x.new_zeros((), dtype=torch.float64), x.new_zeros(RESAMPLES, dtype=torch.float64)
     for first in range(0, count, BLOCK):
-        rows, kernel = slice(first, first + BLOCK), 0.0
-        for a, b in zip(x, y):
-            kernel = kernel + _distances(a[rows], b) + _distances(b[rows], a) - _distances(a[rows], a) - _distances(b[rows], b)
+        rows = slice(first, first + BLOCK)
+        kernel = _distances(x[rows], y) + _distances(y[rows], x) - _distances(x[rows], x) - _distances(y[rows], y)
         kernel[torch.arange(len(kernel)), torch.arange(len(kernel)) + first] = 0.0
         total += kernel.double().sum()
         resampled += (counts[rows] * (kernel @ counts)).double().sum(dim=0)
     pairs = count**2 - counts.double().square().sum(dim=0)
     resampled = torch.where(pairs > 0, resampled / pairs, torch.nan)  # of few samples all draws may be one
-    return Resampled(total / (loops * count * (count - 1)), resampled / loops)
+    return Resampled(total / (count * (count - 1)), resampled)
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
@@ -132,7 +129,7 @@ def drift(clips: Tensor, seed: int = 0) -> Resampled:
     """
     if len(clips) < 3:
         raise ValueError(f"drift is that of loops 3, 4, ... from loop 2: it needs at least three loops, got {len(clips)}")
-    return energy(clips[2:], clips[1:2].expand_as(clips[2:]), seed)
+    return Resampled.mean([energy(clip, clips[1], seed) for clip in clips[2:]])
 
 
 def seam(video: Tensor, joints: Sequence[int], seed: int = 0) -> Resampled:

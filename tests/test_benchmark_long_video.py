@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from long_video import FINE, clip_of, figures, joined, loop_clips, rows
+from long_video import FINE, Measured, clip_of, joined, loop_clips, rows
 from long_video_worlds import SHARED, SceneWorld
 from torch import Tensor
 
@@ -13,7 +13,7 @@ JOINT = dict(edit=0.75, frames=2)
 class Coded(SceneWorld):
     """The scenes with a codec that is exact, or one that adds a constant."""
 
-    has_codec, fine_steps = True, 4
+    has_codec, fine_steps = True, (4, 4)
 
     def __init__(self, error: float) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ def test_measures_of_the_teacher_itself_and_of_a_shift_are_known():
     fine = torch.randn(4, 10, 8, 6, 1, 1, generator=torch.Generator().manual_seed(0))
     moved = fine.clone()
     moved[1:] += 3.0
-    found = figures(moved, fine, fine, seed=0)
+    found = Measured(moved, fine, fine, seed=0).figures(4)
     assert found["teacher_first"].value == found["real_first"].value == 0.0
     assert found["teacher_later"].value == found["real_later"].value > 1.0
-    same = figures(fine, fine, fine, seed=0)
+    same = Measured(fine, fine, fine, seed=0).figures(3)
     assert {key for key, one in same.items() if one.value == 0.0} == {
         "teacher_first", "teacher_later", "real_first", "real_later",
     }  # fmt: skip
@@ -80,7 +80,7 @@ def test_measures_of_the_teacher_itself_and_of_a_shift_are_known():
 def test_one_command_writes_tables_of_every_number_of_loops(tmp_path, monkeypatch):
     import long_video
 
-    monkeypatch.setattr(SceneWorld, "fine_steps", 2)
+    monkeypatch.setattr(SceneWorld, "fine_steps", (2, 2))
     small = ["--samples", "4", "--iterations", "2", "--seeds", "0", "--noise-seeds", "0", "1"]
     monkeypatch.setattr(
         sys, "argv", ["long_video.py", "--parts", "scenes", "--loops", "3", "4", *small, "--out", str(tmp_path)]

@@ -3,7 +3,6 @@ import torch
 from measures import (
     Resampled,
     drift,
-    energy,
     energy_estimate,
     error_estimate,
     nearest_clip_distance,
@@ -67,15 +66,7 @@ def test_drift_is_the_mean_energy_distance_of_later_loops_to_the_second():
         drift(far[:2])
 
 
-def test_the_distance_of_loops_is_the_mean_of_theirs_and_resamples_draw_whole_videos():
-    x, y = torch.randn(2, 3, 12, 5)
-    found, each = energy(x, y), [energy(a[None], b[None]) for a, b in zip(x, y)]
-    assert found.value.item() == pytest.approx(sum(energy_distance(a, b) for a, b in zip(x, y)) / 3, abs=1e-6)
-    # The same videos are drawn in every loop: each resample is the mean of the loops' own.
-    torch.testing.assert_close(found.resampled, torch.stack([one.resampled for one in each]).mean(dim=0), atol=1e-6, rtol=0)
-
-
-def test_runs_are_averaged_and_compared_resample_by_resample():
+def test_measures_are_averaged_and_compared_resample_by_resample():
     a, b = (Resampled(torch.tensor(value), torch.tensor([value, 2 * value])) for value in (1.0, 3.0))
     mean, gap = Resampled.mean([a, b]), b - a
     assert (mean.value.item(), mean.resampled.tolist()) == (2.0, [2.0, 4.0])
