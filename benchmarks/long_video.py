@@ -19,8 +19,8 @@ shapes that bounce between walls, clips of 5 latent frames (20 pixel frames), 2 
 mask, so it is first trained on with the masks that Open-Sora's mask_ratios draw (image_head and quarter_head: the first frames
 are given). Its weights, its videos and the students' weights are kept in --out and reused when the settings are the same.
 
-Every seed is a student of its own (of part scenes also data of its own), and gets several noise seeds. All rows get the same
-noise. Columns:
+Every seed is a student of its own (of part scenes also data of its own), and gets several noise seeds, whose videos are
+measured together. All rows get the same noise. Columns:
 
     NFE             network evaluations a clip and sample; a guided step is 2
     to the converged teacher, to real videos    energy distance of a loop's clips to those of the converged teacher, or to as
@@ -30,8 +30,8 @@ noise. Columns:
     nearest clip    distance of a clip, without reference frames, to the nearest other one of its video; larger = less
                     repetition, beyond the real videos' it is noise
 
-In brackets: the interval that holds 95 % of 1,000 resamples of the videos. Below the table: how much further away than rflow's
-at 30 steps later loops are, by the same resamples.
+In brackets: the interval that holds 95 % of 1,000 resamples of the videos. Below the table: how much further away than those of
+rflow at 30 steps a student's later loops are, by the same resamples.
 
 Writes long_video.json, long_video.md, long_video.png and, for part "video", long_video.mp4 with the rows one above the other.
 """
@@ -70,7 +70,7 @@ from opensora_perflow.worlds.clips import FPS, write_video
 
 FINE, RFLOW = "converged teacher", "rflow, 30 steps"
 Runs = dict[str, list[dict[str, Resampled]]]
-"""sampler -> the measures of each student and noise seed."""
+"""sampler -> the measures of each student."""
 
 
 def train_student(world: World, scheduler: Any, iterations: int, seed: int, kept: Path | None) -> nn.Module:
@@ -164,7 +164,7 @@ def joined(clips: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Clips of one student and noise seed, [L, N, C, T, H, W], beside the converged teacher's and as many real ones.
+    """Clips of one student, all noise seeds, [L, N, C, T, H, W], beside the converged teacher's and as many real ones.
 
     seed: Of the resamples.
     """
@@ -236,7 +236,7 @@ def markdown(part: str, runs: Runs, nfe: dict[str, int], students: str, command:
         means = {key: Resampled.mean([run[key] for run in found]) for key in units}
         cells = [shown(means[key], unit, 2 if unit > 1 else 3) for key, unit in units.items()]
         lines.append(f"| {name} | {nfe.get(name, '')} | {' | '.join(cells)} |")
-    lines += ["", f"Later loops, less {RFLOW}'s; each student's in brackets:", ""]
+    lines += ["", f"Later loops, less those of {RFLOW}; each student's in brackets:", ""]
     for name in [name for name in runs if name.startswith("ours")]:
         said = []
         for key, to in (("teacher_later", "the converged teacher"), ("real_later", "real videos")):
@@ -261,7 +261,7 @@ def figure(by_loop: dict[str, dict[str, dict[str, list[float]]]], path: Path) ->
 
 
 def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[int, Runs], dict[str, Any], dict[str, Tensor]]:
-    """Measures for each number of loops, what the figure shows, and the clips of the last run."""
+    """Measures for each number of loops, what the figure shows, and the clips of the last student."""
     is_video, joint = part == "video", dict(edit=args.edit, frames=args.frames)
     iterations, count = (args.video_iterations, args.video_samples) if is_video else (args.iterations, args.samples)
     runs: dict[int, Runs] = {loops: {} for loops in args.loops}
@@ -274,15 +274,16 @@ def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[in
         student = train_student(world, scheduler, iterations, seed, kept)
         print(f"student {seed}: {time.process_time() - began:.0f} CPU seconds", flush=True)
         networks = {"teacher": world.teacher, "student": student}
-        for noise in args.noise_seeds:
-            number = noise if is_video else 100 * seed + noise  # one teacher: students share its videos
-            clips = sample(world, networks, joint, max(args.loops), count, number, world.weights if is_video else None)
-            for name, found in clips.items():
-                measured = Measured(found, clips[FINE], clips["real videos"], number)
-                for loops, measures in runs.items():
-                    measures.setdefault(name, []).append(measured.figures(loops))
-                for other, distances in measured.by_loop.items():
-                    by_loop.setdefault(name, {}).setdefault(other, []).append([one.value.item() for one in distances])
+        numbers = [noise if is_video else 100 * seed + noise for noise in args.noise_seeds]  # one teacher: videos are shared
+        where = world.weights if is_video else None
+        parts = [sample(world, networks, joint, max(args.loops), count, number, where) for number in numbers]
+        clips = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+        for name, found in clips.items():
+            measured = Measured(found, clips[FINE], clips["real videos"], 0 if is_video else seed)
+            for loops, measures in runs.items():
+                measures.setdefault(name, []).append(measured.figures(loops))
+            for other, distances in measured.by_loop.items():
+                by_loop.setdefault(name, {}).setdefault(other, []).append([one.value.item() for one in distances])
     means = {name: {other: np.mean(each, axis=0).tolist() for other, each in of.items()} for name, of in by_loop.items()}
     return runs, means, clips
 
