@@ -209,9 +209,7 @@ def sample(
         if path is not None and path.is_file():
             clips[row.name] = load_file(path)["clips"]
             continue
-        began = time.process_time()
         clips[row.name] = loop_clips(world, networks[row.network], row, noise, prompts, seed)
-        print(f"{row.name}, noise {seed}: {time.process_time() - began:.0f} CPU seconds", flush=True)
         if path is not None:
             with replacing(path) as temporary:
                 save_file({"clips": clips[row.name]}, temporary)
@@ -304,7 +302,7 @@ def main() -> None:
         "--teacher-steps", type=int, nargs="+", default=[300, 900, 1500],
         help="steps of each cosine cycle in which the teacher learns masks (default 300 900 1500)",
     )  # fmt: skip
-    parser.add_argument("--video-iterations", type=int, default=1500, help="training steps of its students (default 1500)")
+    parser.add_argument("--video-iterations", type=int, default=640, help="training steps of its students (default 640)")
     parser.add_argument("--out", type=Path, default=Path("outputs/long_video"), help="folder (default outputs/long_video)")
     args = parser.parse_args()
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
@@ -327,12 +325,12 @@ def main() -> None:
             for loops, measured in runs.items()
         }
         # Written after every part: a run that is stopped leaves what it finished.
-        record = {"command": command, "by_loop": by_loop, "runs": records}
+        record = {"command": command, "cpu_seconds": time.process_time(), "by_loop": by_loop, "runs": records}
         for name, text in (("long_video.json", json.dumps(record, indent=1)), ("long_video.md", "\n".join(texts))):
             with replacing(args.out / name) as path:
                 path.write_text(text)
         figure(by_loop, args.out / "long_video.png")
-        print("\n".join(texts[-len(args.loops) :]))
+        print("\n".join(texts[-len(args.loops) :]), f"{time.process_time():.0f} CPU seconds so far", sep="\n", flush=True)
 
 
 def estimates(run: dict[str, Resampled]) -> dict[str, dict[str, float]]:
