@@ -6,7 +6,7 @@ A loop makes one clip; its last `condition_frame_length` latent frames are the r
 puts into the noise and freezes by their edit ratio (`condition_frame_edit`), and the clips are joined without them. This
 follows scripts/inference.py of Open-Sora (v1.2.0's loop, v1.3's hand-over in latents); only the scheduler differs by row:
 
-    converged       the guided teacher, solved by so many midpoint steps that more change nothing
+    converged       the guided teacher, solved in many midpoint steps (long_video_worlds.py: fine_steps)
     rflow           the host's sampler: PeRFlow with one window and CFG (benchmarks/sampler_parity.py)
     ours            a student of the defaults, distilled with frame masks (PeRFlow.training_losses), guidance folded in
     ours, re-encoded   the same with reference frames that are decoded and encoded in between, as v1.2.0 hands them over
