@@ -1,6 +1,15 @@
 import pytest
 import torch
-from measures import drift, energy_estimate, error_estimate, nearest_clip_distance, seam, squared_errors, times_drawn
+from measures import (
+    Resampled,
+    drift,
+    energy_estimate,
+    error_estimate,
+    nearest_clip_distance,
+    seam,
+    squared_errors,
+    times_drawn,
+)
 
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 
@@ -40,20 +49,39 @@ def test_motion_energy():
     assert temporal_difference_energy(still[:, :, :1]) == 0.0
 
 
-def test_drift_is_the_energy_distance_of_each_loop_to_the_first():
-    first = torch.randn(40, 2, 3)
-    clips = torch.stack([first, first + 2.0, first])
-    # A shift by 2 of every entry is a distance of 2 between point masses; the clips' own spread lowers it.
-    assert drift(clips) == [energy_distance(first + 2.0, first), energy_distance(first, first)]
-    far = torch.stack([torch.zeros(5, 4), torch.full((5, 4), 3.0)])
-    assert drift(far) == [pytest.approx(6.0)]
+def test_identical_later_loops_do_not_drift_whatever_the_first_is():
+    first, later = torch.randn(2, 40, 2, 3)
+    found = drift(torch.stack([first, later, later, later])).estimate
+    assert (found.value, found.low, found.high) == (0.0, 0.0, 0.0)
+
+
+def test_drift_is_the_mean_energy_distance_of_later_loops_to_the_second():
+    second = torch.randn(40, 2, 3)
+    clips = torch.stack([torch.randn(40, 2, 3), second, second + 2.0, second - 1.0])
+    expected = (energy_distance(second + 2.0, second) + energy_distance(second - 1.0, second)) / 2
+    assert drift(clips).value.item() == pytest.approx(expected, abs=1e-6)  # float32
+    far = torch.stack([torch.zeros(5, 4), torch.zeros(5, 4), torch.full((5, 4), 3.0)])
+    assert drift(far).value.item() == pytest.approx(6.0)
+    with pytest.raises(ValueError, match="at least three loops, got 2"):
+        drift(far[:2])
+
+
+def test_measures_are_averaged_and_compared_resample_by_resample():
+    a, b = (Resampled(torch.tensor(value), torch.tensor([value, 2 * value])) for value in (1.0, 3.0))
+    mean, gap = Resampled.mean([a, b]), b - a
+    assert (mean.value.item(), mean.resampled.tolist()) == (2.0, [2.0, 4.0])
+    assert (gap.value.item(), gap.resampled.tolist()) == (2.0, [2.0, 4.0])
 
 
 def test_a_seam_is_the_step_at_the_joint_over_the_steps_inside():
     video = torch.tensor([0.0, 1.0, 2.0, 5.0, 6.0, 7.0, 10.0])[None, None, :, None, None]
-    assert seam(video, [3, 6]) == pytest.approx(9.0)  # steps of 3 against steps of 1
-    assert seam(2 * video, [3]) == pytest.approx(9 / ((4 * 1 + 9) / 5))
-    assert seam(torch.arange(5.0)[None, None, :, None, None], [2]) == pytest.approx(1.0)
+    assert seam(video, [3, 6]).value.item() == pytest.approx(9.0)  # steps of 3 against steps of 1
+    assert seam(2 * video, [3]).value.item() == pytest.approx(9 / ((4 * 1 + 9) / 5))
+    assert seam(torch.arange(5.0)[None, None, :, None, None], [2]).value.item() == pytest.approx(1.0)
+    # Energies are averaged before they are divided: (9 + 0) / (1 + 3), not the mean of 9 and 0.
+    two = torch.cat([video, torch.tensor([0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.0])[None, None, :, None, None]])
+    assert seam(two, [3, 6]).value.item() == pytest.approx(9 / (1 + (4 + 4 + 1 + 1) / 4))
+    assert set(seam(two[:1].repeat(2, 1, 1, 1, 1), [3, 6]).resampled.tolist()) == {9.0}
 
 
 @pytest.mark.parametrize("joints", [[], [0], [7], [1, 2, 3, 4, 5, 6]])
@@ -64,10 +92,11 @@ def test_a_seam_needs_joints_and_an_inside(joints):
 
 def test_nearest_clip_distance_is_zero_where_clips_repeat():
     a, b, c = (torch.full((2, 3, 4), value) for value in (0.0, 1.0, 5.0))
-    assert nearest_clip_distance(torch.stack([a, b, a, b])) == 0.0
-    assert nearest_clip_distance(torch.stack([a, b, c])) == pytest.approx((1 + 1 + 4) / 3)
+    assert nearest_clip_distance(torch.stack([a, b, a, b])).value == 0.0
+    assert nearest_clip_distance(torch.stack([a, b, c])).value.item() == pytest.approx((1 + 1 + 4) / 3)
     # Only a video's own clips count: here the second video never moves.
-    assert nearest_clip_distance(torch.stack([a, torch.stack([b[0], a[0]])])) == pytest.approx(0.5)
+    found = nearest_clip_distance(torch.stack([a, torch.stack([b[0], a[0]])])).estimate
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
 
 
 def test_nearest_clip_distance_needs_two_clips():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from opensora_perflow.hosts.v1.conditions import sampling_condition
 from opensora_perflow.hosts.v1.stdit import velocity_field
-from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.method.solvers import Velocity, hold_frames
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.worlds.clips import FPS, HEIGHT, NUM_FRAMES, WIDTH, contents
 from opensora_perflow.worlds.mixture import DIM, NUM_CLASSES, NUM_TIMESTEPS, ClassText, Mixture, MixtureNetwork
@@ -53,9 +53,14 @@ def sizes(count: int, num_frames: int = NUM_FRAMES, height: int = HEIGHT, width:
 
 
 def guided_field(
-    network: nn.Module, text_encoder: Any, prompts: Sequence[str], sizes: Mapping[str, Tensor], scale: float
+    network: nn.Module,
+    text_encoder: Any,
+    prompts: Sequence[str],
+    sizes: Mapping[str, Tensor],
+    scale: float,
+    frame_mask: Tensor | None = None,
 ) -> Velocity:
-    """The network's velocity for prompts, guided by their text."""
+    """The network's velocity for prompts, guided by their text; frames that are False in frame_mask [B, T] stand still."""
     condition = sampling_condition(
         network,
         text_encoder,
@@ -65,4 +70,5 @@ def guided_field(
         reference=None,
         needs_null=scale != 1.0,
     )
-    return velocity_field(network, network, condition, num_timesteps=NUM_TIMESTEPS, text_scale=scale)
+    settings = dict(num_timesteps=NUM_TIMESTEPS, text_scale=scale, frame_mask=frame_mask)
+    return hold_frames(velocity_field(network, network, condition, **settings), frame_mask)
