@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,11 @@ from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.script import cannot_import, refuse_no_config, use_checkout
 from opensora_perflow.training.shards import read_indexes, text_digest
 from opensora_perflow.training.store import KIND, ChainStore, ChainWriter
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Progress = Callable[[int, str], Callable[[int], Any]]
 """(total, of what) -> what is told of how many more are done."""
@@ -168,7 +172,8 @@ def _only_writer(out: Path, rank: int) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with open(out / f"lock-{rank:05d}", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process writes to the store {str(out)!r}; wait until that one has ended") from None
         except OSError:
