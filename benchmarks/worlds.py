@@ -276,8 +276,8 @@ class MMDiTWorld(World):
         for number, first in enumerate(range(0, count, AT_ONCE)):
             _, args = self.batch(min(AT_ONCE, count - first), generator)
             part = Part(args["captions"], {}, self.latent_shape, AT_ONCE)
-            ((ends, _, more),) = solver.solve(part, first)
-            writer.write(number, first, ends, part.captions, part.told, further=more)
+            ((ends, *others),) = solver.solve(part, first)
+            writer.write(number, first, ends, part.captions, part.told, *others)
             captions += part.captions
         order: list[int] = []
 
