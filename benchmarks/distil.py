@@ -13,8 +13,9 @@ WARMUP = 50
 
 
 def distil(
-    student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, lr: float, desc: str, constant: bool = False
-) -> Iterator[tqdm]:
+    student: nn.Module, loss: Callable[[], Tensor], *, iterations: int, lr: float, desc: str, constant: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Iterator[tqdm]:  # fmt: skip
     """Train by Adam: a warm-up of 50 steps (or a tenth of all), then half a cosine to 0; gradients clipped to norm 1.
 
     Args:
@@ -24,13 +25,14 @@ def distil(
         lr: Peak learning rate.
         desc: Of the progress bar.
         constant: Stay at the peak, as Open-Sora's scripts do.
+        betas: Of Adam.
 
     Yields:
         The progress bar, after each step.
     """
     student.train()
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas)
     warmup = min(WARMUP, iterations // 10 + 1)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,

@@ -27,6 +27,10 @@ class Recipe:
     """Solutions of the first window that each of these chains has besides its own."""
     pilot: int = 0
     """Steps of a pilot, whose errors say how often each window is drawn; 0: each as often. Needs chains."""
+    focus: tuple[float, ...] = ()
+    """When chains begin to be drawn by their errors, and are measured anew, in parts of the training. Needs chains."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of Adam."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ STORED = dict(windows=4, draws=dict(edge_mass=1.0))
 FIRST_WINDOW = "stored paths, 5 solutions of the first window"
 SHARES = [0.2, 0.35, 0.35, 0.1]
 """Of the mixture's windows: what each adds to the error of a student of 4,000 such steps, whose windows were drawn alike."""
+BETAS = (0.9, 0.99)
+"""Of Adam, where trainings are long: their last steps are smaller than those that a mean over 1,000 steps remembers."""
+LONG = {"rings": 4000, "ar1": 8000, "forty": 8000}
+"""Steps of stored paths."""
 ONE_FOR_ALL = dict(
     windows=8,
     teacher=dict(steps_per_window=2),
@@ -133,13 +141,18 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
         chosen.append(Recipe(FIRST_WINDOW, four, 400, steps=(4, 8), lr_factor=2.0, chains=512, further=4))
         chosen.append(Recipe(f"{FIRST_WINDOW}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
     if closed:
-        long, stored, pilot = (3000, STORED, 300)
         if world.name == "mixture":
-            long, stored, pilot = (11_000, changed(STORED, draws=dict(shares=SHARES)), 0)
+            long, stored, first = 11_000, changed(STORED, draws=dict(shares=SHARES)), dict(betas=BETAS, focus=(0.3, 0.65))
+            every: dict[str, Any] = {}
+        else:
+            long, stored, first = LONG[world.name], STORED, dict(betas=BETAS, focus=(0.3, 0.65), pilot=300)
+            every = dict(betas=BETAS)
         once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
         chosen += [
-            Recipe("stored paths", stored, long, steps=(4, 8), lr_factor=5.0, chains=65_536, pilot=pilot),
-            Recipe("stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768),
+            Recipe("stored paths", stored, long, steps=(4, 8), lr_factor=5.0, chains=65_536, **first),
+            Recipe(
+                "stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768, **every
+            ),
             Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768),
         ]
     if world.name == "mixture":

@@ -28,7 +28,7 @@ def candidates(world: World, iterations: int) -> list[Recipe]:
         *(
             Recipe(f"{name}, {factor:.2g} of the learning rate", settings, iterations, steps=(4, 8), lr_factor=factor)
             for name, settings in (("ours", OURS), ("reference", REFERENCE))
-            for factor in (1 / 9, 1 / 3, 3.0)
+            for factor in (1 / 9, 1 / 3, 3.0, 9.0)
         ),
         *(change(f"edge_mass={mass}", draws=dict(edge_mass=mass)) for mass in (0.0, 0.25, 0.5, 0.9)),
         change("edge_mass=1, per_solve=1", draws=dict(edge_mass=1.0, per_solve=1)),
