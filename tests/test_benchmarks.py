@@ -74,7 +74,7 @@ def test_chains_are_drawn_by_their_errors_and_the_mean_stays(script):
     store.draw_by(torch.tensor([0.0, 0.0, 1.0, 3.0]))
     drawn = store.next(4000, torch.Generator().manual_seed(0))
     often = torch.bincount(drawn["told"]) / 1000
-    # .2 + .8 error / mean. Tolerances are three standard errors of 1,000 passes: .016 of a share, .063 of .2 counted five times.
+    # .2 + .8 error / mean. Tolerances are three standard errors of 1,000 passes: .016, and .063 counted five times.
     torch.testing.assert_close(often, torch.tensor([0.2, 0.2, 1.0, 2.6]), rtol=0, atol=0.05)
     counted = torch.zeros(4).scatter_add_(0, drawn["told"], drawn[chains.COUNTS]) / 1000
     torch.testing.assert_close(counted, torch.ones(4), rtol=0, atol=0.2)
