@@ -84,7 +84,7 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {**settings, **merged}
 
 
-BEST_RATES = {"mixture": (3.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video": (3.0, 1.0), "stdit3": (3.0, 1.0)}
+BEST_RATES = {"mixture": (9.0, 3.0), **dict.fromkeys(MODES, (3.0, 3.0)), "video": (3.0, 1.0), "stdit3": (3.0, 1.0)}
 """Peak learning rates of the reference recipe and of ours, over the world's: the best of those that tune.py tries."""
 STORED = dict(windows=4, draws=dict(edge_mass=1.0))
 """From stored paths, for 4 evaluations alone: all times lie at the edge."""
@@ -93,7 +93,7 @@ SHARES = [0.2, 0.35, 0.35, 0.1]
 """Of the mixture's windows: what each adds to the error of a student of 4,000 such steps, whose windows were drawn alike."""
 BETAS = (0.9, 0.99)
 """Of Adam, where trainings are long: their last steps are smaller than those that a mean over 1,000 steps remembers."""
-LONG = {"rings": 4000, "ar1": 8000, "forty": 8000}
+LONG = {"rings": 4000, "ar1": 5000, "forty": 5000}
 """Steps of stored paths."""
 ONE_FOR_ALL = dict(
     windows=8,
@@ -128,6 +128,8 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
             Recipe("reference + edge + student starts", student, iterations, lr_factor=rate),
             Recipe("ours", OURS, iterations, lr_factor=ours),
         ]
+        four = changed(OURS, teacher=dict(steps_per_window=4))
+        chosen.append(Recipe("ours, 4 midpoint steps a window", four, iterations, lr_factor=ours))
         chosen.append(Recipe("ours, 1/4 of the reference's teacher calls", OURS, iterations // 2, lr_factor=ours))
         chosen.append(Recipe("ours, 3/2 times as wide, 3/2 as long", OURS, 3 * iterations // 2, width=384, lr_factor=ours))
     elif not closed:
