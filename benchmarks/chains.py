@@ -17,16 +17,10 @@ from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.planning.fine_path import FinePath
 from opensora_perflow.planning.probe import Probe
 from opensora_perflow.planning.windows import added_errors
-from opensora_perflow.training.plan_file import windows_of
 from opensora_perflow.training.store import ChainStore, ChainWriter, chain_noise
 
 AT_ONCE = {"video": 16}
 """Chains that are solved together, and written as a shard; 8192 in worlds of a closed form."""
-
-COUNTS = "counts"
-"""In what Chains.next returns: what each sample's loss counts, [B]."""
-LEAST = 0.2
-"""Of the draws, that stays alike for all chains."""
 
 
 @dataclass
@@ -37,8 +31,6 @@ class Chains:
     told: dict[str, Tensor]
     names: Tensor
     """What `CHAIN` says of each, [n, 4]."""
-    often: Tensor | None = None
-    """How often each is drawn, [n], 1 in the mean; None: once in a pass."""
     _order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __len__(self) -> int:
@@ -49,19 +41,11 @@ class Chains:
         return {name: value[rows] for name, value in self.told.items()} | {CHAIN: self.names[rows]}
 
     def next(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """model_args of the next `size` chains: every chain once in a pass, or as `often` says, in an order of its own."""
+        """model_args of the next `size` chains: every chain once in a pass, in an order of its own."""
         while len(self._order) < size:
-            turns = torch.randperm(len(self), generator=generator)
-            if self.often is not None:
-                places = turns + torch.rand(len(self), generator=generator, dtype=torch.float64)
-                turns = torch.searchsorted(self.often.double().cumsum(0), places).clamp(max=len(self) - 1)
-            self._order = torch.cat([self._order, turns])
+            self._order = torch.cat([self._order, torch.randperm(len(self), generator=generator)])
         rows, self._order = self._order[:size], self._order[size:]
-        return self.batch(rows) | ({} if self.often is None else {COUNTS: 1.0 / self.often[rows]})
-
-    def draw_by(self, errors: Tensor) -> None:
-        """Draw each chain as often as its error [n] is large. Losses count the less for that: their mean stays the same."""
-        self.often, self._order = LEAST + (1.0 - LEAST) * errors / errors.mean(), self._order[:0]
+        return self.batch(rows)
 
     def first(self, count: int) -> Chains:
         """A part of the store."""
@@ -87,27 +71,6 @@ def needed_shares(world: World, network: nn.Module, chains: Chains, edges: Seque
     path = FinePath(times, flow_times, states, torch.empty(0))
     added = added_errors(Probe(velocity, states[0]), path)
     return [round(one / sum(added), 4) for one in added]
-
-
-@torch.no_grad()
-def chain_errors(world: World, network: nn.Module, chains: Chains, config: Mapping[str, Any]) -> Tensor:
-    """How far a student's steps end from the teacher's, of each chain: root mean square of a window, mean by their shares, [n].
-
-    config: The student's scheduler keys; its windows are the store's.
-    """
-    store, windows = ChainStore(chains.folder), windows_of(config["windows"])
-    edges, shares = windows.edges, config["draws"].get("shares") or [1.0] * windows.num_windows
-    errors = []
-    for rows in torch.arange(len(chains)).split(8192):
-        told, total = chains.batch(rows), torch.zeros(len(rows))
-        del told[CHAIN]
-        for k, share in enumerate(shares):
-            x, end = (store.states(rows, torch.full_like(rows, place)).to(world.device) for place in (k, k + 1))
-            velocity = network(x, torch.full((len(rows),), 1000.0 * edges[k], device=world.device), **told)[:, : x.shape[1]]
-            slope = (x - end) / (edges[k + 1] - edges[k])
-            total += share * (velocity - slope).square().flatten(1).mean(dim=1).sqrt().cpu()
-        errors.append(total)
-    return torch.cat(errors)
 
 
 def solve(

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chains import COUNTS, Chains, chain_errors, needed_shares, solve
+from chains import Chains, needed_shares, solve
 from distil import distil
 from evaluation import Evaluation, host_sampler, teacher_evaluations
 from recipes import SCALES, Recipe, Scale, changed, recipes
@@ -91,12 +91,9 @@ def _train(
     every = max(1, recipe.iterations // CURVE_POINTS)
     trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
     averages = Ema(trained, decay_of(recipe.iterations))
-    measured = {int(part * recipe.iterations) for part in recipe.focus}
     seconds, began = time.process_time() - began, time.process_time()
     for bar in distil(student, loss, iterations=recipe.iterations, lr=rate, desc=desc, betas=recipe.betas):
         averages.update(trained)
-        if bar.n in measured:
-            chains.draw_by(chain_errors(world, student, chains, config))
         if bar.n % every == 0:
             seconds += time.process_time() - began
             student.eval()
@@ -138,8 +135,7 @@ def _learner(
 
     def loss() -> Tensor:
         data, model_args = batch(scale.batch_size, generator)
-        counts = model_args.pop(COUNTS, 1.0)
-        return (scheduler.training_losses(student, data, model_args)["loss"] * counts).mean()
+        return scheduler.training_losses(student, data, model_args)["loss"].mean()
 
     return student, scheduler, loss
 

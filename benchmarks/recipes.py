@@ -27,8 +27,6 @@ class Recipe:
     """Solutions of the first window that each of these chains has besides its own."""
     pilot: int = 0
     """Steps of a pilot, whose errors say how often each window is drawn; 0: each as often. Needs chains."""
-    focus: tuple[float, ...] = ()
-    """When chains begin to be drawn by their errors, and are measured anew, in parts of the training. Needs chains."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of Adam."""
 
@@ -146,16 +144,20 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
         chosen.append(Recipe(f"{FIRST_WINDOW}, 8 windows", eight, 600, steps=(8,), lr_factor=2.0, chains=512, further=4))
     if closed:
         if world.name == "mixture":
-            long, stored, first = 11_000, changed(STORED, draws=dict(shares=SHARES)), dict(betas=BETAS, focus=(0.3, 0.65))
-            every: dict[str, Any] = {}
+            long, stored, pilot, every = 11_000, changed(STORED, draws=dict(shares=SHARES)), 0, Recipe.betas
         else:
-            long, stored, first = LONG[world.name], STORED, dict(betas=BETAS, focus=(0.3, 0.65), pilot=300)
-            every = dict(betas=BETAS)
+            long, stored, pilot, every = LONG[world.name], STORED, 300, BETAS
         once = dict(windows=1, teacher=dict(steps_per_window=8), draws=dict(edge_mass=1.0))
         chosen += [
-            Recipe("stored paths", stored, long, steps=(4, 8), lr_factor=5.0, chains=65_536, **first),
+            Recipe("stored paths", stored, long, steps=(4, 8), lr_factor=5.0, chains=65_536, pilot=pilot, betas=every),
             Recipe(
-                "stored paths, 1 to 8 evaluations", ONE_FOR_ALL, long, steps=(1, 2, 4, 8), lr_factor=5.0, chains=32_768, **every
+                "stored paths, 1 to 8 evaluations",
+                ONE_FOR_ALL,
+                long,
+                steps=(1, 2, 4, 8),
+                lr_factor=5.0,
+                chains=32_768,
+                betas=every,
             ),
             Recipe("stored paths, 1 window", once, 4000, steps=(1,), lr_factor=3.0, chains=32_768),
         ]
