@@ -111,9 +111,9 @@ def test_sampling_tells_each_step_its_length(steps, rows):
         StudentDenoiser(Euler(), None).denoise(network, **given)
     times = torch.tensor(schedule(steps))
     assert len(seen) == steps and all(len(t) == 2 for t, _ in seen)
-    torch.testing.assert_close(torch.stack([t for t, _ in seen]), times[:-1, None].expand(-1, 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.stack([t for t, _ in seen]), times[:-1, None].expand(-1, 2), atol=1e-6, rtol=0)
     expected = (times[:-1] - times[1:])[:, None].expand(-1, 2)
-    torch.testing.assert_close(torch.stack([length for _, length in seen]), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(torch.stack([length for _, length in seen]), expected, atol=1e-6, rtol=0)  # float32
 
 
 def test_times_that_were_rounded_are_found():
