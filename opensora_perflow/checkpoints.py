@@ -329,5 +329,5 @@ def _download(repo_id: str) -> Path:
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise ValueError(
             f"{repo_id!r} is no local path and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}: {error}); accepted: {FORMS}"
+            f"({type(error).__name__}: {' '.join(str(error).split())[:500]}); accepted: {FORMS}"
         ) from error

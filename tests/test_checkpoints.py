@@ -91,10 +91,10 @@ def test_repository_ids_go_through_the_hub(tmp_path, monkeypatch):
     same(read_state_dict("owner/name"))
 
     def offline(repo_id, allow_patterns):
-        raise OSError("no network")
+        raise OSError("no network,\nno snapshot")
 
     hub.snapshot_download = offline
-    with pytest.raises(ValueError, match="could not be fetched from the Hugging Face Hub .*no network"):
+    with pytest.raises(ValueError, match="could not be fetched from the Hugging Face Hub .*no network, no snapshot"):
         read_state_dict("owner/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="huggingface_hub, which would fetch it, is not installed"):

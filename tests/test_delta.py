@@ -212,6 +212,13 @@ MERGE_FAULTS = {
     "out exists": "exists; name a file or folder that does not",
     "beside another student": "belongs to other weights",
     "scale": "--scale must be a number other than 0",
+    "twice": "student' is a few-step student already .*perflow.json., and a delta goes into",
+    "adapters of 2.0": "c' holds adapters .LoRA. alone",
+    "base beside a base": "the delta was made from another base than .*other",
+    "not finite": "holds NaN or infinity",
+    "out below a file": "d.safetensors is a file; name an OUT in a folder",
+    "beside other weights": "would lie beside base.safetensors, d.safetensors, other.safetensors, and its perflow.json",
+    "in another student's model": "student/perflow.json belongs to other weights",
 }
 
 
@@ -237,9 +244,19 @@ def test_merging_what_does_not_belong_together_writes_nothing(files, fault, caps
     elif fault == "beside another student":
         write_state(files, replace(STATE, stage=2))
         out = files / "out.pt"
-    into = {"foreign weights": other, "smaller network": other, "delta into delta": delta}.get(fault, tuned)
+    elif fault == "adapters of 2.0":
+        lora_checkpoint(files / "c")
+    elif fault == "not finite":
+        edit(tuned, lambda metadata, tensors: tensors["x_embedder.proj.bias"].fill_(float("nan")))
+    elif fault == "in another student's model":
+        write_state(files / "student", replace(STATE, stage=2))
+    places = {"out below a file": delta / "out", "beside other weights": files / "out.pt"}
+    out = {**places, "in another student's model": files / "student" / "model" / "out.pt"}.get(fault, out)
+    into = {"foreign weights": other, "smaller network": other, "delta into delta": delta, "twice": files / "student"}
+    into |= {"adapters of 2.0": files / "c", "base beside a base": base}
+    into = into.get(fault, tuned)
     if fault != "no base named":
-        more += ["--base", other if fault == "other base" else base]
+        more += ["--base", other if fault in ("other base", "base beside a base") else base]
     if fault == "scale":
         more += ["--scale", "0"]
     before = sorted(path for path in files.rglob("*"))
@@ -259,6 +276,11 @@ MAKE_FAULTS = {
     "suffix": "a delta is a .safetensors file, got",
     "rank 0": "--rank must be >= 1",
     "rank without a state": "adapters are loaded by their perflow.json, and the student has none",
+    "changed places": "student' is a student .*perflow.json., and .*base.safetensors' is not known as one; if the two changed",
+    "adapters of 2.0 as base": "c' holds adapters .LoRA. alone",
+    "base not finite": "base.safetensors' holds NaN or infinity",
+    "rank into a file": "adapters are a folder, got the file",
+    "out below a file": "base.safetensors is a file; name an OUT in a folder",
 }
 
 
@@ -271,8 +293,18 @@ def test_making_a_delta_of_what_does_not_belong_together_writes_nothing(files, f
         student = base
     elif fault == "adapters as base":
         base = adapters(files)
-    elif fault == "not finite":
-        edit(student / "model" / "model.safetensors", lambda m, tensors: tensors["x_embedder.proj.bias"].fill_(float("nan")))
+    elif fault in ("not finite", "base not finite"):
+        broken = base if fault == "base not finite" else student / "model" / "model.safetensors"
+        edit(broken, lambda metadata, tensors: tensors["x_embedder.proj.bias"].fill_(float("nan")))
+    elif fault == "changed places":
+        student, base = base, student
+    elif fault == "adapters of 2.0 as base":
+        lora_checkpoint(files / "c")
+        base = files / "c"
+    elif fault == "rank into a file":
+        more = ["--rank", "2"]
+    elif fault == "out below a file":
+        out = base / "d.safetensors"
     elif fault == "suffix":
         out = files / "d"
     elif fault == "rank 0":
@@ -287,6 +319,16 @@ def test_making_a_delta_of_what_does_not_belong_together_writes_nothing(files, f
     lines = [line for line in said.err.splitlines() if "has no perflow.json" not in line]
     assert re.search(MAKE_FAULTS[fault], lines[0]) and len(lines) == 1 and not said.out
     assert sorted(path for path in files.rglob("*")) == before
+
+
+def test_a_base_without_weights_to_compare_is_refused(files, capsys):
+    assert run("inspect", made(files), "--base", files / "base.safetensors") == 2
+    assert "there is no --into" in capsys.readouterr().err
+
+
+def test_a_delta_is_no_base_of_adapters(files, capsys):
+    assert main(["merge", str(adapters(files)), str(files / "out"), "--base", str(made(files)), "--no-ema"]) == 2
+    assert "is a delta, and the weights of a whole network are wanted here" in capsys.readouterr().err
 
 
 def test_a_delta_is_never_taken_for_a_student(files):

@@ -17,11 +17,11 @@ from opensora_perflow.hosts.v1.weights import TABLES, matched, read_source
 from opensora_perflow.hosts.v2.host import with_later
 from opensora_perflow.hosts.v2.lora import SAVED, lora_folder, peft_config, peft_state
 from opensora_perflow.tools.export import student as averaged_student
-from opensora_perflow.tools.layouts import LAYOUTS, check_free, write_lora, write_weights
-from opensora_perflow.tools.merge import lora_network, whole_network
+from opensora_perflow.tools.layouts import FILES, LAYOUTS, check_free, refuse_taken, write_lora, write_weights
+from opensora_perflow.tools.merge import check_whole, lora_network, read_whole, whole_network
 from opensora_perflow.training.adapters import DOWN, is_added
 from opensora_perflow.training.delta import KEPT, REST, Distance, added, changed, compare, difference, low_rank, mismatches
-from opensora_perflow.training.delta_file import DTYPES, Origin, is_delta, read_delta, write_delta
+from opensora_perflow.training.delta_file import DTYPES, Origin, read_delta, write_delta
 from opensora_perflow.training.state import StudentState, averages_beside, find_state
 from opensora_perflow.training.teacher import digest
 
@@ -40,15 +40,23 @@ def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
         ValueError: weights that are not of one network, a student of another base, or an OUT that cannot be.
     """
     _check_made(out, rank)
-    before = _whole(base)
+    before = read_whole(base)
     after, state = _student(student, base, before)
+    if state is None and (taught := find_state(base)) is not None:
+        raise ValueError(
+            f"{base!r} is a student ({taught[1]}), and {student!r} is not known as one; if the two changed places, name the "
+            "student first, else put its perflow.json beside it"
+        )
     began = _matched(before, after)
     _check_same(after, began, student, base)
     delta = difference(after, began)
     delta |= {KEPT + name: after[name] for name in TABLES if name in after and name not in before}
     changes = changed(delta)
     if not changes:
-        raise ValueError(f"{student!r} and {base!r} hold the same weights; there is no delta")
+        raise ValueError(
+            f"{student!r} and {base!r} hold the same weights, so there is no delta; name the weights that the training started "
+            "from with --base"
+        )
     distance = compare(after, began, changes)
     if not distance.related:
         raise ValueError(
@@ -86,7 +94,13 @@ def merge(delta: Path, into: str, out: Path, base: str | None = None, scale: flo
         raise ValueError(f"--scale must be a number other than 0, got {scale}")
     origin, tensors = read_delta(delta)
     check_free(out, origin.student)
-    weights, report = _compared(origin, tensors, into, base)
+    weights, distance, report = _compared(origin, tensors, into, base)
+    found, state = find_state(into), origin.student
+    if distance.drift and found is not None and (state is None or found[0].stage >= state.stage):
+        raise ValueError(
+            f"{into!r} is a few-step student already ({found[1]}), and a delta goes into its base or into a fine-tune; name "
+            "those weights"
+        )
     print(report, flush=True)
     own = max((value.dtype for value in weights.values()), key=lambda found: found.itemsize)
     chosen = torch.promote_types(own, DTYPES[origin.dtype]) if dtype is None else DTYPES[dtype]
@@ -95,6 +109,8 @@ def merge(delta: Path, into: str, out: Path, base: str | None = None, scale: flo
 
 def inspect(delta: Path, into: str | None = None, base: str | None = None) -> str:
     """What a delta is, in words; with INTO, how it lies to these weights, see `merge`."""
+    if into is None and base is not None:
+        raise ValueError("--base is the base of a fine-tune that --into names, and there is no --into; name both, or neither")
     origin, tensors = read_delta(delta)
     changes, state = changed(tensors), origin.student
     lines = [
@@ -105,14 +121,16 @@ def inspect(delta: Path, into: str | None = None, base: str | None = None) -> st
         f"{state.guidance}; stage {state.stage}, {state.steps} steps",
     ]  # fmt: skip
     if into is not None:
-        lines.append(_compared(origin, tensors, into, base)[1])
+        lines.append(_compared(origin, tensors, into, base)[2])
     return "\n".join(lines)
 
 
-def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: str | None) -> tuple[dict[str, Tensor], str]:
-    """The weights that a delta goes into, and how they lie to it, in words."""
+def _compared(
+    origin: Origin, tensors: Mapping[str, Tensor], into: str, base: str | None
+) -> tuple[dict[str, Tensor], Distance, str]:
+    """The weights that a delta goes into, and how they lie to it, also in words."""
     changes = changed(tensors)
-    raw = _whole(into)
+    raw = read_whole(into)
     kept = {name.removeprefix(KEPT): value for name, value in tensors.items() if name.startswith(KEPT)}
     weights = kept | _matched(raw, changes) | {name: value for name, value in raw.items() if name not in changes}
     _check_same(changes, weights, "the delta", into, whole=False)
@@ -122,18 +140,25 @@ def _compared(origin: Origin, tensors: Mapping[str, Tensor], into: str, base: st
             f"{into!r} is not the base that the delta was made from ({origin.base_source}); if it is a fine-tune of that base, "
             "name the base with --base, so that both can be compared"
         )
-    began = weights if is_base else _matched(_whole(base), changes)
-    if not is_base:
+    began = weights
+    if base is not None and base != into:
+        began = _matched(read_whole(base), changes)
         _check_same(changes, began, "the delta", base, whole=False)
         if _digest(began, changes) != origin.base:
-            raise ValueError(f"the delta was made from another base than {base!r}: from {origin.base_source}")
+            raise ValueError(
+                f"the delta was made from another base than {base!r}: from {origin.base_source}; name that one with --base"
+            )
+    elif not is_base:
+        raise ValueError(
+            f"the delta was made from another base than {into!r}: from {origin.base_source}; name that one with --base"
+        )
     distance = compare(weights, began, changes)
     if not distance.related:
         raise ValueError(
             f"{into!r} is no fine-tune of the delta's base: its weights are {distance.drift / distance.base:.2f} of the base's "
-            "norm away"
+            "norm away; name a fine-tune of that base"
         )
-    return weights, f"{len(changes)} tensors change, {len(weights) - len(changes)} stay; {_words(distance)}"
+    return weights, distance, f"{len(changes)} tensors change, {len(weights) - len(changes)} stay; {_words(distance)}"
 
 
 def _words(distance: Distance) -> str:
@@ -151,8 +176,9 @@ def _check_made(out: Path, rank: int | None) -> None:
         raise ValueError(f"a delta is a .safetensors file, got {str(out)!r}; with --rank it is a folder")
     if rank is not None and rank < 1:
         raise ValueError(f"--rank must be >= 1, got {rank}")
-    if out.exists():
-        raise ValueError(f"{out} exists; name one that does not")
+    if rank is not None and out.suffix in FILES:
+        raise ValueError(f"adapters are a folder, got the file {str(out)!r}; name a folder, or leave --rank out for a delta")
+    refuse_taken(out)
 
 
 def _matched(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,34 +186,17 @@ def _matched(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
     return with_later(matched(state, like), like)
 
 
-def _whole(source: str) -> dict[str, Tensor]:
-    """The weights of a whole network."""
-    return _checked_whole(read_source(source), source)
-
-
-def _checked_whole(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    if is_delta(state):
-        raise ValueError(f"{source!r} is a delta, and the weights of a whole network are wanted here")
-    if any(is_added(name) for name in state):
-        raise ValueError(
-            f"{source!r} holds adapters (LoRA) alone, and a whole network is wanted here; merge them into their base first: "
-            "opensora-perflow merge CHECKPOINT OUT --base WEIGHTS"
-        )
-    return state
-
-
 def _student(source: str, base: str, before: dict[str, Tensor]) -> tuple[dict[str, Tensor], StudentState | None]:
     """A student's whole weights, of a checkpoint folder with averaged ones (EMA) those; and what is known of it."""
     if lora_folder(source) is not None:
-        return lora_network(source, base, before, dtype=torch.float32)
+        merged, state = lora_network(source, base, before, dtype=torch.float32)
+        return check_whole(merged, source), state
     averaged = Path(source).is_dir() and averages_beside(source) is not None
     state = averaged_student(Path(source), True)[0] if averaged else read_source(source)
     if state and all(is_added(name) for name in state):
-        return whole_network(source, state, base, before, torch.float32)
-    after, found = _checked_whole(state, source), find_state(source)
-    broken = [name for name, value in after.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ValueError(f"{broken[0]} in {source!r} holds NaN or infinity, from damage or a training that diverged")
+        merged, known = whole_network(source, state, base, before, torch.float32)
+        return check_whole(merged, source), known
+    after, found = check_whole(state, source), find_state(source)
     if found is None:
         logger.warning("%s has no perflow.json, so that samplers of what the delta makes are not told its windows", source)
     return after, None if found is None else found[0]
@@ -196,7 +205,7 @@ def _student(source: str, base: str, before: dict[str, Tensor]) -> tuple[dict[st
 def _check_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], first: str, second: str, whole: bool = True) -> None:
     problems = mismatches(ours, theirs, (first, second), whole)
     if problems:
-        raise ValueError(f"{first} and {second} are not of one network: {problems}")
+        raise ValueError(f"{first} and {second} are not of one network: {problems}; name weights of the same one")
 
 
 def _digest(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> str:

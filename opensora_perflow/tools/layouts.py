@@ -23,13 +23,31 @@ LAYOUTS = (
 
 
 def check_free(out: Path, state: StudentState | None = None) -> None:
-    """Raises ValueError where weights cannot be written to OUT: it exists, or lies beside another student's state."""
+    """Raises ValueError where weights cannot be written to OUT.
+
+    OUT exists or is below a file. Or it is a file whose perflow.json would be another student's, or pass for other weights'.
+    """
+    refuse_taken(out)
+    if out.suffix not in FILES:
+        return
+    there = find_state(out.parent)
+    if there is not None and there[0] != state:
+        raise ValueError(f"{there[1]} belongs to other weights; name an OUT in another folder")
+    others = sorted(path.name for path in out.parent.glob("*") if path.suffix in (*FILES, ".bin"))
+    if there is None and state is not None and others:
+        raise ValueError(
+            f"{out} would lie beside {', '.join(others[:3])}, and its {FILE_NAME} would pass for theirs; name an OUT in a "
+            "folder of its own"
+        )
+
+
+def refuse_taken(out: Path) -> None:
+    """Raises ValueError where OUT exists, or what should be its folder is a file."""
     if os.path.lexists(out):
         raise ValueError(f"{out} exists; name a file or folder that does not")
-    if out.suffix in FILES and (out.parent / FILE_NAME).exists():
-        there = find_state(out.parent)
-        if there is None or there[0] != state:
-            raise ValueError(f"{out.parent / FILE_NAME} belongs to other weights; name an OUT in another folder")
+    file = next((place for place in out.parents if place.exists() and not place.is_dir()), None)
+    if file is not None:
+        raise ValueError(f"{out} cannot be written, since {file} is a file; name an OUT in a folder")
 
 
 def write_weights(out: Path, weights: Mapping[str, Tensor], state: StudentState | None) -> None:

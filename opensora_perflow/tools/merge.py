@@ -15,7 +15,7 @@ from opensora_perflow.hosts.v2.lora import FOLDER, lora_folder, weights_in, with
 from opensora_perflow.tools.export import student
 from opensora_perflow.tools.layouts import check_free, write_weights
 from opensora_perflow.training.adapters import DOWN, is_added, merged
-from opensora_perflow.training.delta_file import DTYPES
+from opensora_perflow.training.delta_file import DTYPES, is_delta
 from opensora_perflow.training.state import StudentState, averages_beside, find_state
 from opensora_perflow.training.teacher import AS_BUILT, digest
 
@@ -36,7 +36,7 @@ def merge(checkpoint: Path, out: Path, base: str, ema: bool = True) -> None:
     """
     check_free(out)
     if lora_folder(checkpoint) is not None:
-        write_weights(out, *lora_network(str(checkpoint), base, read_source(base), ema))
+        write_weights(out, *lora_network(str(checkpoint), base, read_whole(base), ema))
         return
     found = find_state(checkpoint)
     adapts = found is not None and found[0].adapters is not None
@@ -46,7 +46,40 @@ def merge(checkpoint: Path, out: Path, base: str, ema: bool = True) -> None:
             f"{checkpoint} is no checkpoint of adapters with its perflow.json, as a training with "
             'model=dict(type="perflow_lora") writes them; a whole network needs no merging'
         )
-    write_weights(out, *whole_network(checkpoint, added, base, read_source(base)))
+    write_weights(out, *whole_network(checkpoint, added, base, read_whole(base)))
+
+
+def read_whole(source: str) -> dict[str, Tensor]:
+    """The weights of a whole network, as a teacher's may be named.
+
+    Raises:
+        ValueError: see `check_whole` and `read_source`.
+    """
+    if lora_folder(source) is not None:
+        raise _adapters_alone(source)
+    return check_whole(read_source(source), source)
+
+
+def check_whole(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Raises ValueError where tensors of a source are a delta, adapters alone, or not finite; returns them."""
+    if is_delta(state):
+        raise ValueError(
+            f"{source!r} is a delta, and the weights of a whole network are wanted here; name those, or add the delta to its "
+            "base first: opensora-perflow delta merge DELTA BASE OUT"
+        )
+    if any(is_added(name) for name in state):
+        raise _adapters_alone(source)
+    broken = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise ValueError(f"{broken} in {source!r} holds NaN or infinity, from damage or a training that diverged")
+    return state
+
+
+def _adapters_alone(source: str) -> ValueError:
+    return ValueError(
+        f"{source!r} holds adapters (LoRA) alone, and a whole network is wanted here; merge them into their base first: "
+        "opensora-perflow merge CHECKPOINT OUT --base WEIGHTS"
+    )
 
 
 def whole_network(

@@ -127,7 +127,8 @@ def merged(base: Mapping[str, Tensor], added: Mapping[str, Tensor], scale: float
             if weight is None or list(weight.shape) != shape:
                 found = "nothing" if weight is None else list(weight.shape)
                 raise ValueError(
-                    f"the adapters belong to another network: {layer}.weight should be {shape}, and the base has {found}"
+                    f"the adapters belong to another network: {layer}.weight should be {shape}, and the base has {found}; name "
+                    "the weights that their training started from"
                 )
             state[f"{layer}.weight"] = (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
     return state

@@ -67,7 +67,10 @@ def read_delta(path: str | os.PathLike) -> tuple[Origin, dict[str, Tensor]]:
     """
     text = read_metadata(path).get(METADATA_KEY) if str(path).endswith(".safetensors") and os.path.isfile(path) else None
     if text is None:
-        raise ValueError(f"{str(path)!r} is no delta, which is a .safetensors file that `opensora-perflow delta make` wrote")
+        raise ValueError(
+            f"{str(path)!r} is no delta, which is a .safetensors file that `opensora-perflow delta make` wrote; make one of a "
+            "student and its base first, and name it before any weights"
+        )
     delta = read_state_dict(path)
     try:
         record = parse_json(text)

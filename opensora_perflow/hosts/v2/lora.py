@@ -63,7 +63,10 @@ def _check_whole(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> N
         like = base.get(name, value if name.startswith(LATER) else None)
         if like is None or like.shape != value.shape:
             found = "nothing" if like is None else list(like.shape)
-            raise ValueError(f"the adapters belong to another network: {name} is {list(value.shape)}, and the base has {found}")
+            raise ValueError(
+                f"the adapters belong to another network: {name} is {list(value.shape)}, and the base has {found}; name the "
+                "weights that their training started from"
+            )
 
 
 def peft_state(adapters: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
