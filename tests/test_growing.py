@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from processes import in_two_processes
 
 from opensora_perflow.hosts.chains import Part, Passes, chain_at
+from opensora_perflow.hosts.clips import clips_digest
 from opensora_perflow.hosts.storing import Workers, after_last, solve_chains
 from opensora_perflow.hosts.storing import store as store_chains
 from opensora_perflow.tools import cli
@@ -112,6 +114,29 @@ def test_others_than_the_store_s_are_not_added(tmp_path):
         grow(tmp_path, 3, Solver(seed=6))
 
 
+class Table(dict):
+    """As much of a pandas table as is asked."""
+
+    columns = property(dict.keys)
+
+
+def test_other_clips_with_the_same_captions_are_not_added(tmp_path):
+    """Stores of earlier versions do not say which clips they have, and go on."""
+
+    def clips(paths, sizes=(64, 64)):
+        return clips_digest(SimpleNamespace(data=Table(path=np.array(paths), height=np.array(sizes))))
+
+    names = ["a.mp4", "b.mp4"]
+    assert clips(names) == clips(names) and len({clips(names), clips(names[::-1]), clips(names, (64, 32))}) == 3
+    given = [SimpleNamespace(digest=clips(paths), of=lambda part, first: part) for paths in (names, ["a.mp4", "c.mp4"])]
+    solve(tmp_path / "new", 6, clips=given[0])
+    with pytest.raises(ValueError, match="was begun with other settings: clips is [0-9a-f]{16} there and [0-9a-f]{16} here"):
+        grow(tmp_path / "new", 3, clips=given[1])
+    assert grow(tmp_path / "new", 3, clips=given[0]) == 9
+    solve(tmp_path / "old", 6)
+    assert grow(tmp_path / "old", 3, clips=given[0]) == 9 and len(ChainStore(tmp_path / "old").chains) == 9
+
+
 def test_one_process_writes_at_a_time(tmp_path):
     class Late(Solver):
         def solve(self, part, first):
@@ -167,6 +192,8 @@ def test_shards_that_were_left_out_are_not_waited_for(tmp_path):
     """Of clips that cannot be read: one of a shard's three, and all of the next one's."""
 
     class Clips:
+        digest = "some clips"
+
         def of(self, part, first):
             return part.of({0: [0, 1, 2], 3: [0, 2], 6: []}.get(first, [1]))
 

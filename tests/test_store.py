@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from networks import batch, tiny_network
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.hosts.chains import CHAIN, Part, check_recipe
+from opensora_perflow.hosts.storing import Workers
+from opensora_perflow.hosts.v1 import storing
 from opensora_perflow.hosts.v1.chain_solver import chain_solver
 from opensora_perflow.hosts.v1.stored_chains import chain_bytes
 from opensora_perflow.training import segments
 from opensora_perflow.training.examination import Case, targets
+from opensora_perflow.training.shards import text_digest
 from opensora_perflow.training.store import ChainStore, ChainWriter, Origin, chain_noise
 from opensora_perflow.training.teacher import fingerprint
 
@@ -26,7 +30,7 @@ def network():
     return tiny_network()
 
 
-def write(folder, network, dtype="float32", first=0, further=0, **config):
+def write(folder, network, dtype="float32", first=0, further=0, plan=None, **config):
     """A store of two chains on the batch of networks.py; (its writer, noise [2, ...], model_args)."""
     _, args = batch(network)
     solver = chain_solver(PeRFlow(**{**FIXED, **config}), network, None, seed=5, dtype=torch.float32)
@@ -36,7 +40,7 @@ def write(folder, network, dtype="float32", first=0, further=0, **config):
 
     ends, scales = solver.ends(noise(), args, first)
     more = [solver.ends(noise(one), args, first, num_windows=1)[0] for one in range(1, further + 1)]
-    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype, first_window=further))
+    writer = ChainWriter(folder, replace(solver.origin, dtype=dtype, first_window=further), **(plan or {}))
     writer.write(first // 2, first, ends, CAPTIONS, TOLD, scales, torch.cat(more, dim=1) if more else None)
     return writer, noise(), args
 
@@ -245,6 +249,32 @@ def test_another_teacher_than_the_stores_is_refused(tmp_path, network):
                 scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})
         else:
             scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})
+
+
+class Config(dict):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("other", ["", "windows", "guidance", "teacher", "seed"])
+def test_a_store_of_other_chains_is_refused_before_anything_is_built(tmp_path, network, monkeypatch, other):
+    plan = dict(captions=text_digest(CAPTIONS), buckets={"144p": {"17": [1.0, 2]}})
+    write(tmp_path, network, "float16", plan=plan, windows=4)
+    changes = dict(windows=2, guidance=dict(mode="fixed", scale=5.0), teacher=dict(from_pretrained="perflow_tiny_teacher"))
+    scheduler = dict(FIXED, type="perflow", windows=4) | ({other: changes[other]} if other in changes else {})
+    text = Config(type="t5", folder=None)
+    settings = Config(scheduler=scheduler, dataset={}, bucket_config={"144p": {17: (1.0, 2)}}, text_encoder=text)
+    settings["seed"] = 6 if other == "seed" else 5
+
+    def build(section, registry):
+        if registry == "DATASETS":
+            return SimpleNamespace(data={"text": CAPTIONS})
+        raise AssertionError(registry)
+
+    monkeypatch.setattr(storing, "_build", build)
+    monkeypatch.setattr(storing, "_encode", lambda *given: build(None, "begins"))
+    expected = (ValueError, f"was begun with other settings: .*{other}") if other else (AssertionError, "begins")
+    with pytest.raises(expected[0], match=expected[1]):
+        storing.main(settings, tmp_path, None, Workers(), None)
 
 
 def test_batches_and_stores_have_to_go_together(tmp_path, network):

@@ -12,8 +12,27 @@ import numpy as np
 import torch
 
 from opensora_perflow.hosts.chains import Part
+from opensora_perflow.training.shards import text_digest
 
 logger = logging.getLogger("opensora_perflow")
+
+IDENTITY = ("path", "num_frames", "height", "width", "fps")
+"""Columns of a table of videos that tell its clips apart."""
+
+
+def clips_digest(dataset: Any) -> str:
+    """Identity of a data set's clips, as its table names them; nothing is read from them.
+
+    Raises:
+        ValueError: a data set of captions alone.
+    """
+    if "path" not in dataset.data.columns or type(dataset).__module__.startswith("opensora_perflow."):
+        raise ValueError(
+            'draws.starts="diffused" starts windows at videos, and this data set has captions alone; name a config and a '
+            'table of videos, or use draws=dict(starts="student")'
+        )
+    columns = [dataset.data[name].tolist() for name in IDENTITY if name in dataset.data.columns]
+    return text_digest(map(str, zip(*columns)))
 
 
 @dataclass(frozen=True)
@@ -21,10 +40,7 @@ class Clips:
     """Gives parts of a store their data.
 
     dataset: The host's, of videos. vae: The host's, on `device` and in `dtype`. seed: Of crops and of the VAE's noise.
-    own: What the teacher is told of each clip for itself.
-
-    Raises:
-        ValueError: a data set of captions alone.
+    digest: See `clips_digest`. own: What the teacher is told of each clip for itself.
     """
 
     dataset: Any
@@ -32,14 +48,8 @@ class Clips:
     device: str
     dtype: torch.dtype
     seed: int
+    digest: str
     own: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if "path" not in self.dataset.data.columns or type(self.dataset).__module__.startswith("opensora_perflow."):
-            raise ValueError(
-                'draws.starts="diffused" starts windows at videos, and this data set has captions alone; name a config and a '
-                'table of videos, or use draws=dict(starts="student")'
-            )
 
     @torch.no_grad()
     def of(self, part: Part, first: int) -> Part:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from opensora_perflow.hosts.chains import ChainSolver, Part
 from opensora_perflow.hosts.clips import Clips
 from opensora_perflow.hosts.script import cannot_import, refuse_no_config, use_checkout
 from opensora_perflow.training.shards import read_indexes, text_digest
-from opensora_perflow.training.store import KIND, ChainStore, ChainWriter
+from opensora_perflow.training.store import KIND, ChainStore, ChainWriter, Origin
 
 try:
     import fcntl
@@ -124,6 +124,28 @@ def after_last(out: Path, workers: Workers) -> int:
     return count
 
 
+def refuse_other_chains(
+    out: Path, origin: Origin, captions: Sequence[str], bucket_config: Any, clips: str | None = None
+) -> None:
+    """Raises ValueError where the folder `out` has chains of other settings, as far as they are known before any network is.
+
+    Args:
+        origin: Whose teacher has no fingerprint yet. captions: Of the data set. clips: See clips.clips_digest.
+    """
+    found, _ = read_indexes(out, KIND)
+    if found is not None:
+        _writer(out, replace(origin, teacher=found.get("teacher", "")), 0, captions, bucket_config, clips)
+
+
+def _writer(
+    out: Path, origin: Origin, rank: int, captions: Sequence[str], bucket_config: Any, clips: str | None
+) -> ChainWriter:
+    found, _ = read_indexes(out, KIND)
+    known = clips is not None and (found is None or "clips" in found)  # stores of earlier versions do not say
+    plan = {"clips": clips} if known else {}
+    return ChainWriter(out, origin, rank, captions=text_digest(captions), buckets=plain(bucket_config), **plan)
+
+
 def solve_chains(
     out: Path,
     solver: ChainSolver,
@@ -148,7 +170,7 @@ def solve_chains(
     done, first = progress(wanted, "chains"), 0
     numbered = enumerate(parts)
     with _only_writer(out, workers.rank):
-        writer = ChainWriter(out, solver.origin, workers.rank, captions=text_digest(captions), buckets=plain(bucket_config))
+        writer = _writer(out, solver.origin, workers.rank, captions, bucket_config, clips and clips.digest)
         while first < wanted:
             number, part = next(numbered)
             if number % workers.world == workers.rank and not writer.shards.is_there(number):

@@ -58,15 +58,13 @@ def first_teacher(settings: TeacherSettings, model: nn.Module, host: Host) -> Te
     """
     source = settings.from_pretrained
     kept = host.own_teacher(model, source)
-    words = check_source(settings, host, kept is not None)
+    words, stage = origin_of(settings, host, kept is not None)
     network = load_teacher(host.settled(model), source, host.weights) if kept is None else kept
     started = host.first_weights()
     raw = None if started is None else raw_weights(started)
     if raw is not None:
         logger.warning("this run begins with a student: %s", raw)
-    weights = started if source is None else source
-    taught = None if weights is None else find_state(weights)
-    teacher = Teacher(network, words, fingerprint(network), 1 if taught is None else taught[0].stage + 1)
+    teacher = Teacher(network, words, fingerprint(network), stage)
     logger.info("PeRFlow teacher: %s (fingerprint %s)", teacher.source, teacher.fingerprint)
     return teacher
 
@@ -92,6 +90,14 @@ def stored_teacher(settings: TeacherSettings, model: nn.Module, host: Host, stor
     begins = "that teacher's" if fingerprint(network) == origin.teacher else "others than that teacher's"
     logger.info("PeRFlow trains from %s (fingerprint %s); the student has %s weights", source, origin.teacher, begins)
     return Teacher(network, source, origin.teacher, origin.stage)
+
+
+def origin_of(settings: TeacherSettings, host: Host, kept: bool = False) -> tuple[str, int]:
+    """Where the teacher's weights will come from, see `check_source`, and the stage of its students. Nothing is loaded."""
+    words = check_source(settings, host, kept)
+    weights = host.first_weights() if settings.from_pretrained is None else settings.from_pretrained
+    taught = None if weights is None else find_state(weights)
+    return words, 1 if taught is None else taught[0].stage + 1
 
 
 def check_source(settings: TeacherSettings, host: Host, kept: bool = False) -> str:

@@ -140,9 +140,11 @@ def test_what_does_not_fit_is_refused_before_training(host_root: Path, stored: P
             run_script(host_root, "train.py", config, "--outputs", str(tmp_path / "outputs"), cwd=stored, log=tmp_path / "log")
         assert "Building models" not in str(raised.value)
     assert not checkpoints(tmp_path / "outputs")
+    encoded = sorted((stored / "store" / "text").iterdir())
     with pytest.raises(AssertionError, match="was begun with other settings: captions is"):
         (stored / "captions.csv").write_text("text\na white star\n")
         start(host_root, stored, "store", "--out", "store", "--first-window", "2")
+    assert sorted((stored / "store" / "text").iterdir()) == encoded
 
 
 def test_a_store_over_clips(host_root: Path, clips: Clips, tmp_path: Path) -> None:
@@ -159,6 +161,10 @@ def test_a_store_over_clips(host_root: Path, clips: Clips, tmp_path: Path) -> No
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.safetensors")}
     store()
     assert written == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.safetensors")}
+    shutil.copy(clips.videos[0], tmp_path / "other.mp4")
+    (tmp_path / "others.csv").write_text("\n".join(lines).replace(str(clips.videos[0]), str(tmp_path / "other.mp4")) + "\n")
+    with pytest.raises(AssertionError, match="was begun with other settings: clips is"):
+        start(host_root, tmp_path, "store", "--out", "store", config=config, table="others.csv")
     train = child_config(tmp_path / "train.py", "perflow_tiny_stored.py", **draws, epochs=2)
     printed = run_script(host_root, "train.py", train, "--outputs", "outputs", cwd=tmp_path)
     assert f"trains from {len(clips.videos)} stored chains" in printed and np.isfinite(losses(printed)).all()

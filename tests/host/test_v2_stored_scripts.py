@@ -110,6 +110,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(host2_root: Path,
     with pytest.raises(AssertionError, match="than this training has: transform is") as raised:
         train(host2_root, stored, config, "other")
     assert "Building models" not in str(raised.value)
+    encoded = sorted((stored / "store" / "text").iterdir())
+    (stored / "more.csv").write_text("\n".join([*TABLE, TABLE[-1].replace("blue", "white")]) + "\n")
+    scale = dict(model=dict(perflow=dict(guidance=dict(mode="fixed", scale=5.0))))
+    config = child(stored / "scale.py", "perflow_tiny.py", **scale)
+    with pytest.raises(AssertionError, match="was begun with other settings: guidance is"):
+        start(host2_root, stored, "store", str(config), "more.csv", "--out", "store")
+    assert sorted((stored / "store" / "text").iterdir()) == encoded
 
 
 def test_given_frames_are_refused(host2_root: Path, tmp_path: Path) -> None:

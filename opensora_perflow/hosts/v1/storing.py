@@ -13,15 +13,18 @@ from typing import Any
 import torch
 
 from opensora_perflow.hosts.chains import check_recipe
-from opensora_perflow.hosts.clips import Clips
+from opensora_perflow.hosts.clips import Clips, clips_digest
 from opensora_perflow.hosts.encoded_captions import are_encoded, refuse_encoded
 from opensora_perflow.hosts.script import read_host_config
-from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
+from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, refuse_other_chains, solve_chains
 from opensora_perflow.hosts.v1.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v1.conditions import encode_text
 from opensora_perflow.hosts.v1.encoded_text import EncodedText, encode_captions, write_latent_sizes
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
+from opensora_perflow.hosts.v1.stored_chains import path_settings
 from opensora_perflow.hosts.v1.weights import check_there
+from opensora_perflow.training.store import Origin
+from opensora_perflow.training.teacher import origin_of
 
 SECTIONS = ("model", "vae", "text_encoder", "dataset", "bucket_config", "scheduler")
 
@@ -51,25 +54,30 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     The texts' embeddings are kept in `out`/text, unless the config's text encoders are such a folder already.
     """
     scheduler = PeRFlow(**{name: value for name, value in cfg.scheduler.items() if name != "type"})
-    check_recipe(scheduler.recipe)
-    if scheduler.recipe.teacher.from_pretrained is not None:  # before a text encoder of 19 GB is loaded
-        check_there(scheduler.recipe.teacher.from_pretrained)
+    recipe, seed = scheduler.recipe, int(cfg.get("seed", 1024))
+    check_recipe(recipe)
+    # Before a text encoder of 19 GB is loaded.
+    if recipe.teacher.from_pretrained is not None:
+        check_there(recipe.teacher.from_pretrained)
     dataset = _build(cfg.dataset, "DATASETS")
+    captions = list(map(str, dataset.data["text"]))
+    digest = clips_digest(dataset) if recipe.draws.starts == "diffused" else None
+    source = origin_of(recipe.teacher, scheduler.host)
+    origin = Origin.of(recipe, path_settings(scheduler.keys), "", *source, "float16", seed)
+    refuse_other_chains(out, replace(origin, first_window=first_window), captions, cfg.bucket_config, digest)
     if cfg.text_encoder.type != "perflow_encoded":
         _encode(cfg, dataset, out / "text", workers, progress)
     folder = cfg.text_encoder.folder if cfg.text_encoder.type == "perflow_encoded" else out / "text"
     text = EncodedText(folder, workers.device, dtype_of(cfg))
     vae = _build(cfg.vae, "MODELS")
-    seed = int(cfg.get("seed", 1024))
     solver = chain_solver(scheduler, _network(cfg, text, vae, workers), text, seed, dtype_of(cfg))
     solver = replace(solver, origin=replace(solver.origin, first_window=first_window))
     parts = planned(dataset, cfg.bucket_config, vae, solver.origin)
-    captions = list(map(str, dataset.data["text"]))
     wanted = len(dataset) if chains is None else chains
     clips = None
-    if scheduler.recipe.draws.starts == "diffused":
+    if digest is not None:
         device, dtype = workers.device, dtype_of(cfg)
-        clips = Clips(dataset, vae.to(device, dtype).eval(), device, dtype, seed, own=("fps",))
+        clips = Clips(dataset, vae.to(device, dtype).eval(), device, dtype, seed, digest, own=("fps",))
     return solve_chains(out, solver, parts, wanted, captions, cfg.bucket_config, workers, progress, clips)
 
 

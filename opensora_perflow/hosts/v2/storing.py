@@ -15,20 +15,26 @@ from torch import Tensor
 
 from opensora_perflow.checkpoints import refuse_missing
 from opensora_perflow.hosts.chains import check_recipe
-from opensora_perflow.hosts.clips import Clips
+from opensora_perflow.hosts.clips import Clips, clips_digest
 from opensora_perflow.hosts.encoded_captions import are_encoded, refuse_encoded
 from opensora_perflow.hosts.meta import unloaded
 from opensora_perflow.hosts.script import read_host_config
-from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, solve_chains
+from opensora_perflow.hosts.storing import Progress, Workers, dtype_of, refuse_other_chains, solve_chains
 from opensora_perflow.hosts.v2.chain_solver import chain_solver, planned
 from opensora_perflow.hosts.v2.encoded_text import encode_captions, perflow_encoded_clip, perflow_encoded_t5
+from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.hosts.v2.keys import read_config
 from opensora_perflow.hosts.v2.models import flux_of
 from opensora_perflow.hosts.v2.outline import meta_encoder
+from opensora_perflow.hosts.v2.stored_chains import path_settings
+from opensora_perflow.training.store import Origin
+from opensora_perflow.training.teacher import origin_of
 
 SECTIONS = ("model", "ae", "t5", "clip", "dataset", "bucket_config")
 COLUMNS = ("text", "num_frames", "height", "width", "fps")
 ENCODERS = ("t5", "clip")
+PATCH = 2
+"""Of an MMDiT whose config does not say."""
 
 
 def encode(config: Path, out: Path, progress: Progress, data_path: Path | None = None) -> int:
@@ -62,14 +68,17 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
             f"condition_config has {', '.join(given)}, and stored chains are text to video; name a config without given frames"
         )
     dataset, dtype = _dataset(cfg), dtype_of(cfg)
-    texts, encoded = _texts(dataset), cfg.t5.type == "perflow_encoded_t5"
+    texts, encoded, seed = _texts(dataset), cfg.t5.type == "perflow_encoded_t5", int(cfg.get("seed", 1024))
+    digest = clips_digest(dataset) if recipe.draws.starts == "diffused" else None
+    source = origin_of(recipe.teacher, OpenSora2(), kept=recipe.teacher.from_pretrained is None)
+    origin = Origin.of(recipe, path_settings(keys, cfg.model.get("patch_size", PATCH)), "", *source, "float16", seed)
+    refuse_other_chains(out, replace(origin, first_window=first_window), texts, cfg.bucket_config, digest)
     if not encoded:
         _encode(cfg, texts, out / "text", workers, progress)
     there = {"device_map": workers.device, "torch_dtype": dtype}
     folder = cfg.t5.folder if encoded else str(out / "text")
     t5, clip = perflow_encoded_t5(folder, **there), perflow_encoded_clip(folder, **there)
     t5(""), clip("")  # the texts that guidance leads away from, see text.py
-    seed = int(cfg.get("seed", 1024))
     torch.manual_seed(seed)  # as train.py: where no weights are named, its random ones teach
     network = flux_of(recipe, {**_settings(cfg.model, "type", "perflow"), **there}, trains=True)
     solver = chain_solver(recipe, keys, network, _preparing(cfg, t5, clip, workers, dtype), seed)
@@ -78,8 +87,8 @@ def main(cfg: Any, out: Path, chains: int | None, workers: Workers, progress: Pr
     parts = planned(dataset, texts, cfg.bucket_config, lambda pixels: (channels, *latent_size(pixels)), solver.origin)
     wanted = len(dataset) if chains is None else chains
     clips = None
-    if recipe.draws.starts == "diffused":
-        clips = Clips(dataset, _build(cfg.ae, **there), workers.device, dtype, seed)
+    if digest is not None:
+        clips = Clips(dataset, _build(cfg.ae, **there), workers.device, dtype, seed, digest)
     return solve_chains(out, solver, parts, wanted, texts, cfg.bucket_config, workers, progress, clips)
 
 
