@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import in_two_processes
+from torch.utils.data import Sampler
 
-from opensora_perflow.hosts.chains import Part, Passes, chain_at
+from opensora_perflow.hosts.chains import Part, Passes, chain_at, pass_begins
 from opensora_perflow.hosts.clips import clips_digest
 from opensora_perflow.hosts.storing import Workers, after_last, solve_chains
 from opensora_perflow.hosts.storing import store as store_chains
@@ -167,6 +168,25 @@ def test_a_pass_has_the_chains_that_were_there_when_it_began(tmp_path, caplog):
     assert chain_at(worker, "11-17-64-64") == (11, TOLD)
     with pytest.raises(ValueError, match="another process sees 13 chains of the store"):
         chain_at(worker, "12-17-64-64")
+
+
+def test_a_pass_begins_where_a_sampler_is_iterated():
+    """Not where one process asks for a length or looks into the table: others would have to ask as well."""
+
+    class Asked(Sampler):
+        def rows(self):
+            return asked()
+
+        def __len__(self):
+            return int(self.rows())
+
+        def __iter__(self):
+            yield self.rows()
+
+    def asked():
+        return pass_begins()
+
+    assert list(Asked()) == [True] and len(Asked()) == 0 and not asked()
 
 
 def test_what_a_pass_has_follows_from_the_number_of_chains_alone(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from opensora_perflow.hosts.parallel import gathered
 from opensora_perflow.training.players import Batch
@@ -258,6 +260,16 @@ class Passes:
     def _agreed(self) -> int:
         # A process may see less than another: it looked earlier, or its file system is late.
         return min(gathered(len(self.store.chains)))
+
+
+def pass_begins() -> bool:
+    """Is our caller asked by a sampler that begins a pass? All processes do that, and nobody else asks together."""
+    frame = sys._getframe(2)
+    while frame is not None and isinstance(frame.f_locals.get("self"), Sampler):
+        if frame.f_code.co_name == "__iter__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def whole_buckets(bucket_config: Mapping[str, Any], store: ChainStore) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from opensora.registry import DATASETS, MODELS
 from torch import nn
 
 from opensora_perflow.checks import check_num_steps
-from opensora_perflow.hosts.chains import CHAIN, Passes, chain_at, training_store, whole_buckets
+from opensora_perflow.hosts.chains import CHAIN, Passes, chain_at, pass_begins, training_store, whole_buckets
 from opensora_perflow.hosts.script import running_config
 from opensora_perflow.hosts.v1.encoded_text import EncodedText
 from opensora_perflow.hosts.v1.stored_chains import WHERE, chain_bytes
@@ -65,8 +65,8 @@ class StoredChains(VariableVideoTextDataset):
 
     @property
     def data(self) -> pd.DataFrame:
-        """The table, as the host's sampler asks for it at each pass, in all processes: with chains added meanwhile."""
-        if self._passes.next():
+        """The table of this pass. The host's sampler, which begins one in all processes, gets chains that were added since."""
+        if pass_begins() and self._passes.next():
             self._data = self._table()
         return self._data
 
