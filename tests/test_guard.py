@@ -193,6 +193,31 @@ def test_rollback_puts_weights_and_rate_back(tmp_path, caplog):
         assert (now.detach() - then).abs().max() <= 1.5 * steps * 0.5e-4
 
 
+@pytest.mark.parametrize("spoiled", [[3], [3, 4]])
+def test_weights_that_are_not_finite_are_put_back(tmp_path, spoiled):
+    """Unless the next step breaks them again: then the run ends, and names them."""
+    student = tiny_network().train()
+    scheduler = PeRFlow(windows=2, watch=dict(every=1000, policy="rollback"), draws=dict(seed=0))
+    scheduler.host = script = Script(tmp_path, student, rate=1e-4)
+    optimize, steps = script.optimizer.step, iter(range(9))
+
+    def spoil():
+        if next(steps) in spoiled:
+            for gradient in filter(torch.is_tensor, [parameter.grad for parameter in student.parameters()]):
+                gradient.fill_(math.nan)
+        optimize()
+
+    script.optimizer.step = spoil
+    if len(spoiled) == 1:
+        train(scheduler, student, script, 9)
+        assert all(bool(p.isfinite().all()) for p in student.parameters())
+    else:
+        with pytest.raises(ValueError, match="the student .* returned NaN or infinity.* of its weights are not finite"):
+            train(scheduler, student, script, 9)
+    breach, back = (line for line in read_record(tmp_path) if line["kind"] in ("breach", "rollback"))
+    assert breach["cause"] == "broken weights" and back["to"] == 0 and script.rate() == pytest.approx(0.5e-4)
+
+
 def test_rollback_lowers_the_rate_where_nothing_is_kept_yet():
     rates = []
     remedies = Remedies(

@@ -154,7 +154,8 @@ def test_a_training_over_stored_data_measures_no_path_from_noise(tmp_path, caplo
     for _ in range(9):
         scheduler.training_losses(network, torch.zeros(2, 4, 5, 4, 4), {**args, **chains})["loss"].mean().backward()
     said = [record.message for record in caplog.records]
-    assert any("stored chains" in one for one in said) and not any("held-out" in one for one in said)
+    assert any("stored chains" in one for one in said) and not any("training steps: held-out" in one for one in said)
+    assert sum("measures no held-out error" in one for one in said) == 1
     (finding,) = targets(Case(scheduler.run, None, network))  # of the doctor
     assert finding.passed is None and "no path from noise" in finding.measured
 

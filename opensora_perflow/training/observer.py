@@ -29,6 +29,12 @@ logger = logging.getLogger("opensora_perflow")
 
 FIRST_STEPS = 8
 """What the doctor looks at."""
+BROKEN = Breach(
+    "broken weights",
+    "the student's weights hold NaN or infinity: the last step's gradient was not finite; lower the learning rate, check "
+    "grad_clip and the warm-up, and use bf16 where it is fp16",
+    curable=True,
+)
 SHOWN = ("loss", "update", "grad_norm")
 """Of a step, for the host's TensorBoard and wandb."""
 
@@ -53,6 +59,8 @@ class Observer:
         self.seen: list[Vitals] = []
         """Of the first steps, up to FIRST_STEPS."""
         self.rate: float | None = None
+        self._broken_at = -1
+        """Step at whose beginning weights were last seen not to be finite."""
         self.count = len(edges) - 1
         self._began = time.time()
 
@@ -70,6 +78,11 @@ class Observer:
         Raises:
             ValueError: see remedies.Remedies.act.
         """
+        if self.remedies.policy == "rollback" and self.instruments is not None and not self.instruments.weights_are_finite:
+            # Once more at the step after older weights are back: no rate mends that, and the step says what is wrong.
+            if self._broken_at != step - 1:
+                self.report(step, BROKEN)
+            self._broken_at = step
         back = self.remedies.act(step)
         if back is not None:
             self.record.write("rollback", step, to=back)

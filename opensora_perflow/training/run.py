@@ -183,6 +183,11 @@ class TrainingRun:
         self.looked = True
         check_trainable(model)
         if self.store is not None:  # its teacher is not here
+            if self.store.over_data and self.recipe.watch is not None and self.randomness.rank == 0:
+                logger.info(
+                    "PeRFlow measures no held-out error: the store's windows start at data, and no path from noise is known; "
+                    "compare the student with its teacher by `opensora-perflow curve`"
+                )
             return
         report = check_teacher(batch, self.host, guided=self.teacher.is_student or self.recipe.teacher.allow_distilled)
         if self.randomness.rank == 0:

@@ -58,6 +58,11 @@ class WeightSample:
             return torch.full((), math.nan)
         return (now - last).norm() / last.norm().clamp(min=1e-12)
 
+    def is_finite(self) -> bool:
+        """Waits for the device."""
+        values = self._values()
+        return values is None or bool(torch.isfinite(values).all())
+
     def gradient_norm(self) -> Tensor:
         """Since the last call: a number; NaN where no gradient was seen."""
         seen, self._gradients = self._gradients, []
@@ -171,6 +176,11 @@ class Instruments:
     def teach_by(self, teacher: nn.Module) -> None:
         """Another network teaches from here on."""
         self.teacher, self._weights[2] = teacher, WeightSample(teacher, trained=False)
+
+    @property
+    def weights_are_finite(self) -> bool:
+        """Are the student's? A gradient that is not finite spoils all of them, so that a few tell."""
+        return self._weights[0].is_finite()
 
     def forget_move(self) -> None:
         """Weights were put back: that is no update."""
