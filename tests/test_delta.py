@@ -369,6 +369,14 @@ def test_adapters_of_open_sora_2_are_a_student_too(tmp_path, named):
         assert find_state(tmp_path / out)[0].transform["formula"] == "v2.0"
 
 
+def test_an_average_that_is_asked_for_has_to_be_there(tmp_path, capsys):
+    """Without --ema, adapters of 2.0 are taken from the last step where nothing else is there."""
+    base = lora_checkpoint(tmp_path / "c")
+    command = ["merge", str(tmp_path / "c"), str(tmp_path / "out"), "--base", str(base)]
+    assert main([*command, "--ema"]) == 2 and "c has no averaged weights beside it" in capsys.readouterr().err
+    assert main(command) == 0
+
+
 def test_a_delta_of_open_sora_2_becomes_its_adapters(tmp_path, capsys):
     base = lora_checkpoint(tmp_path / "c")
     assert main(["delta", "make", str(tmp_path / "c"), str(tmp_path / "out"), "--base", str(base), "--rank", "2"]) == 0

@@ -25,7 +25,8 @@ from opensora_perflow.worlds.model import load_teacher
 from opensora_perflow.worlds.tables import read_table
 from opensora_perflow.worlds.videos import write_video
 
-SMALL = ["--iterations", "2", "--num-clips", "3", "--num-samples", "2", "--batch-size", "2"]
+FEW = ["--iterations", "2", "--num-samples", "2", "--batch-size", "2"]
+SMALL = [*FEW, "--num-clips", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,7 @@ def test_own_videos_with_a_corrupt_one(tmp_path, caplog, capsys):
     (clips / "broken.mp4").write_bytes(b"no video")
     (clips / "clips.csv").unlink()
     with caplog.at_level(logging.WARNING):
-        assert cli.main(["demo", "--videos", str(clips), "--out", str(tmp_path / "out"), *SMALL]) == 0
+        assert cli.main(["demo", "--videos", str(clips), "--out", str(tmp_path / "out"), *FEW]) == 0
     messages = " ".join(record.message for record in caplog.records)
     assert "broken.mp4" in messages and "skipped 1 of 4 videos" in messages
     assert "student, 4 steps" in capsys.readouterr().out
@@ -170,7 +171,7 @@ def test_own_clips_are_shown_and_unknown_captions_named(tmp_path, caplog):
         frames = np.full((17, 64, 64, 3), COLORS[color], np.uint8)
         write_video(tmp_path / "mine" / f"{name}.mp4", frames)
     with caplog.at_level(logging.WARNING):
-        assert cli.main(["demo", "--videos", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), *SMALL]) == 0
+        assert cli.main(["demo", "--videos", str(tmp_path / "mine"), "--out", str(tmp_path / "out"), *FEW]) == 0
     messages = [record.message for record in caplog.records if "does not know" in record.message]
     assert len(messages) == 1 and "1 of your 2: 'ein hund'" in messages[0]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["unknown_captions"] == ["ein hund"]
@@ -281,12 +282,29 @@ def test_the_command_alone_shows_help_and_its_version(capsys):
     assert capsys.readouterr().out.strip() == f"opensora-perflow {__version__}"
 
 
-@pytest.mark.parametrize("options, iterations", [([], 100), (["--quick"], 24), (["--quick", "--iterations", "3"], 3)])
+@pytest.mark.parametrize(
+    "options, iterations",
+    [([], 100), (["--quick"], 24), (["--quick", "--iterations", "3"], 3), (["--quick", "--iterations", "100"], 100)],
+)
 def test_quick_changes_what_is_not_asked_for(options, iterations, monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "run", lambda settings: seen.append(settings) or (_ for _ in ()).throw(ValueError("seen")))
     assert cli.main(["demo", *options]) == 2
     assert seen[0].iterations == iterations and seen[0].num_samples == (8 if options else 32)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--teacher-iterations", "1000"], "here a teacher is there; name a checkout of 2.0 with --open-sora"),
+        (["--videos", "mine", "--num-clips", "3"], "--videos takes yours; leave one of the two out"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda settings: pytest.fail("began"))
+    assert cli.main(["demo", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 def test_the_reference_has_every_window_edge():

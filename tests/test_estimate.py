@@ -137,6 +137,7 @@ def test_a_store_over_data_keeps_the_latents_too():
         (["no.py", "--gpus", "0"], "--gpus must be an integer >= 1"),
         (["no.py", "--tflops", "-1"], "--tflops must be > 0"),
         (["no.py", "--memory", "nan"], "--memory must be"),
+        (["no.py", "--json", "--steps", "4000"], "--json has seconds a step; leave out one or the other"),
         ([__file__, "--open-sora", "."], "--open-sora must be the root of an Open-Sora checkout"),
     ],
 )

@@ -115,7 +115,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
             parser.add_argument(
                 option,
                 type=type(field.default),
-                default=field.default,
+                default=argparse.SUPPRESS,
                 help=f"{defaults[field.name]} (default {field.default})",
             )
 
@@ -123,11 +123,16 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _demo(args: dict) -> int:
     from opensora_perflow.tools import report
     from opensora_perflow.tools.demo import QUICK, DemoSettings, run
+    from opensora_perflow.tools.demo_models import has_mmdit
 
-    if args.pop("quick"):
-        defaults = {field.name: field.default for field in dataclasses.fields(DemoSettings)}
-        args |= {name: value for name, value in QUICK.items() if args[name] == defaults[name]}
-    settings = DemoSettings(**args)
+    if "num_clips" in args and args["videos"] is not None:
+        raise ValueError("--num-clips is of clips that the demo writes, and --videos takes yours; leave one of the two out")
+    if "teacher_iterations" in args and not has_mmdit(args["open_sora"]):
+        raise ValueError(
+            "--teacher-iterations is of the teacher that the demo trains for Open-Sora 2.0, and here a teacher is there; name "
+            "a checkout of 2.0 with --open-sora, or leave the option out"
+        )
+    settings = DemoSettings(**((QUICK if args.pop("quick") else {}) | args))
     result = run(settings)
     print(f"\n{report.table(result)}\n")
     print(f"{result['seconds']:.0f} s in all, {result['cpu_seconds']:.0f} of a CPU. Written to {settings.out}/:")
@@ -285,7 +290,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
 def _merge(args: dict) -> int:
     from opensora_perflow.tools.merge import merge
 
-    merge(**args)
+    merge(**_checked_ema(args))
     print(f"written to {args['out']}; sample it with --ckpt-path (Open-Sora 2.0: --ckpt_path) {args['out']}")
     return 0
 
@@ -294,9 +299,17 @@ def _add_ema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="the average of the training's weights (default), or with --no-ema those of the checkpoint's own step",
     )
+
+
+def _checked_ema(args: dict) -> dict:
+    """The arguments with --ema as it is meant: where it is asked for, there has to be an average."""
+    from opensora_perflow.training.state import averages_beside
+
+    if args["ema"] and averages_beside(args["checkpoint"]) is None:
+        raise ValueError(f"{args['checkpoint']} has no averaged weights beside it; leave --ema out, or name a checkpoint")
+    return args | {"ema": args["ema"] is not False}
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -322,7 +335,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _export(args: dict) -> int:
     from opensora_perflow.tools.export import export
 
-    export(**args)
+    export(**_checked_ema(args))
     part = "lora" if (args["out"] / "lora").is_dir() else ""
     option = "--pretrained_lora_path" if part else "--ckpt-path (Open-Sora 2.0: --ckpt_path)"
     print(f"written to {args['out']}/; sample it with {option} {args['out'] / part}")

@@ -153,6 +153,10 @@ class MMDiTModel(DemoModel):
             with torch.random.fork_rng(devices=[]):
                 self._host.train_teacher(data, captions, self._weights, steps=steps, lr=TEACHER_LR)
             logger.info("the teacher is kept in %s for the next demo in this folder", self._weights)
+        else:
+            logger.info(
+                "the teacher of %s steps is from an earlier demo: %s", read_metadata(self._weights)[STEPS_KEY], self._weights
+            )
         self.teacher = self._host.network(self._weights).eval()
 
     def student(self) -> nn.Module:
@@ -199,6 +203,11 @@ class _Host(OpenSora):
         return self._folder
 
 
+def has_mmdit(open_sora: Path | None) -> bool:
+    """Is this a checkout of Open-Sora 2.0?"""
+    return open_sora is not None and (Path(open_sora) / "opensora" / "models" / "mmdit" / "model.py").is_file()
+
+
 def build_model(open_sora: Path | None, scale: float, seed: int) -> DemoModel:
     """The demo's model, of a checkout's own class where one is named.
 
@@ -206,7 +215,7 @@ def build_model(open_sora: Path | None, scale: float, seed: int) -> DemoModel:
         ValueError: no checkout of Open-Sora 1.2, 1.3 or 2.0, or its packages are not installed.
     """
     try:
-        if open_sora is not None and (Path(open_sora) / "opensora" / "models" / "mmdit" / "model.py").is_file():
+        if has_mmdit(open_sora):
             return MMDiTModel(Path(open_sora).resolve(), scale, seed)
         return STDiT3Model(open_sora, scale, seed)
     except ImportError as error:

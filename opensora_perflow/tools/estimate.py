@@ -85,14 +85,16 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         "--tflops", type=float, metavar="X",
         help="TFLOP/s that a GPU reaches, not its data sheet's (default: an H200 in bf16, 175 for STDiT and 450 for MMDiT)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=4000, help="training steps, for the hours (default 4000)")
+    parser.add_argument("--steps", type=int, help="training steps, for the hours (default 4000)")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds, instead of tables")
     parser.add_argument("--open-sora", type=Path, metavar="ROOT", help="Open-Sora checkout (default: the installed one)")
 
 
 def run(args: dict[str, Any]) -> int:
     """Run `estimate` with parsed arguments; returns the exit status: 1 where a bucket does not fit."""
-    gpus, steps, limit = args["gpus"], args["steps"], args["memory"]
+    if args["json"] and args["steps"] is not None:
+        raise ValueError("--steps counts hours, and --json has seconds a step; leave out one or the other")
+    gpus, steps, limit = args["gpus"], 4000 if args["steps"] is None else args["steps"], args["memory"]
     check_num_steps(gpus, "--gpus")
     check_num_steps(steps, "--steps")
     for name in ("tflops", "memory"):

@@ -26,6 +26,8 @@ from opensora_perflow.tools.subjects import Subject, demo_subject, host_subject
 from opensora_perflow.training.plan_file import windows_of, write_plan
 from opensora_perflow.training.state import find_state
 
+DEFAULTS = {"steps": [8], "candidates": 32, "criterion": "added"}
+"""Of a plan. None before: an option that says nothing there is refused."""
 FRESH = 1000
 """Added to the seed for the noise that results are compared on."""
 
@@ -61,13 +63,13 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_subject(plan)
-    plan.add_argument("--steps", type=int, nargs="+", default=[8], help="step counts to plan grids for (default 8)")
+    plan.add_argument("--steps", type=int, nargs="+", help="step counts to plan grids for (default 8)")
     plan.add_argument("--windows", type=int, metavar="K", help="plan K windows from what a pilot student measures")
     plan.add_argument(
-        "--criterion", choices=tuple(CRITERIA), default="added",
+        "--criterion", choices=tuple(CRITERIA),
         help="what windows are planned by: what each adds to the error at the end, or errs by itself (default added)",
     )  # fmt: skip
-    plan.add_argument("--candidates", type=int, default=32, help="candidate times are multiples of 1/this (default 32)")
+    plan.add_argument("--candidates", type=int, help="candidate times are multiples of 1/this (default 32)")
     plan.add_argument("--out", type=Path, default=Path("plan.json"), help="file to write; a .png lies beside it")
     curve = commands.add_parser(
         "curve",
@@ -96,7 +98,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_subject(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=("video", "mixture"), default="video", help="a model of the demo (default video)")
+    parser.add_argument("--model", choices=("video", "mixture"), help="a model of the demo (default video)")
     parser.add_argument("--student", type=Path, help="weights of a student of that model")
     parser.add_argument(
         "--student-windows",
@@ -122,6 +124,8 @@ def plan(args: dict[str, Any]) -> int:
     Raises:
         ValueError: invalid settings; see plan_subjects.
     """
+    _refuse_unused(args)
+    args = args | {name: value for name, value in DEFAULTS.items() if args[name] is None}
     for name in ("samples", "candidates"):
         check_num_steps(args[name], f"--{name}")
     for steps in args["steps"]:
@@ -138,19 +142,35 @@ def plan(args: dict[str, Any]) -> int:
     return _plan_windows(subject, args) if args["windows"] is not None else _plan_grids(subject, args)
 
 
+def _refuse_unused(args: dict[str, Any]) -> None:
+    """Raises ValueError where an option belongs to the other kind of plan."""
+    unused = ("criterion",) if args["windows"] is None else ("steps", "candidates")
+    given = [f"--{name}" for name in unused if args[name] is not None]
+    if given:
+        where = "--windows plans by measured windows, not" if args["windows"] is not None else "there is no --windows for"
+        raise ValueError(f"{where} {' and '.join(given)}; leave out one or the other")
+
+
 def _subject(args: dict[str, Any]) -> Subject:
     if args["guidance_scale"] is not None:
         number(low=0)("--guidance-scale", args["guidance_scale"])
     if args["script"] is not None:
         if args["student"] is not None:
             raise ValueError("with --script the student is the script's own --ckpt-path; name its teacher with --teacher")
+        given = [name for name in ("model", "student_windows", "guidance_scale") if args[name] is not None]
+        if given:
+            raise ValueError(
+                f"with --script the script's config says what --{given[0].replace('_', '-')} would; leave the option out"
+            )
         is_v2 = (find_host_root(args["script"]) / "scripts" / "diffusion").is_dir()
         make = subjects_v2.host_subject if is_v2 else host_subject
         return make(args["script"], args["host_arguments"], args["teacher"])
     if args["host_arguments"] or args["teacher"] is not None:
         raise ValueError(f"{args['host_arguments'] or '--teacher'} belongs to an inference script; name it with --script")
     windows = _windows(args["student_windows"], args["student"])
-    return demo_subject(args["model"], args["student"], windows, args["guidance_scale"])
+    if args["student_windows"] is not None and args["student"] is None:
+        raise ValueError("--student-windows are a student's, and there is none; name it with --student, or leave them out")
+    return demo_subject(args["model"] or "video", args["student"], windows, args["guidance_scale"])
 
 
 def _windows(words: Sequence[str] | None, student: Path | None) -> TimeWindows:
