@@ -104,7 +104,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--open-sora", type=Path, metavar="ROOT", help="use this Open-Sora checkout's own class, STDiT3 or MMDiT"
     )
-    from opensora_perflow.tools.demo import QUICK, DemoSettings
+    from opensora_perflow.tools.demo_settings import QUICK, DemoSettings
 
     less = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
     parser.add_argument("--quick", action="store_true", help=f"one minute, for a first look: {less}")
@@ -122,8 +122,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _demo(args: dict) -> int:
     from opensora_perflow.tools import report
-    from opensora_perflow.tools.demo import QUICK, DemoSettings, run
+    from opensora_perflow.tools.demo import run
     from opensora_perflow.tools.demo_models import has_mmdit
+    from opensora_perflow.tools.demo_settings import QUICK, DemoSettings
 
     if "num_clips" in args and args["videos"] is not None:
         raise ValueError("--num-clips is of clips that the demo writes, and --videos takes yours; leave one of the two out")

@@ -27,6 +27,15 @@ from opensora_perflow.training.teacher import digest
 
 logger = logging.getLogger("opensora_perflow")
 
+_EXAMPLES = {
+    "make": [
+        "  opensora-perflow delta make outputs/000-STDiT3-XL-2/epoch0-global_step4000 few_steps.safetensors --base BASE",
+        "  opensora-perflow delta make outputs/lora/epoch0-global_step4000 lora.safetensors --base BASE    (2.0)",
+    ],
+    "merge": ["  opensora-perflow delta merge few_steps.safetensors FINE_TUNE student --base BASE"],
+    "inspect": ["  opensora-perflow delta inspect few_steps.safetensors --into FINE_TUNE --base BASE"],
+}
+
 
 def make(student: str, base: str, out: Path, rank: int | None = None) -> str:
     """Write student - base to OUT, or the adapters of a rank that come nearest to it; returns what was found, in words.
@@ -261,31 +270,31 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "of the same base, it should make that a few-step student. Windows and guidance are in the file, and are written\n"
             "beside what is merged. How good such students are was not measured."
         ),
-        epilog=(
-            "examples:\n"
-            "  opensora-perflow delta make outputs/000-STDiT3-XL-2/epoch0-global_step4000 few_steps.safetensors --base BASE\n"
-            "  opensora-perflow delta merge few_steps.safetensors FINE_TUNE student --base BASE\n"
-            "  opensora-perflow delta make outputs/lora/epoch0-global_step4000 lora.safetensors --base BASE    (2.0)\n"
-            "  opensora-perflow delta inspect few_steps.safetensors --into FINE_TUNE --base BASE"
-        ),
+        epilog="\n".join(["examples:", *_EXAMPLES["make"], *_EXAMPLES["merge"], *_EXAMPLES["inspect"]]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    one = actions.add_parser("make", help="write a delta, or with --rank adapters")
+
+    def action(name: str, what: str) -> argparse.ArgumentParser:
+        epilog = "\n".join(["example:", *_EXAMPLES[name]])
+        raw = argparse.RawDescriptionHelpFormatter
+        return actions.add_parser(name, help=what, description=what, epilog=epilog, formatter_class=raw)
+
+    one = action("make", "write a delta, or with --rank adapters")
     one.add_argument(
         "student", metavar="STUDENT", help="checkpoint folder (its EMA, if any), file or Hugging Face folder; also of adapters"
     )
     one.add_argument("out", type=Path, metavar="OUT", help="file .safetensors; with --rank a folder")
     one.add_argument("--base", required=True, metavar="WEIGHTS", help="the weights that the training started from")
     one.add_argument("--rank", type=int, metavar="R", help="write the nearest adapters (LoRA) of this rank instead")
-    two = actions.add_parser("merge", help="add a delta to weights")
+    two = action("merge", "add a delta to weights")
     two.add_argument("delta", type=Path, metavar="DELTA", help="file of `delta make`")
     two.add_argument("into", metavar="INTO", help="the base, or a fine-tune of it")
     two.add_argument("out", type=Path, metavar="OUT", help=LAYOUTS)
     two.add_argument("--base", metavar="WEIGHTS", help="the delta's base, where INTO is a fine-tune")
     two.add_argument("--scale", type=float, default=1.0, help="of the delta (default 1)")
     two.add_argument("--dtype", choices=tuple(DTYPES), help="of OUT (default: the wider one of INTO's and the student's)")
-    three = actions.add_parser("inspect", help="say what a delta is, and how weights lie to it; write nothing")
+    three = action("inspect", "say what a delta is, and how weights lie to it; write nothing")
     three.add_argument("delta", type=Path, metavar="DELTA", help="file of `delta make`")
     three.add_argument("--into", metavar="WEIGHTS", help="the base, or a fine-tune of it")
     three.add_argument("--base", metavar="WEIGHTS", help="the delta's base, where those are a fine-tune")

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from opensora_perflow.checks import check_keys, key, number, whole
 from opensora_perflow.method.metrics import endpoint_error, energy_distance, temporal_difference_energy
 from opensora_perflow.tools import compare, outputs, report
 from opensora_perflow.tools.demo_models import DemoModel, build_model
+from opensora_perflow.tools.demo_settings import DemoSettings
 from opensora_perflow.tools.probes import LATENT_SHAPE, shuffled, sizes
 from opensora_perflow.tools.threads import few_threads
 from opensora_perflow.training.ema import Ema, decay_of
@@ -32,41 +32,6 @@ logger = logging.getLogger("opensora_perflow")
 TEACHER = "training a teacher"
 STAGES = ("clips", TEACHER, "the teacher's fine path", "training the student", "sampling", "pictures and numbers")
 STUDENT = "student, 4 steps"
-QUICK = {"iterations": 24, "num_clips": 16, "num_samples": 8, "teacher_iterations": 400}
-"""What `--quick` changes."""
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """What the demo does; every field is an option of `opensora-perflow demo`."""
-
-    videos: Path | None = None
-    """Folder of videos (or a CSV with path and text); None writes clips of moving shapes."""
-    out: Path = Path("perflow_demo")
-    """Folder for everything that is written."""
-    open_sora: Path | None = None
-    """Root of an Open-Sora v1.2.0 or v1.3 checkout, whose STDiT3 class then takes the place of the small copy of it; or of 2.0,
-    whose MMDiT then gets a teacher of its own."""
-    iterations: int = key(100, whole())
-    """Training steps, >= 1."""
-    batch_size: int = key(16, whole())
-    """Clips per training step, >= 1."""
-    lr: float = key(3e-4, number(above=0))
-    """Learning rate after a short warm-up, > 0."""
-    num_clips: int = key(64, whole())
-    """Clips to write where no videos are given, >= 1."""
-    num_samples: int = key(32, whole())
-    """Samples that are compared, >= 2."""
-    teacher_iterations: int = key(1000, whole())
-    """Training steps of Open-Sora 2.0's teacher, >= 1; no weights of that class ship with the package."""
-    guidance_scale: float = key(3.0, number(low=0))
-    """Scale of the teacher, folded into the student."""
-    seed: int = key(0, whole(0))
-
-    def __post_init__(self) -> None:
-        check_keys(self)
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be >= 2, to compare distributions, got {self.num_samples}")
 
 
 def run(settings: DemoSettings) -> dict[str, Any]:

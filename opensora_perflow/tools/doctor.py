@@ -30,7 +30,10 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
             "Checks keys, windows, the CSV and its clips against the buckets, paths, the checkpoint to load and its "
             "windows, the\nteacher, the Open-Sora version and the disk. Loads no weights and needs no GPU."
         ),
-        epilog="status: 0 all is well, 1 a check failed, 2 the command line is wrong",
+        epilog=(
+            "example: opensora-perflow check configs/opensora/perflow_stage1.py -- --data-path videos.csv\n"
+            "status: 0 all is well, 1 a check failed, 2 the command line is wrong"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor = commands.add_parser(

@@ -5,10 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from opensora_perflow.atomic import replacing
 from opensora_perflow.checks import check_num_steps, number
@@ -16,12 +14,11 @@ from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.metrics import endpoint_error, energy_distance
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.extra_steps import grids_by_steps
-from opensora_perflow.planning.fine_path import follow, uniform_grid
+from opensora_perflow.planning.fine_path import follow
 from opensora_perflow.planning.grids import Comparison, choose_grid, compare
 from opensora_perflow.planning.windows import CRITERIA, RESOLUTION, plan_windows
 from opensora_perflow.run import find_host_root
 from opensora_perflow.tools import subjects_v2
-from opensora_perflow.tools.plots import STUDENT, TEACHER, save_figure
 from opensora_perflow.tools.subjects import Subject, demo_subject, host_subject
 from opensora_perflow.training.plan_file import windows_of, write_plan
 from opensora_perflow.training.state import find_state
@@ -204,7 +201,7 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
     also = "" if windows.num_windows == 1 else " and the windows' own"
     for steps in found.keys() - kept.keys():
         print(f"{steps} steps: no grid was found that beats uniform steps{also}; keep num_sampling_steps={steps} as it is")
-    _grids_figure(found, args["out"].with_suffix(".png"))
+    _figures().grids_figure(found, args["out"].with_suffix(".png"))
     if not kept:
         print(f"no plan was written; {args['out'].with_suffix('.png')} shows what was tried")
         return 1
@@ -216,6 +213,13 @@ def _plan_grids(subject: Subject, args: dict[str, Any]) -> int:
     first = next(iter(kept))
     print(f"written to {args['out']}: {subject.use.format(out=args['out'], steps=first)}")
     return 0
+
+
+def _figures() -> ModuleType:
+    """Loads matplotlib, which takes a fifth of the time of every command's --help."""
+    from opensora_perflow.tools import plan_figures
+
+    return plan_figures
 
 
 def _print_grids(found: Mapping[int, Comparison], branches: int) -> None:
@@ -250,7 +254,7 @@ def _plan_windows(subject: Subject, args: dict[str, Any]) -> int:
     report |= {"criterion": args["criterion"], "pilot_edges": edges, "pilot_error": end}
     report |= {"pilot_errors": errors, "expected_errors": expected}
     write_plan(args["out"], planned, [], report)
-    _windows_figure({"pilot": (edges, errors), "planned": (planned, expected)}, args["out"].with_suffix(".png"))
+    _figures().windows_figure({"pilot": (edges, errors), "planned": (planned, expected)}, args["out"].with_suffix(".png"))
     print(f'written to {args["out"]}: train with windows="{args["out"]}"')
     return 0
 
@@ -304,7 +308,7 @@ def curve(args: dict[str, Any]) -> int:
     report = {"model": subject.name, "samples": args["samples"], "seed": args["seed"], "rows": rows}
     with replacing(out / "curve.json") as temporary:
         temporary.write_text(json.dumps({**report, "grids": list(grids.values())}, indent=1) + "\n")
-    _curve_figure(rows, out / "curve.png")
+    _figures().curve_figure(rows, out / "curve.png")
     if grids:
         write_plan(out / "plan.json", windows.edges, list(grids.values()), report)
         print(f"written to {out}/: {subject.use.format(out=f'{out}/plan.json', steps='N')}")
@@ -321,47 +325,3 @@ def curve_table(rows: Sequence[dict[str, Any]]) -> str:
         shown = (f"{row[name]:16.4f}{row[f'{name}_energy']:10.5f}" if name in row else " " * 26 for name in columns)
         lines.append((line + "".join(shown)).rstrip())
     return "\n".join([*lines, ""])
-
-
-def _grids_figure(found: dict[int, Comparison], path: Path) -> None:
-    figure = Figure(figsize=(10, 1.6 + 0.7 * len(found)), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    for place, (steps, row) in enumerate(found.items()):
-        left.plot(uniform_grid(steps), [place + 0.14] * (steps + 1), "|-", color=TEACHER, markersize=14, linewidth=0.6)
-        left.plot(row.grid, [place - 0.14] * (steps + 1), "|-", color=STUDENT, markersize=14, linewidth=0.6)
-    left.set(
-        xlim=(1.02, -0.02), ylim=(-0.5, len(found) - 0.5), xlabel="untransformed time (1 is noise)", title="Sampling times"
-    )
-    left.set_yticks(range(len(found)), [f"{steps} steps" for steps in found])
-    places = range(len(found))
-    right.barh([p + 0.18 for p in places], [row.uniform for row in found.values()], 0.32, color=TEACHER, label="uniform")
-    right.barh([p - 0.18 for p in places], [row.error for row in found.values()], 0.32, color=STUDENT, label="planned")
-    right.set(ylim=left.get_ylim(), yticks=[], xlabel="endpoint error", title="On fresh noise")
-    right.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def _windows_figure(windows: dict[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    figure = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
-    axis = figure.subplots()
-    for (name, (edges, errors)), color in zip(windows.items(), (TEACHER, STUDENT)):
-        axis.stairs(errors[::-1], edges[::-1], color=color, label=f"{name} windows", linewidth=2)
-    axis.set(xlim=(1, 0), xlabel="untransformed time (1 is noise)", ylabel="error of a window", title="Windows")
-    axis.set_ylim(bottom=0)
-    axis.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def _curve_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(10, 3.6), dpi=110, layout="constrained")
-    columns = (("endpoint error", "error", "planned"), ("energy distance", "energy_distance", "planned_energy"))
-    for axis, (name, default, planned) in zip(figure.subplots(1, 2), columns):
-        axis.plot([row["nfe"] for row in rows], [row[default] for row in rows], "o-", color=TEACHER, label="default grid")
-        shown = [row for row in rows if planned in row]
-        if shown:
-            axis.plot([row["nfe"] for row in shown], [row[planned] for row in shown], "o-", color=STUDENT, label="planned grid")
-        axis.set(xlabel="network evaluations a sample (NFE)", title=name)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylim(bottom=min(0, *axis.get_ylim()))
-        axis.legend(frameon=False)
-    save_figure(figure, path)

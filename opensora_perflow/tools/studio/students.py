@@ -19,7 +19,7 @@ from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.registry import SCHEDULERS, build_module
 from opensora_perflow.tools import compare, export, report
-from opensora_perflow.tools.demo import DemoSettings
+from opensora_perflow.tools.demo_settings import DemoSettings
 from opensora_perflow.tools.page.runs import Run
 from opensora_perflow.tools.probes import LATENT_SHAPE, guided_field, sizes
 from opensora_perflow.training.recipe import Guidance
