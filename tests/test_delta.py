@@ -213,6 +213,8 @@ MERGE_FAULTS = {
     "beside another student": "belongs to other weights",
     "scale": "--scale must be a number other than 0",
     "twice": "student' is a few-step student already .*perflow.json., and a delta goes into",
+    "average of the same training": "ema.pt' is a few-step student already .its cosine to the delta is 1.000.",
+    "out of another kind": "a file that ends in .pt, .pth, .safetensors, got .*out.bin",
     "adapters of 2.0": "c' holds adapters .LoRA. alone",
     "base beside a base": "the delta was made from another base than .*other",
     "not finite": "holds NaN or infinity",
@@ -250,7 +252,19 @@ def test_merging_what_does_not_belong_together_writes_nothing(files, fault, caps
         edit(tuned, lambda metadata, tensors: tensors["x_embedder.proj.bias"].fill_(float("nan")))
     elif fault == "in another student's model":
         write_state(files / "student", replace(STATE, stage=2))
-    places = {"out below a file": delta / "out", "beside other weights": files / "out.pt"}
+    elif fault == "average of the same training":
+        # 1.2 times the student's way from the base
+        average = {
+            name: value + 1.2 * (read_state_dict(files / "student")[name] - value)
+            for name, value in read_state_dict(base).items()
+        }
+        torch.save(average, files / "ema.pt")
+        tuned = files / "ema.pt"
+    places = {
+        "out below a file": delta / "out",
+        "out of another kind": files / "out.bin",
+        "beside other weights": files / "out.pt",
+    }
     out = {**places, "in another student's model": files / "student" / "model" / "out.pt"}.get(fault, out)
     into = {"foreign weights": other, "smaller network": other, "delta into delta": delta, "twice": files / "student"}
     into |= {"adapters of 2.0": files / "c", "base beside a base": base}

@@ -27,6 +27,9 @@ from opensora_perflow.training.teacher import digest
 
 logger = logging.getLogger("opensora_perflow")
 
+SAME_WAY = 0.9
+"""Cosine to a delta that no other training has by accident: of an average, or another step, of the same training."""
+
 _EXAMPLES = {
     "make": [
         "  opensora-perflow delta make outputs/000-STDiT3-XL-2/epoch0-global_step4000 few_steps.safetensors --base BASE",
@@ -105,10 +108,12 @@ def merge(delta: Path, into: str, out: Path, base: str | None = None, scale: flo
     check_free(out, origin.student)
     weights, distance, report = _compared(origin, tensors, into, base)
     found, state = find_state(into), origin.student
-    if distance.drift and found is not None and (state is None or found[0].stage >= state.stage):
+    known = distance.drift and found is not None and (state is None or found[0].stage >= state.stage)
+    if known or distance.cosine > SAME_WAY:
+        why = str(found[1]) if known else f"its cosine to the delta is {distance.cosine:.3f}"
         raise ValueError(
-            f"{into!r} is a few-step student already ({found[1]}), and a delta goes into its base or into a fine-tune; name "
-            "those weights"
+            f"{into!r} is a few-step student already ({why}), and a delta goes into its base or into a fine-tune; name those "
+            "weights"
         )
     print(report, flush=True)
     own = max((value.dtype for value in weights.values()), key=lambda found: found.itemsize)

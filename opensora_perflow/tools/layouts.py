@@ -28,6 +28,8 @@ def check_free(out: Path, state: StudentState | None = None) -> None:
     OUT exists or is below a file. Or it is a file whose perflow.json would be another student's, or pass for other weights'.
     """
     refuse_taken(out)
+    if out.suffix == ".bin":
+        raise ValueError(f"OUT is a folder or a file that ends in {', '.join(FILES)}, got {str(out)!r}; name one of those")
     if out.suffix not in FILES:
         return
     there = find_state(out.parent)
