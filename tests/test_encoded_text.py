@@ -52,7 +52,9 @@ def test_a_lost_shard_is_encoded_again_by_any_process(tmp_path, monkeypatch):
     encoded_text.encode_captions(tmp_path, [*CAPTIONS, "a fourth"], TinyTextEncoder().encode, HEADER, rank=1, world=2)
     encoded_text.encode_captions(tmp_path, [*CAPTIONS, "a fourth"], TinyTextEncoder().encode, HEADER)
     assert torch.equal(EncodedText(tmp_path).encode(CAPTIONS)["y"], TinyTextEncoder().encode(CAPTIONS)["y"])
-    assert are_encoded(tmp_path, CAPTIONS, HEADER["text_encoder"]) and not are_encoded(tmp_path, CAPTIONS, {"type": "t5"})
+    assert are_encoded(tmp_path, CAPTIONS, HEADER["text_encoder"])
+    with pytest.raises(ValueError, match="text_encoder is {'type': 'tiny'} there and {'type': 't5'} here; encode into another"):
+        are_encoded(tmp_path, CAPTIONS, {"type": "t5"})
 
 
 def test_processes_share_the_work(tmp_path, monkeypatch):

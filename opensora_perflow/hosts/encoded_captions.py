@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from opensora_perflow.checks import shown
-from opensora_perflow.training.shards import Shards, ShardWriter, read_indexes
+from opensora_perflow.training.shards import Shards, ShardWriter, differences, read_indexes
 
 KIND = "encoded captions"
 REMEDY = "encode captions with `opensora-perflow encode CONFIG --out DIR`"
@@ -117,10 +117,17 @@ def refuse_encoded(encoder: Mapping[str, Any]) -> None:
 
 
 def are_encoded(folder: str | os.PathLike, captions: Sequence[str], text_encoder: Mapping[str, Any]) -> bool:
-    """Does a folder have all of these captions, encoded by a text encoder with these settings?"""
+    """Does a folder have all of these captions?
+
+    Raises:
+        ValueError: the folder's were encoded by a text encoder with other settings than these.
+    """
     header, _ = read_indexes(Path(folder), KIND)
-    if header is None or header["text_encoder"] != text_encoder:
+    if header is None:
         return False
+    if header["text_encoder"] != text_encoder:
+        told = differences(header, {**header, "text_encoder": text_encoder})
+        raise ValueError(f"{str(folder)!r} was begun with other settings: {told}; encode into another folder")
     return not _missing(ShardWriter(folder, KIND, header, 0, ""), captions)[0]
 
 
