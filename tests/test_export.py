@@ -76,6 +76,7 @@ FAULTS = {
     "no state": "has no perflow.json",
     "a file": "is no folder; name the folder epochE-global_stepG",
     "out exists": "exists; name a file or folder that does not",
+    "out is a file": "an export is a folder, got --out",
     "a shard": r"a.weight is [6], there [2, 3]",
     "another network": "c is [1], there missing",
     "bfloat16": "is bfloat16, in which an average does not move",
@@ -105,6 +106,8 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(checkpoint, tmp_path
         source = file
     elif fault == "out exists":
         out.mkdir()
+    elif fault == "out is a file":
+        out = tmp_path / "out.safetensors"
     elif fault == "damaged":
         file.write_bytes(file.read_bytes()[:-50])
     before = sorted(tmp_path.rglob("*"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts.script import ema_decay_of
 from opensora_perflow.hosts.v2.lora import CONFIG, lora_folder, weights_in
-from opensora_perflow.tools.layouts import check_free, write_lora, write_weights
+from opensora_perflow.tools.layouts import FILES, check_free, write_lora, write_weights
 from opensora_perflow.training.state import StudentState, averages_beside, find_state
 
 logger = logging.getLogger("opensora_perflow")
@@ -39,6 +39,8 @@ def export(checkpoint: Path, out: Path, ema: bool = True) -> None:
     Raises:
         ValueError: no such checkpoint, no average in it or one that never moved, or OUT exists. OSError: OUT cannot be written.
     """
+    if out.suffix in FILES:
+        raise ValueError(f"an export is a folder, got --out {str(out)!r}; name a folder")
     check_free(out)
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder; name the folder epochE-global_stepG that train.py wrote")
