@@ -13,6 +13,7 @@ from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.host import OpenSora
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.solvers import euler_step
 from opensora_perflow.method.windows import TimeWindows
@@ -275,7 +276,7 @@ def test_a_student_on_the_ddpm_path_teaches_with_one_ddim_step_a_window(quick):
     assert scheduler.curriculum.progress.stage == 1 and len(segment.states) == 3
     path, prediction = scheduler.process_of(network)
     edges = segment.times
-    output = stdit.network_output(network, network, conditions.training_condition(network, args))
+    output = stdit.network_output(network, network, conditions.training_condition(Interface.of(network), args))
     student = partial(path.velocity, output, prediction, lambda t: (edges[0], edges[1]))
     with torch.no_grad():
         reached = euler_step(student, segment.states[0], edges[0], edges[1])

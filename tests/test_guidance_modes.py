@@ -16,6 +16,7 @@ from opensora_perflow.hosts.scale_input import UNIT, direction, told
 from opensora_perflow.hosts.v1 import conditions, stdit
 from opensora_perflow.hosts.v1.embed import embed
 from opensora_perflow.hosts.v1.negative_text import read_negative, write_negative
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.method.guidance import draw_scales
 from opensora_perflow.tools import cli
 from opensora_perflow.training.recipe import Guidance
@@ -317,7 +318,7 @@ def test_reference_frames_are_guided_with_the_scale_of_each_sample():
     network = Reference13().eval()
     x, args = batch(network)
     reference = conditions.Reference.of(x, [0])
-    condition = conditions.with_reference(conditions.training_condition(network, args), reference, (False, False))
+    condition = conditions.with_reference(conditions.training_condition(Interface.of(network), args), reference, (False, False))
     t, scales = torch.tensor([0.9, 0.4], dtype=torch.float64), [2.0, 5.0]
 
     def output(text, image):

@@ -16,7 +16,7 @@ from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.scale_input import direction, told
 from opensora_perflow.hosts.v1.host import OpenSora
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_dropout
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.stdit import without_text_dropout
 from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.teacher import copy_frozen, load_teacher
@@ -105,10 +105,12 @@ def test_parts_named_like_a_wrappers_are_none():
 
 def test_the_network_is_read_from_inside(wrap):
     model = wrap(tiny_network().train())
-    assert declares(model, "fps") and not declares(model, "args") and not declares(model, "ar")
-    assert text_dropout(model) == pytest.approx(0.1)
+    interface = Interface.of(model)
+    assert interface.network is unwrap(model) and interface.embedder is unwrap(model).y_embedder
+    assert "fps" in interface.parameters and not {"args", "ar"} & set(interface.parameters)
+    assert interface.text_dropout == pytest.approx(0.1)
     unwrap(model).y_embedder.uncond_prob = 0.4
-    assert text_dropout(model) == pytest.approx(0.4) and text_dropout(model.eval()) == 0.0
+    assert interface.text_dropout == pytest.approx(0.4) and Interface.of(model.eval()).text_dropout == 0.0
 
 
 class WithoutSizes(nn.Module):
@@ -125,7 +127,7 @@ class WithoutSizes(nn.Module):
 def test_a_network_without_fps_gets_none(wrap):
     network = WithoutSizes()
     encoder, model = text_encoder(network), wrap(network)
-    assert accepted_arguments(model, sizes(2)) == {}
+    assert Interface.of(model).accepted(sizes(2)) == {}
     assert sampled(model, encoder, path="linear").isfinite().all()
 
 
@@ -189,20 +191,22 @@ def test_a_compiled_student_learns_what_the_scale_means():
 def test_a_wrapped_student_drops_no_text_of_its_own(wrap):
     network = tiny_network(class_dropout_prob=1.0).train()
     x, args = batch(network)
-    expected = without_text_dropout(network, network)(x, TIMES, **args)
+    expected = without_text_dropout(network, Interface.of(network))(x, TIMES, **args)
     model = wrap(deepcopy(network)).train()
     assert not torch.allclose(model(x, TIMES, **args), expected)  # compiled code that drops text
-    torch.testing.assert_close(without_text_dropout(model, unwrap(model))(x, TIMES, **args), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        without_text_dropout(model, Interface.of(model))(x, TIMES, **args), expected, rtol=1e-4, atol=1e-5
+    )
     assert unwrap(model).y_embedder.uncond_prob == 1.0
 
 
 def test_a_compiled_text_embedder_drops_no_text():
     network = tiny_network(class_dropout_prob=1.0).train()
     x, args = batch(network)
-    expected = without_text_dropout(network, network)(x, TIMES, **args)
+    expected = without_text_dropout(network, Interface.of(network))(x, TIMES, **args)
     network.y_embedder = compiled(network.y_embedder)
-    assert text_dropout(network) == 1.0
-    torch.testing.assert_close(without_text_dropout(network, network)(x, TIMES, **args), expected)
+    assert Interface.of(network).text_dropout == 1.0
+    torch.testing.assert_close(without_text_dropout(network, Interface.of(network))(x, TIMES, **args), expected)
 
 
 # --- references ---
@@ -259,7 +263,7 @@ def test_a_network_compiled_in_place_is_copied_uncompiled(compile_it):
     network = tiny_network()
     x, args = batch(network)
     compile_it(network)
-    assert declares(network, "fps") and not declares(network, "args")
+    assert "fps" in Interface.of(network).parameters and "args" not in Interface.of(network).parameters
     with torch.no_grad():
         before = network(x, TIMES, **args)
         teacher = copy_frozen(network)

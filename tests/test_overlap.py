@@ -8,6 +8,7 @@ from problems import Gaussian
 from opensora_perflow import PeRFlow
 from opensora_perflow.conventions import expand_like, unshift_time
 from opensora_perflow.hosts.v1 import conditions, stdit
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.timestep_transform import shift_ratio
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.overlap import place_windows
@@ -183,7 +184,7 @@ def test_grids_give_windows_of_every_grid_and_start_where_that_grids_sampler_arr
 
 def first_step(network, args, noise, times):
     """Of a sampler, guided as student starts are."""
-    condition = conditions.training_condition(network, args)
+    condition = conditions.training_condition(Interface.of(network), args)
     field = stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=4.0, image_scale=4.0)
     t = torch.full((len(noise),), 1.0, dtype=F64)
     return noise + expand_like(times[1] - t, noise) * field(noise, t)

@@ -10,6 +10,7 @@ from networks import PLAIN, PROMPTS, CountCalls, Reference13, batch, sizes, text
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
 from opensora_perflow.hosts.v1 import conditions, stdit
+from opensora_perflow.hosts.v1.network import Interface
 
 FIXED = dict(mode="fixed", scale=3.0)
 
@@ -89,7 +90,9 @@ def test_the_target_is_the_teachers_window_solution():
     assert segment.t_start.tolist() == [1.0, 0.5] and segment.t_end.tolist() == [0.5, 0.0] and seen["t"].tolist() == [0.8, 0.3]
     torch.testing.assert_close(segment.x_start[0], noise[0])
     torch.testing.assert_close(segment.x_start[1], (x[1] + noise[1]) / 2)
-    velocity = stdit.velocity_field(network, network, conditions.training_condition(network, args), num_timesteps=1000)
+    velocity = stdit.velocity_field(
+        network, network, conditions.training_condition(Interface.of(network), args), num_timesteps=1000
+    )
     state, times = segment.x_start, [(1 - i / 3) * segment.t_start + i / 3 * segment.t_end for i in range(4)]
     with torch.no_grad():
         for t, t_next in zip(times, times[1:]):  # midpoint steps by hand

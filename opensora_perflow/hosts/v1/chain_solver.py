@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from opensora_perflow.hosts import chains
 from opensora_perflow.hosts.chains import ChainSolver, Part
 from opensora_perflow.hosts.v1.encoded_text import EncodedText
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.scheduler import PeRFlow
 from opensora_perflow.hosts.v1.stored_chains import path_settings
 from opensora_perflow.hosts.v1.training_call import TrainingCall, Translation
@@ -43,7 +44,7 @@ def chain_solver(scheduler: PeRFlow, model: nn.Module, text: EncodedText, seed: 
     teacher = first_teacher(recipe.teacher, model, host)
     run = TrainingRun(recipe, host, teacher, scheduler.curriculum)
     translation = Translation(run, scheduler.keys, process, prediction, scheduler.negative_text())
-    network = teacher.network
+    network, interface = teacher.network, Interface.of(teacher.network)
 
     def arguments(part: Part) -> dict[str, Any]:
         device, count = next(network.parameters()).device, len(part.captions)
@@ -51,9 +52,7 @@ def chain_solver(scheduler: PeRFlow, model: nn.Module, text: EncodedText, seed: 
         return {**text.encode(part.captions), **sizes}
 
     def batch(noise: Tensor, model_args: Mapping[str, Any], generator: torch.Generator) -> Batch:
-        call = TrainingCall(
-            network, network, torch.zeros_like(noise), model_args, None, False, noise, None, None, None, None, None, None, None
-        )
+        call = TrainingCall(network, interface, torch.zeros_like(noise), model_args, None, False, noise, *[None] * 7)
         return translation.batch(call, scheduler.warped(model_args, noise), generator)[0]
 
     origin = Origin.of(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_perflow.conventions import interpolate
-from opensora_perflow.hosts.v1.network import accepted_arguments, null_text
+from opensora_perflow.hosts.v1.network import Interface
 
 # Arguments of a network call that stdit.py sets itself, wherever the host put them.
 _OWN_ARGUMENTS = ("y", "mask", "x_mask", "cond", "cond_mask", "mask_index", "y_null", "text_uncond_prob")
@@ -85,7 +85,7 @@ class Condition:
 
 
 def training_condition(
-    network: nn.Module,
+    network: Interface,
     model_args: Mapping[str, Any],
     drop: Tensor | None = None,
     negative: Mapping[str, Tensor] | None = None,
@@ -93,7 +93,7 @@ def training_condition(
     """The condition that the host's training script describes, with dropped prompts replaced by this network's null text.
 
     Args:
-        network: The unwrapped network that will see it; its own null embedding is used.
+        network: That will see it; its own null embedding is used.
         model_args: The host's dict: y, mask, sizes. Left as it is.
         drop: bool [B], True where the prompt is dropped; None drops nothing.
         negative: y [1, L, D] and mask [1, L] of a negative prompt, which takes the place of the null text in guidance; see
@@ -106,14 +106,13 @@ def training_condition(
     if "y" not in model_args:
         raise ValueError(f"model_args needs the text embeddings 'y', got the keys {sorted(model_args)}")
     text = model_args["y"]
-    null = null_text(network, text)
+    null = network.null_text(text)
     if drop is not None and bool(drop.any()):
         if null is None:
             raise ValueError("prompts cannot be dropped: the network has no null text; use the model's class_dropout_prob=0")
         text = torch.where(drop.to(text.device)[:, None, None, None], null, text)
-    condition = Condition(
-        text, model_args.get("mask"), null, strict_null=null, extras=accepted_arguments(network, model_args, _OWN_ARGUMENTS)
-    )
+    extras = network.accepted(model_args, _OWN_ARGUMENTS)
+    condition = Condition(text, model_args.get("mask"), null, strict_null=null, extras=extras)
     return condition if negative is None else with_negative(condition, negative)
 
 
@@ -149,7 +148,7 @@ def sampling_condition(
         null_mask,
         strict_null,
         reference,
-        accepted_arguments(network, extras, _OWN_ARGUMENTS),
+        Interface.of(network).accepted(extras, _OWN_ARGUMENTS),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opensora_perflow.hosts.v1.network import declares
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.stdit import halves
 
 ADVICE = (
@@ -45,7 +45,8 @@ def find_process(named: str, network: nn.Module | None = None) -> str | None:
         return offered[0] if offered else "linear"
     if network is None:
         return None
-    if declares(network, "fps") and not declares(network, "ar"):  # STDiT3's forward, and no other's
+    declared = Interface.of(network).parameters
+    if "fps" in declared and "ar" not in declared:  # STDiT3's forward, and no other's
         return "linear"
     raise ValueError(
         f"cannot tell whether {type(network).__name__} was trained as a diffusion or as a rectified flow: this Open-Sora has "

@@ -1,7 +1,10 @@
 """Networks of Open-Sora 1.x: what their forward accepts, their null text and text dropout."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -43,60 +46,58 @@ def _signature(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
 
 
-def _parameters(network: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a network's forward; cached, because they are asked for at every sampling step."""
-    forward = unwrap(network).forward  # wrappers take everything
-    # The function behind the bound method: it is the same at every access, and it does not keep the network alive.
-    return _signature(getattr(forward, "__func__", forward))
+@dataclass(frozen=True)
+class Interface:
+    """How a network wants to be called; `of` asks any network, and a step asks once.
 
-
-def accepted_arguments(network: nn.Module, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
-    """Those of the arguments that the network's forward takes by keyword, but those named in `without`.
-
-    STDiT2 has no **kwargs, STDiT3 has.
+    network: Bare. parameters: Of its forward. embedder: Its y_embedder, bare, or None.
+    projected: Is it fed text that the embedder has already projected and packed (v1.2's and v1.3's skip_y_embedder)?
     """
-    parameters = _parameters(network)
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    return {name: value for name, value in arguments.items() if name not in without and (takes_all or name in parameters)}
 
+    network: nn.Module
+    parameters: Mapping[str, inspect.Parameter]
+    embedder: nn.Module | None
+    projected: bool
 
-def declares(network: nn.Module, name: str) -> bool:
-    """Does the network's forward declare this argument by name (not merely swallow it in **kwargs)?"""
-    return name in _parameters(network)
+    @classmethod
+    def of(cls, model: nn.Module) -> Interface:
+        """Of a network, bare or in any wrappers, whose own forward takes everything."""
+        network = unwrap(model)
+        embedder = getattr(network, "y_embedder", None)
+        # The function behind the bound method: it is the same at every access, and it does not keep the network alive.
+        parameters = _signature(getattr(network.forward, "__func__", network.forward))
+        projected = bool(getattr(getattr(network, "config", None), "skip_y_embedder", False))
+        return cls(network, parameters, embedder if embedder is None else unwrap(embedder), projected)
 
+    def accepted(self, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+        """Those of the arguments that forward takes by keyword, but those named in `without`.
 
-def takes_projected_text(network: nn.Module) -> bool:
-    """Is the network fed text that its y_embedder has already projected and packed (v1.2's and v1.3's skip_y_embedder)?"""
-    return bool(getattr(getattr(unwrap(network), "config", None), "skip_y_embedder", False))
+        STDiT2 has no **kwargs, STDiT3 has.
+        """
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self.parameters.values())
+        return {k: value for k, value in arguments.items() if k not in without and (takes_all or k in self.parameters)}
 
+    def null_text(self, like: Tensor) -> Tensor | None:
+        """The network's embedding of the empty prompt, expanded to `like` [B, 1, L, D]; None if the network has none for it.
 
-def text_embedder(network: nn.Module) -> nn.Module | None:
-    """The network's y_embedder, bare, or None."""
-    embedder = getattr(unwrap(network), "y_embedder", None)
-    return embedder if embedder is None else unwrap(embedder)
+        A network with skip_y_embedder is fed projected, packed text, for which it has no null.
+        """
+        embedding = getattr(self.embedder, "y_embedding", None)
+        if embedding is None or self.projected:
+            return None
+        if like.dim() != 4 or tuple(like.shape[2:]) != tuple(embedding.shape):
+            raise ValueError(
+                f"text embeddings must be [B, 1, {', '.join(map(str, embedding.shape))}] for this network, got "
+                f"{list(like.shape)}; the text encoder's model_max_length and output_dim must be the network's"
+            )
+        return embedding.detach().to(like.device, like.dtype).expand_as(like)
 
+    @property
+    def text_dropout(self) -> float:
+        """Probability with which the network itself would drop a prompt: 0 outside training mode, and for projected text.
 
-def null_text(network: nn.Module, like: Tensor) -> Tensor | None:
-    """The network's embedding of the empty prompt, expanded to `like` [B, 1, L, D]; None if the network has none for it.
-
-    A network with skip_y_embedder is fed projected, packed text, for which it has no null.
-    """
-    embedding = getattr(text_embedder(network), "y_embedding", None)
-    if embedding is None or takes_projected_text(network):
-        return None
-    if like.dim() != 4 or tuple(like.shape[2:]) != tuple(embedding.shape):
-        raise ValueError(
-            f"text embeddings must be [B, 1, {', '.join(map(str, embedding.shape))}] for this network, got "
-            f"{list(like.shape)}; the text encoder's model_max_length and output_dim must be the network's"
-        )
-    return embedding.detach().to(like.device, like.dtype).expand_as(like)
-
-
-def text_dropout(network: nn.Module) -> float:
-    """Probability with which the network itself would drop a prompt: 0 outside training mode, and for projected text.
-
-    That passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
-    """
-    if not unwrap(network).training or takes_projected_text(network):
-        return 0.0
-    return float(getattr(text_embedder(network), "uncond_prob", 0.0))
+        That passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
+        """
+        if not self.network.training or self.projected:
+            return 0.0
+        return float(getattr(self.embedder, "uncond_prob", 0.0))

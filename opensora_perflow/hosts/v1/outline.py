@@ -12,7 +12,7 @@ from opensora_perflow.hosts.meta import largest, numbers_read_as, unloaded
 from opensora_perflow.hosts.outline import Bucket, Outline
 from opensora_perflow.hosts.v1.keys import read_config
 from opensora_perflow.hosts.v1.lora import KEYS, LoRA, add_adapters, is_meant
-from opensora_perflow.hosts.v1.network import accepted_arguments
+from opensora_perflow.hosts.v1.network import Interface
 
 ENCODED, LATENTS = "perflow_encoded", "perflow_latents"
 """Types of what was encoded beforehand, see hosts/stored.py: nothing is held."""
@@ -49,7 +49,7 @@ def outline(config: Mapping[str, Any]) -> Outline:
         _, height, width = bucket.pixels
         told = {name: torch.empty(samples, device="meta") for name in ("height", "width", "num_frames", "ar", "fps")}
         with numbers_read_as((height * width) ** 0.5):
-            return network(x, torch.zeros(samples, device="meta"), y, **accepted_arguments(network, told))
+            return network(x, torch.zeros(samples, device="meta"), y, **Interface.of(network).accepted(told))
 
     encoders = {"text encoder": getattr(getattr(text, "t5", None), "model", text), "VAE": vae}
     encoders = {name: module.to(dtype) for name, module in encoders.items() if isinstance(module, nn.Module)}

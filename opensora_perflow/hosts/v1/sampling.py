@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opensora_perflow.hosts.v1.conditions import Condition, Reference, put_back_reference, sampling_condition
 from opensora_perflow.hosts.v1.iddpm import guided_channels
 from opensora_perflow.hosts.v1.keys import Keys
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.stdit import network_output, without_text_dropout
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.guidance import image_scale_ramp, oscillating_scale
@@ -173,7 +174,7 @@ def sample_latents(
     """
     condition = call.condition(needs_null=not guidance.guidance.folded)
     channels = guided_channels(guidance.keys.cfg_channel) if isinstance(process, DDPM) else None
-    model, times = without_text_dropout(call.model, call.network), windows.times(grid)
+    model, times = without_text_dropout(call.model, Interface.of(call.network)), windows.times(grid)
 
     def field_at(step: int, frame_mask: Tensor | None) -> Velocity:
         output = network_output(

@@ -13,6 +13,7 @@ from opensora_perflow.hosts.v1.iddpm import find_process
 from opensora_perflow.hosts.v1.keys import Keys, read_config
 from opensora_perflow.hosts.v1.lora import check_recipe, record_of
 from opensora_perflow.hosts.v1.negative_text import read_negative
+from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
 from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
 from opensora_perflow.hosts.v1.stored_chains import check_call, open_store, take_chains
@@ -134,22 +135,24 @@ class PeRFlow:
         x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref = self.host.shared(
             x_start, t, noise, mask, mask_index, x_gt, text_uncond_prob, x_noisy_ref
         )
-        model_args, chains = take_chains(model_args or model_kwargs or {})
-        call = TrainingCall(
-            model, unwrap(model), x_start, model_args, t, drawn_by_host, noise, mask, weights,
-            mask_index, x_gt, noise_disable_threshold, text_uncond_prob, x_noisy_ref, chains,
-        )  # fmt: skip
+        student = Interface.of(model)
         if self.run is None:  # a run has its own settings, whatever was sampled before
             self._forget_trained()
-        process, prediction = self.process_of(call.network)
+        process, prediction = self.process_of(student.network)
         if self.run is None:
             self.keys.say_what_has_no_effect()
-            check_recipe(self.recipe, call.network, drawn_by_host)
+            check_recipe(self.recipe, student.network, drawn_by_host)
             store = open_store(self.recipe, self.keys, process)
             self.run = TrainingRun.begin(self.recipe, self.host, model, self.curriculum, self._describe, vars(self.keys), store)
-        check_call(call, self.run.store)
         translation = Translation(self.run, self.keys, process, prediction, self.negative_text())
-        windows = self.warped(call.model_args, x_start)
+        told = model_args or model_kwargs or {}
+        windows = self.warped(told, x_start)
+        told, chains = take_chains(told)
+        call = TrainingCall(
+            model, student, x_start, told, t, drawn_by_host, noise, mask, weights,
+            mask_index, x_gt, noise_disable_threshold, text_uncond_prob, x_noisy_ref, chains,
+        )  # fmt: skip
+        check_call(call, self.run.store)
         generator = self.run.randomness.next_generator(x_start.device)
         batch, host_losses = translation.batch(call, windows, generator)
         return {"loss": host_losses.added_to(self.run.step(batch, self.objective, model))}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.hosts.scale_input import told as told_inputs
 from opensora_perflow.hosts.v1.conditions import Condition
-from opensora_perflow.hosts.v1.network import accepted_arguments, declares, text_embedder
-from opensora_perflow.hosts.wrappers import forget_compiled, unwrap, weights_dtype
+from opensora_perflow.hosts.v1.network import Interface
+from opensora_perflow.hosts.wrappers import forget_compiled, weights_dtype
 from opensora_perflow.method.guidance import classifier_free, rescale_to_cond, text_and_image
 from opensora_perflow.method.process import Linear, Output
 from opensora_perflow.method.solvers import Velocity
@@ -110,23 +110,23 @@ def velocity_field(
 
     Arguments, errors and `settings` as `network_output`.
     """
-    quiet = without_text_dropout(call, network)
+    quiet = without_text_dropout(call, Interface.of(network))
     return partial(Linear(num_timesteps).velocity, network_output(quiet, network, condition, **settings), "velocity", None)
 
 
-def without_text_dropout(call: Callable[..., Tensor], network: nn.Module) -> Callable[..., Tensor]:
+def without_text_dropout(call: Callable[..., Tensor], network: Interface) -> Callable[..., Tensor]:
     """A network's call that keeps the network from dropping prompts on its own, unseen.
 
     Its own draw cannot be observed from outside, so the teacher could not be shown the same text. The draw also takes the CPU's
     random numbers and needs CUDA (v1.2.0 opensora/models/layers/blocks.py:731).
     """
-    if declares(network, "text_uncond_prob"):
+    if "text_uncond_prob" in network.parameters:
         return partial(call, text_uncond_prob=0.0)
-    embedder = text_embedder(network)
+    embedder = network.embedder
     if getattr(embedder, "uncond_prob", None) is None:
         return call
 
-    if unwrap(network).training and embedder not in _QUIET_FROM_THE_START:
+    if network.network.training and embedder not in _QUIET_FROM_THE_START:
         _QUIET_FROM_THE_START.add(embedder)
         forget_compiled()
 
@@ -183,7 +183,7 @@ def _network_inputs(
         condition.made[id(network), branches] = made
     if frame_mask is None:
         return made
-    if not accepted_arguments(network, {"x_mask": frame_mask}):
+    if not Interface.of(network).accepted({"x_mask": frame_mask}):
         raise ValueError(f"{type(network).__name__} takes no frame mask (x_mask); leave out mask_ratios and references")
     return {**made, "x_mask": frame_mask.repeat(len(branches), 1)}
 
@@ -205,7 +205,7 @@ def _text_inputs(condition: Condition, branches: Sequence[Branch]) -> dict[str, 
 
 
 def _reference_inputs(network: nn.Module, condition: Condition, branches: Sequence[Branch]) -> dict[str, Any]:
-    if not declares(network, "mask_index"):
+    if "mask_index" not in Interface.of(network).parameters:
         raise ValueError(
             f"{type(network).__name__} takes no reference frames (mask_index); image and video conditioning needs the "
             "STDiT3 of Open-Sora 1.3"

@@ -18,7 +18,7 @@ from opensora_perflow.hosts.v1.conditions import (
 )
 from opensora_perflow.hosts.v1.iddpm import VarianceMatch
 from opensora_perflow.hosts.v1.keys import Keys
-from opensora_perflow.hosts.v1.network import one_graph_a_step, text_dropout
+from opensora_perflow.hosts.v1.network import Interface, one_graph_a_step
 from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.sampling import StepGuidance
 from opensora_perflow.hosts.v1.stdit import idle_reference_embedders, without_text_dropout
@@ -44,7 +44,7 @@ class TrainingCall:
     """
 
     model: nn.Module
-    network: nn.Module
+    student: Interface
     x_start: Tensor
     model_args: Mapping[str, Any]
     t: Tensor | None
@@ -85,7 +85,7 @@ class HostLosses:
         mask_index = self.call.mask_index
         if mask_index is not None and len(mask_index) == 0 and torch.is_grad_enabled():
             settle(self.call.model)
-            loss = loss + idle_reference_embedders(self.call.network)
+            loss = loss + idle_reference_embedders(self.call.student.network)
         return loss
 
 
@@ -128,27 +128,28 @@ class Translation:
         data = self._data(call, drawn)
         noise = call.noise if call.chains is None else torch.zeros_like(data)  # a store gives it where a window starts there
         noise = torch.randn(data.shape, device=data.device, generator=generator) if noise is None else noise.float()
-        model = without_text_dropout(call.model, call.network)
         student, teacher, frame_weights = self._conditions(call, generator)
         scale = guidance.draw_scale(drawn.window_idx, generator)
         if call.chains is not None and guidance.mode == "range":
             scale = run.store.scales(call.chains).to(data.device)
-        trained = one_graph_a_step(model, call.network) if call.drawn_by_host else model
+        guided, separable = self._guided(drawn, student, data.shape[2]), student.separable(len(data))
+        network, model = call.student.network, without_text_dropout(call.model, call.student)
+        trained = one_graph_a_step(model, network) if call.drawn_by_host else model
         keeps_variance = isinstance(self.process, DDPM) and self.prediction != "velocity" and self.keys.learn_sigma
-        variance = VarianceMatch(trained, teacher_call(run.teacher.network, call.network)) if keeps_variance else None
+        variance = VarianceMatch(trained, teacher_call(run.teacher.network, network)) if keeps_variance else None
         players = TrainingPlayers(
             run,
             self.keys,
             self.process,
             self.prediction,
-            call.network,
+            network,
             variance or trained,
             model,
             windows,
             student,
             teacher,
-            self._guided(drawn, student, data.shape[2]),
-            student.separable(len(data)),
+            guided,
+            separable,
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
             route=drawn.route if run.recipe.draws.two_time else None,
@@ -199,11 +200,11 @@ class Translation:
 
     def _conditions(self, call: TrainingCall, generator: torch.Generator) -> tuple[Condition, Condition, Tensor | None]:
         """What student and teacher are told, after the same dropout for both; and the loss weights of the frames."""
-        network, teacher, folded = call.network, self.run.teacher.network, self.run.recipe.guidance.folded
+        folded = self.run.recipe.guidance.folded
         references, frame_weights = call.references, call.frame_weights
         drop = None if folded else self._text_drop(call, generator)
-        student_condition = training_condition(network, call.model_args, drop)
-        teacher_condition = training_condition(teacher, call.model_args, drop, self.negative)
+        student_condition = training_condition(call.student, call.model_args, drop)
+        teacher_condition = training_condition(Interface.of(self.run.teacher.network), call.model_args, drop, self.negative)
         if not references:
             return student_condition, teacher_condition, frame_weights
         reference = Reference.of(call.x_start if call.x_noisy_ref is None else call.x_noisy_ref, call.mask_index)
@@ -213,8 +214,8 @@ class Translation:
 
     @staticmethod
     def _text_drop(call: TrainingCall, generator: torch.Generator) -> Tensor | None:
-        asked = call.text_uncond_prob
-        probability = text_dropout(call.network) if asked is None or not call.network.training else asked
+        asked, student = call.text_uncond_prob, call.student
+        probability = student.text_dropout if asked is None or not student.network.training else asked
         if probability <= 0:
             return None
         return torch.rand(len(call.x_start), device=call.x_start.device, generator=generator) < probability
