@@ -23,7 +23,7 @@ def seen(**changes):
     """A healthy step with a sample in each of two windows."""
     ones = ("mean", "std", "motion", "own_mean", "own_std", "own_motion", "data_std", "data_motion")
     healthy = {name: [1.0, 1.0] for name in ones} | {"loss": [0.5, 0.2], "window": [0, 1], "misplaced": [0.0, 0.0]}
-    healthy |= {"grad_norm": 1.0, "update": 1e-3, "ema_update": 1e-5, "teacher_update": 0.0}
+    healthy |= {"num_windows": 2, "grad_norm": 1.0, "update": 1e-3, "ema_update": 1e-5, "teacher_update": 0.0}
     return Vitals(**{**healthy, **changes})
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,15 +94,6 @@ def explained(error: NotFinite, batch: Batch, step: int, networks: Mapping[str, 
     broken = [name for name, value in network.named_parameters() if not _finite(value)]
     weights = f"; {len(broken)} of its weights are not finite, {broken[0]} the first" if broken else "; its weights are finite"
     return ValueError(error.text(error.found, f"{where}{weights}; {error.advice}"))
-
-
-@contextmanager
-def blaming(batch: Batch, step: int, networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Turn NotFinite into the error that the script gets, see `explained`."""
-    try:
-        yield
-    except NotFinite as error:
-        raise explained(error, batch, step, networks) from None
 
 
 def _inputs(batch: Batch) -> Iterator[tuple[str, Any]]:

@@ -96,11 +96,11 @@ class History:
         self.steps_since_ema_moved = 0
 
     def add(self, seen: Vitals) -> None:
-        for name, values in (("loss", seen.loss), ("spread", seen.spread), ("motion", seen.relative_motion)):
-            for series, value in zip(self.series[name], seen.by_window(values, self.count)):
+        for name, group in self.series.items():
+            for series, value in zip(group, seen.by_window[f"window_{name}"]):
                 if value != 0.0 or name != "loss":
                     series.add(_log(value))
-        for k, value in enumerate(seen.by_window(seen.loss, self.count)):
+        for k, value in enumerate(seen.by_window["window_loss"]):
             if value is not None:
                 self.zeros[k] = self.zeros[k] + seen.window.count(k) if value == 0.0 else 0
         if seen.update > 0:

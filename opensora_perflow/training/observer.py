@@ -20,7 +20,7 @@ from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.record import FORMAT, Record
 from opensora_perflow.training.remedies import Remedies
 from opensora_perflow.training.state import StudentState, write_state
-from opensora_perflow.training.vitals import Answer, Instruments, Vitals
+from opensora_perflow.training.vitals import Instruments, RecordedField, Vitals
 
 if TYPE_CHECKING:
     from opensora_perflow.training.watch import Seen
@@ -61,7 +61,6 @@ class Observer:
         self.rate: float | None = None
         self._broken_at = -1
         """Step at whose beginning weights were last seen not to be finite."""
-        self.count = len(edges) - 1
         self._began = time.time()
 
     def begin(self, state: StudentState) -> None:
@@ -96,7 +95,7 @@ class Observer:
         batch: Batch,
         segment: Segment,
         loss: Tensor,
-        answer: Answer,
+        field: RecordedField,
         student: nn.Module,
         teacher: nn.Module | None,
     ) -> None:
@@ -106,7 +105,7 @@ class Observer:
             self.instruments = Instruments(student, teacher, self.host.ema(), draws.overlap == 0 and not draws.grids)
         elif self.instruments.teacher is not teacher:
             self.instruments.teach_by(teacher)
-        seen = self.instruments.read(batch, segment, loss, answer)
+        seen = self.instruments.read(batch, segment, loss, field)
         if len(self.seen) < FIRST_STEPS:
             self.seen.append(seen)
         self._write(step, seen)
@@ -144,7 +143,6 @@ class Observer:
 
     def restart_at(self, edges: Sequence[float]) -> None:
         """A resumed run is at another stage than its first."""
-        self.count = len(edges) - 1
         if self.guard is not None:
             self.guard.restart(edges)
 
@@ -154,25 +152,19 @@ class Observer:
         self.restart_at(edges)
 
     def _write(self, step: int, seen: Vitals) -> None:
-        mean = sum(seen.loss) / len(seen.loss)
-        self.rate = self.host.rate()
         values: dict[str, Any] = {
             "time": time.time() - self._began,
-            "loss": mean,
-            "window_loss": seen.by_window(seen.loss, self.count),
-            "window_count": [seen.window.count(k) for k in range(self.count)],
-            "window_spread": seen.by_window(seen.spread, self.count),
-            "window_shift": seen.by_window(seen.shift, self.count),
-            "window_motion": seen.by_window(seen.relative_motion, self.count),
+            "loss": sum(seen.loss) / len(seen.loss),
             "data_std": sum(seen.data_std) / len(seen.data_std),
             "data_motion": sum(seen.data_motion) / len(seen.data_motion),
             "grad_norm": seen.grad_norm,
             "update": seen.update,
             "ema_update": seen.ema_update,
-            "rate": self.rate,
         }
-        self.record.write("step", step, **values)
-        self.host.log_scalars(step, {name: values[name] for name in SHOWN if math.isfinite(values[name])})
+        shown = {name: values[name] for name in SHOWN if math.isfinite(values[name])}
+        self.rate = self.host.rate()
+        self.host.log_scalars(step, shown)
+        self.record.write("step", step, **values, **seen.by_window, rate=self.rate)
 
 
 def known_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
-from opensora_perflow.training.blame import blaming, check_loss
+from opensora_perflow.training.blame import NotFinite, check_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.fake_score import FakeScore
 from opensora_perflow.training.first_step import check_teacher, check_trainable
@@ -34,7 +33,7 @@ from opensora_perflow.training.state import StudentState, check_resumed, find_st
 from opensora_perflow.training.step import Objective, distil
 from opensora_perflow.training.store import ChainStore
 from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher, stored_teacher
-from opensora_perflow.training.vitals import Answer
+from opensora_perflow.training.vitals import RecordedField
 
 logger = logging.getLogger("opensora_perflow")
 
@@ -197,39 +196,46 @@ class TrainingRun:
         """The first half of a step: the teacher's solution of the windows that were drawn."""
         if torch.is_grad_enabled():
             self.observer.before_step(self.randomness.steps - 1)
-        with self._blaming(batch, model):
+        try:
             return self.segments.of(batch)
+        except NotFinite as error:
+            raise self._explained(error, batch, model) from None
 
     def learn(self, batch: Batch, segment: Segment, objective: Objective, model: nn.Module) -> Tensor:
         """The second half of a step: the losses [B]; with gradients enabled the run also measures itself."""
-        with self._blaming(batch, model):
-            answer = Answer()
-            loss = distil(batch, objective, segment, answer.note)
+        student = RecordedField(batch.players.student.velocity(segment.bounds))
+        try:
+            loss = distil(batch, objective, segment, student)
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
-                self.monitor.note_loss(loss)
-                step = self.randomness.steps - 1
-                teacher = self.teacher.network if self.store is None else None
-                self.observer.after_loss(step, batch, segment, loss, answer, model, teacher)
-                measures = self.monitor.watch is not None or self.curriculum is not None
-                measures = measures and (self.store is None or not self.store.over_data)
-                if measures and self.monitor.needs_samples:
-                    self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
-                    if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
-                        self.monitor.batches[-1].squared_ends(self.solver_grids)
-                self._measure(model)
+                self._observe(batch, segment, loss, student, model)
                 if self.fake is not None:
-                    loss = loss + self._matched(batch, segment, answer)
-        return loss
+                    loss = loss + self._matched(batch, segment, student)
+            return loss
+        except NotFinite as error:
+            raise self._explained(error, batch, model) from None
 
-    def _matched(self, batch: Batch, segment: Segment, answer: Answer) -> Tensor:
+    def _observe(self, batch: Batch, segment: Segment, loss: Tensor, student: RecordedField, model: nn.Module) -> None:
+        """Measure a step, and the run where it is time to."""
+        self.monitor.note_loss(loss)
+        teacher = self.teacher.network if self.store is None else None
+        self.observer.after_loss(self.randomness.steps - 1, batch, segment, loss, student, model, teacher)
+        measures = self.monitor.watch is not None or self.curriculum is not None
+        measures = measures and (self.store is None or not self.store.over_data)
+        if measures and self.monitor.needs_samples:
+            self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
+            if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
+                self.monitor.batches[-1].squared_ends(self.solver_grids)
+        self._measure(model)
+
+    def _matched(self, batch: Batch, segment: Segment, student: RecordedField) -> Tensor:
         """What matching adds to the losses [B]: a gradient, and no value."""
         random, device = self.randomness, batch.data.device
         generator = step_generator(random.seed, random.rank, random.steps - 1, device=device, purpose="matching")
-        return self.fake.term(batch, segment, answer.end(segment.t_end), generator, self.host)
+        return self.fake.term(batch, segment, student.end(segment.t_end), generator, self.host)
 
-    def _blaming(self, batch: Batch, model: nn.Module) -> AbstractContextManager[None]:
-        return blaming(batch, self.randomness.steps, {"the student": model, "the teacher": self.teacher.network})
+    def _explained(self, error: NotFinite, batch: Batch, model: nn.Module) -> ValueError:
+        return explained(error, batch, self.randomness.steps, {"the student": model, "the teacher": self.teacher.network})
 
     @property
     def segments(self) -> Segments:

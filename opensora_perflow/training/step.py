@@ -14,27 +14,15 @@ Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
 """objective(student, segment, t, frame_weights) -> loss [B]."""
 
 
-Seen = Callable[[Tensor, Tensor, Tensor], None]
-"""seen(x, t, v): called with each evaluation of the student."""
-
-
-def distil(batch: Batch, objective: Objective, segment: Segment, seen: Seen | None = None) -> Tensor:
+def distil(batch: Batch, objective: Objective, segment: Segment, student: Velocity) -> Tensor:
     """The losses of one step: [B], float32, with the student's graph.
 
     Args:
         batch: What the host handed over.
         objective: What is minimised at each drawn time, see objectives/.
         segment: The teacher's solution of the windows that were drawn.
-        seen: Is shown what the student answers.
+        student: As it is trained, on the line of the segment.
     """
-    field = batch.players.student.velocity(segment.bounds)
-
-    def student(x: Tensor, t: Tensor) -> Tensor:
-        v = field(x, t)
-        if seen is not None:
-            seen(x, t, v)
-        return v
-
     total = 0.0
     # One evaluation a time, not one with repeated rows: conditions are made for the batch as it is.
     for t, weight in zip(batch.drawn.times, batch.drawn.weights):

@@ -7,14 +7,15 @@ costs more than the sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from opensora_perflow.conventions import expand_like
 from opensora_perflow.method.segment import Segment
+from opensora_perflow.method.solvers import Velocity
 from opensora_perflow.training.adapters import adapters
 from opensora_perflow.training.players import Batch
 
@@ -70,14 +71,17 @@ class WeightSample:
 
 
 @dataclass
-class Answer:
-    """The first answer of a step's student that has a graph: the window's line from x [B, ...] at t [B]."""
+class RecordedField:
+    """The field of a step's student, and its first answer that has a graph: the window's line from x [B, ...] at t [B]."""
 
+    field: Velocity
     first: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def note(self, x: Tensor, t: Tensor, v: Tensor) -> None:
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.field(x, t)
         if self.first is None and torch.is_grad_enabled():  # perflow_consistency also asks without, and first
             self.first = x, t, v
+        return v
 
     def end(self, t_end: Tensor) -> Tensor:
         """Where the line leads at t_end [B]."""
@@ -112,8 +116,10 @@ class Vitals:
     data_std, data_motion: Standard deviation of the latents around each channel's mean; their motion over their variance.
     grad_norm, update, ema_update, teacher_update: See `WeightSample`; of the step before.
     teacher_trains: Is the teacher in train mode?
+    num_windows: Of the student.
     """
 
+    num_windows: int
     loss: list[float]
     window: list[int]
     misplaced: list[float]
@@ -131,27 +137,27 @@ class Vitals:
     teacher_update: float = math.nan
     teacher_trains: bool = False
 
-    def by_window(self, values: Sequence[float], count: int) -> list[float | None]:
-        """Mean of a value in each of `count` windows; None where there is no sample."""
-        groups: list[list[float]] = [[] for _ in range(count)]
-        for k, value in zip(self.window, values):
-            groups[min(k, count - 1)].append(value)
-        return [sum(group) / len(group) if group else None for group in groups]
+    @cached_property
+    def by_window(self) -> dict[str, list[float | None]]:
+        """Means over the samples of each window, as the record names them; None where there is no sample.
 
-    @property
-    def spread(self) -> list[float]:
-        """The student's standard deviation in parts of the teacher's."""
-        return [own / max(std, 1e-12) for own, std in zip(self.own_std, self.std)]
-
-    @property
-    def shift(self) -> list[float]:
-        """How far the student's mean is from the teacher's, in the teacher's standard deviations."""
-        return [(own - mean) / max(std, 1e-12) for own, mean, std in zip(self.own_mean, self.mean, self.std)]
-
-    @property
-    def relative_motion(self) -> list[float]:
-        """The student's motion in parts of the teacher's."""
-        return [own / max(motion, 1e-12) for own, motion in zip(self.own_motion, self.motion)]
+        window_count: Samples. window_spread: The student's standard deviation in parts of the teacher's; window_motion: its
+        motion, likewise. window_shift: How far its mean is from the teacher's, in the teacher's standard deviations.
+        """
+        rows: list[list[int]] = [[] for _ in range(self.num_windows)]
+        for row, k in enumerate(self.window):
+            rows[min(k, self.num_windows - 1)].append(row)
+        values = {
+            "loss": self.loss,
+            "spread": [own / max(std, 1e-12) for own, std in zip(self.own_std, self.std)],
+            "shift": [(own - mean) / max(std, 1e-12) for own, mean, std in zip(self.own_mean, self.mean, self.std)],
+            "motion": [own / max(motion, 1e-12) for own, motion in zip(self.own_motion, self.motion)],
+        }
+        means = {
+            f"window_{name}": [sum(each[i] for i in found) / len(found) if found else None for found in rows]
+            for name, each in values.items()
+        }
+        return {**means, "window_count": [self.window.count(k) for k in range(self.num_windows)]}
 
 
 class Instruments:
@@ -188,12 +194,13 @@ class Instruments:
             weights.moved()
 
     @torch.no_grad()
-    def read(self, batch: Batch, segment: Segment, loss: Tensor, answer: Answer) -> Vitals:
+    def read(self, batch: Batch, segment: Segment, loss: Tensor, student: RecordedField) -> Vitals:
         """One step's numbers, which cost one wait for the device."""
         drawn, device = batch.drawn, loss.device
-        outside = (drawn.times > drawn.t_start) | (drawn.times < drawn.t_end) | (drawn.t_start <= drawn.t_end)
+        t_start, t_end, times = segment.t_start, segment.t_end, drawn.times
+        outside = (times > t_start) | (times < t_end) | (t_start <= t_end)
         misplaced = outside.any(dim=0) if self.exact_windows else torch.zeros_like(drawn.window_idx)
-        own = segment.x_end if answer.first is None else answer.end(segment.t_end)
+        own = segment.x_end if student.first is None else student.end(t_end)
         columns = [
             loss.detach(),
             drawn.window_idx,
@@ -211,7 +218,8 @@ class Instruments:
         lists = {name: numbers[i * count : (i + 1) * count] for i, name in enumerate(COLUMNS)}
         lists["window"] = [int(k) for k in lists["window"]]
         trains = self.teacher is not None and self.teacher.training and not adapters(self.teacher)
-        return Vitals(**lists, **dict(zip(SINGLE, numbers[-len(SINGLE) :])), teacher_trains=trains)
+        single = dict(zip(SINGLE, numbers[-len(SINGLE) :]))
+        return Vitals(batch.windows.windows.num_windows, **lists, **single, teacher_trains=trains)
 
 
 def _shape(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

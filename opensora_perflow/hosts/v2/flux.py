@@ -109,7 +109,8 @@ class PeRFlowFlux:
         generator = self.run.randomness.next_generator(call.img.device)
         batch = call.batch(self.run, self.keys, generator)
         segment = self.run.solve(batch, network)
-        distil(batch, self.objective, segment)  # the rehearsal, see evaluation.py
+        student = batch.players.student.velocity(segment.bounds)
+        distil(batch, self.objective, segment, student)  # the rehearsal, see evaluation.py
         self._step, evaluation = (call, batch, segment), batch.players.evaluation
         if self.recipe.draws.two_time:
             self._tell(network, evaluation.steps)
