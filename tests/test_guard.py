@@ -117,6 +117,15 @@ def test_a_sample_of_weights_tells_how_far_all_of_them_move():
 # --- through the scheduler ---
 
 
+def test_a_step_is_not_measured_where_nobody_reads_it():
+    network = tiny_network().train()
+    x, args = batch(network)
+    for watch, measured in ((None, False), ({}, True)):
+        scheduler = PeRFlow(watch=watch)
+        scheduler.training_losses(network, x, args)
+        assert scheduler.run.observer.measures == measured == (scheduler.run.observer.instruments is not None)
+
+
 class Script(OpenSora):
     """A script with an optimizer and a folder."""
 

@@ -110,7 +110,7 @@ def test_the_network_is_read_from_inside(wrap):
     assert "fps" in interface.parameters and not {"args", "ar"} & set(interface.parameters)
     assert interface.text_dropout == pytest.approx(0.1)
     unwrap(model).y_embedder.uncond_prob = 0.4
-    assert interface.text_dropout == pytest.approx(0.4) and Interface.of(model.eval()).text_dropout == 0.0
+    assert Interface.of(model).text_dropout == pytest.approx(0.4) and Interface.of(model.eval()).text_dropout == 0.0
 
 
 class WithoutSizes(nn.Module):

@@ -44,8 +44,7 @@ def test_a_guided_text_is_concatenated_once_for_all_steps():
         field(network, condition, text_scale=scale)(x, T)
     first, second, unguided = (seen["y"] for seen in network.seen[-3:])
     assert first is second and len(unguided) == 2
-    alone = condition.take(torch.tensor([1]))
-    field(network, alone, text_scale=3.0)(x[1:], T[1:])
+    field(network, condition, rows=torch.tensor([1]), text_scale=3.0)(x[1:], T[1:])
     assert torch.equal(network.seen[-1]["y"], first[1::2])
 
 

@@ -209,9 +209,7 @@ class DDPM:
     def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:
         return to_velocity(output(x, self.to_timestep(t)), x, t, self.edges(*bounds(t)), prediction)
 
-    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
-        if prediction == "velocity":
-            return None
+    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor]:
         return lambda t: 1.0 / output_gain(t, self.edges(*bounds(t)), prediction)
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class Process(Protocol):
     def velocity(self, output: Output, prediction: str, bounds: Bounds, x: Tensor, t: Tensor) -> Tensor:
         """What a student's output says at a state, as the velocity dx/dt of its window's straight line."""
 
-    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor] | None:
-        """t [B] -> factor [B] that turns an error of the velocity into one of the network's own output; None: always 1."""
+    def output_units(self, prediction: str, bounds: Bounds) -> Callable[[Tensor], Tensor]:
+        """t [B] -> factor [B] that turns an error of the velocity into one of an output that is no velocity."""
 
 
 class Linear:
@@ -91,9 +91,6 @@ class Linear:
 
     def velocity(self, output: Output, prediction: str, bounds: Bounds | None, x: Tensor, t: Tensor) -> Tensor:
         return self.sign * output(x, self.to_timestep(t))
-
-    def output_units(self, prediction: str, bounds: Bounds) -> None:
-        return None
 
 
 def check_prediction(process: Process, prediction: str) -> str:

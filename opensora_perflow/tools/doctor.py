@@ -113,6 +113,7 @@ def first_steps(config: Path, root: Path | None, arguments: Sequence[str]) -> li
     def examiner(run: Any, batch: Any, model: nn.Module) -> None:
         if not runs:
             runs.append(run)
+            run.observer.measures = True
             findings.extend(examine(Case(run, batch, model)))
             run.looked = True  # a teacher that is refused is one of the findings
         seen = run.observer.seen

@@ -180,9 +180,8 @@ class Monitor:
 
     def note_loss(self, loss: Tensor) -> None:
         """A step's losses [B], to tell later whether they rise. Not read now: that would wait for the GPU."""
-        if self.watch is not None:
-            losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
-            losses.append(loss.detach().mean())
+        losses = self._first_losses if len(self._first_losses) < FEW else self._last_losses
+        losses.append(loss.detach().mean())
 
     def observe(self, steps: int, grids: Tensor, host: Host) -> tuple[int, str, Seen]:
         """Level and text of what the log should say of the ends of the student's steps, see `Watch.observe`; and the

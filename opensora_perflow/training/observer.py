@@ -55,6 +55,8 @@ class Observer:
         self.record = Record(host.folder())
         self.guard = None if recipe.watch is None else Guard(edges)
         self.remedies = Remedies("warn" if recipe.watch is None else recipe.watch.policy, host, keep_state)
+        self.measures = self.guard is not None or self.record.path is not None
+        """Does anybody read what steps show? A measurement costs a wait for the device."""
         self.instruments: Instruments | None = None
         self.seen: list[Vitals] = []
         """Of the first steps, up to FIRST_STEPS."""
@@ -72,7 +74,7 @@ class Observer:
         )  # fmt: skip
 
     def before_step(self, step: int) -> None:
-        """Deal with what the step before showed.
+        """Deal with what the step before showed; where there is a guard.
 
         Raises:
             ValueError: see remedies.Remedies.act.
@@ -86,8 +88,7 @@ class Observer:
         if back is not None:
             self.record.write("rollback", step, to=back)
             self.instruments.forget_move()
-            if self.guard is not None:
-                self.guard.go_back()
+            self.guard.go_back()
 
     def after_loss(
         self,

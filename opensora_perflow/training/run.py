@@ -194,7 +194,7 @@ class TrainingRun:
 
     def solve(self, batch: Batch, model: nn.Module) -> Segment:
         """The first half of a step: the teacher's solution of the windows that were drawn."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.observer.guard is not None:
             self.observer.before_step(self.randomness.steps - 1)
         try:
             return self.segments.of(batch)
@@ -208,25 +208,15 @@ class TrainingRun:
             loss = distil(batch, objective, segment, student)
             check_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
-                self._observe(batch, segment, loss, student, model)
+                if self.observer.measures:
+                    teacher = self.teacher.network if self.store is None else None
+                    self.observer.after_loss(self.randomness.steps - 1, batch, segment, loss, student, model, teacher)
+                self._measure(batch, loss, model)
                 if self.fake is not None:
                     loss = loss + self._matched(batch, segment, student)
             return loss
         except NotFinite as error:
             raise self._explained(error, batch, model) from None
-
-    def _observe(self, batch: Batch, segment: Segment, loss: Tensor, student: RecordedField, model: nn.Module) -> None:
-        """Measure a step, and the run where it is time to."""
-        self.monitor.note_loss(loss)
-        teacher = self.teacher.network if self.store is None else None
-        self.observer.after_loss(self.randomness.steps - 1, batch, segment, loss, student, model, teacher)
-        measures = self.monitor.watch is not None or self.curriculum is not None
-        measures = measures and (self.store is None or not self.store.over_data)
-        if measures and self.monitor.needs_samples:
-            self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
-            if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
-                self.monitor.batches[-1].squared_ends(self.solver_grids)
-        self._measure(model)
 
     def _matched(self, batch: Batch, segment: Segment, student: RecordedField) -> Tensor:
         """What matching adds to the losses [B]: a gradient, and no value."""
@@ -312,9 +302,16 @@ class TrainingRun:
             self.fake.save(folder)
         self.observer.save(folder, state)
 
-    def _measure(self, model: nn.Module) -> None:
-        """Measure where it is time to, say so, and begin the next stage where one has ended."""
+    def _measure(self, batch: Batch, loss: Tensor, model: nn.Module) -> None:
+        """Keep samples of the first batches. Measure where it is time to, and begin the next stage where one has ended."""
         curriculum, watch = self.curriculum, self.monitor.watch
+        if watch is not None:
+            self.monitor.note_loss(loss)
+        measures = (watch is not None or curriculum is not None) and (self.store is None or not self.store.over_data)
+        if measures and self.monitor.needs_samples:
+            self.monitor.keep(batch, self.recipe.guidance, lambda: self.segments)
+            if self.store is not None:  # what an untrained network does has to be seen now: no copy of it is kept
+                self.monitor.batches[-1].squared_ends(self.solver_grids)
         steps = self.randomness.steps - 1  # the optimizer's step is to come
         watched = bool(self.monitor.batches) and watch is not None and watch.wants_measurement(steps)
         staged = curriculum is not None and curriculum.wants_measurement()

@@ -50,7 +50,7 @@ class Solved:
     source: str
 
     def of(self, batch: Batch) -> Segment:
-        players, times = batch.players, batch.drawn.solver_times
+        players, times, units = batch.players, batch.drawn.solver_times, _units(batch)
         way: list[Tensor] = []
         x_start = reached(batch, way) if self.starts == "student" else diffused(batch, times[0])
         try:
@@ -58,7 +58,7 @@ class Solved:
         except NotFinite:
             check_way(way, batch.drawn.route, batch.drawn.window_idx)
             raise
-        return Segment(states[0], states[-1], times[0], times[-1], states, times, _units(batch))
+        return Segment(states[0], states[-1], times[0], times[-1], states, times, units)
 
     def noise(self, batch: Batch, seed: int) -> Tensor:
         # None of it from the generator that training draws from.
@@ -112,6 +112,8 @@ class Stored:
 def _units(batch: Batch) -> Callable[[Tensor], Tensor] | None:
     """See Segment.units."""
     players, drawn = batch.players, batch.drawn
+    if players.prediction == "velocity":
+        return None
     return players.process.output_units(players.prediction, lambda t: (drawn.t_start, drawn.t_end))
 
 

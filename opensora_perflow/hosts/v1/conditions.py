@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,18 +70,6 @@ class Condition:
         batched = self.text.dim() == 4 and len(self.text) == batch_size
         masked = self.text_mask is None or len(self.text_mask) == batch_size
         return batched and masked and not any(isinstance(value, (list, tuple)) for value in self.extras.values())
-
-    def take(self, rows: Tensor) -> Condition:
-        """What some of the B samples are told, of a condition that is separable."""
-
-        def part(value: Any) -> Any:
-            of_samples = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.text)
-            return value[rows.to(value.device)] if of_samples else value
-
-        named = {f.name: part(getattr(self, f.name)) for f in fields(self) if f.init}
-        reference = None if self.reference is None else replace(self.reference, latents=part(self.reference.latents))
-        extras = {key: part(value) for key, value in self.extras.items()}
-        return Condition(**{**named, "reference": reference, "extras": extras})
 
 
 def training_condition(

@@ -52,12 +52,15 @@ class Interface:
 
     network: Bare. parameters: Of its forward. embedder: Its y_embedder, bare, or None.
     projected: Is it fed text that the embedder has already projected and packed (v1.2's and v1.3's skip_y_embedder)?
+    text_dropout: Probability with which it would drop a prompt by itself: 0 outside training mode, and for projected text. That
+    passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
     """
 
     network: nn.Module
     parameters: Mapping[str, inspect.Parameter]
     embedder: nn.Module | None
     projected: bool
+    text_dropout: float
 
     @classmethod
     def of(cls, model: nn.Module) -> Interface:
@@ -67,7 +70,9 @@ class Interface:
         # The function behind the bound method: it is the same at every access, and it does not keep the network alive.
         parameters = _signature(getattr(network.forward, "__func__", network.forward))
         projected = bool(getattr(getattr(network, "config", None), "skip_y_embedder", False))
-        return cls(network, parameters, embedder if embedder is None else unwrap(embedder), projected)
+        embedder = embedder if embedder is None else unwrap(embedder)
+        dropout = float(getattr(embedder, "uncond_prob", 0.0)) if network.training and not projected else 0.0
+        return cls(network, parameters, embedder, projected, dropout)
 
     def accepted(self, arguments: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
         """Those of the arguments that forward takes by keyword, but those named in `without`.
@@ -91,13 +96,3 @@ class Interface:
                 f"{list(like.shape)}; the text encoder's model_max_length and output_dim must be the network's"
             )
         return embedding.detach().to(like.device, like.dtype).expand_as(like)
-
-    @property
-    def text_dropout(self) -> float:
-        """Probability with which the network itself would drop a prompt: 0 outside training mode, and for projected text.
-
-        That passes by the embedder, where the dropout is (v1.2.0 opensora/models/stdit/stdit3.py:383).
-        """
-        if not self.network.training or self.projected:
-            return 0.0
-        return float(getattr(self.embedder, "uncond_prob", 0.0))

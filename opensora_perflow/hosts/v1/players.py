@@ -52,14 +52,14 @@ class TrainingPlayers:
 
     @cached_property
     def student(self) -> Player:
-        player = self._player(self.trained, self.network, self.student_condition, told=self.told)
+        player = self._player(self.network, self.student_condition, self.trained, told=self.told)
         return replace(player, two_time=self.route is not None)
 
     def sampled(self, window: int, rows: Tensor | None = None) -> Velocity:
         # Windows are cut to the rows when asked, which only epsilon networks are.
         bounds = self.windows.bounds if rows is None else lambda t: self.windows.take(rows).bounds(t)
         how = {"told": self.told, **self.guided[window]}
-        player = self._player(self.sampled_by, self.network, self.student_condition, rows, **how)
+        player = self._player(self.network, self.student_condition, self.sampled_by, rows, **how)
         if self.route is None:
             return player.velocity(bounds)
         step = self.route[window : window + 2] if rows is None else self.route[window : window + 2, rows]
@@ -72,7 +72,6 @@ class TrainingPlayers:
             told = scale if guidance.mode == "range" else None
             scale = image_scale = 1.0
         return self._player(
-            teacher_call(teacher.network, self.network),
             teacher.network,
             self.teacher_condition,
             text_scale=scale,
@@ -82,18 +81,23 @@ class TrainingPlayers:
         )
 
     def untrained(self) -> Player:
-        network = self.run.teacher.network
-        return self._player(teacher_call(network, self.network), network, self.teacher_condition, told=self.told)
+        return self._player(self.run.teacher.network, self.teacher_condition, told=self.told)
 
     def _player(
-        self, call: Callable[..., Tensor], network: nn.Module, condition: Condition, rows: Tensor | None = None, **guidance: Any
+        self,
+        network: nn.Module,
+        condition: Condition,
+        call: Callable[..., Tensor] | None = None,
+        rows: Tensor | None = None,
+        **guidance: Any,
     ) -> Player:
+        """A network under a condition, of some rows; `call` None: it answers as the teacher."""
+        call = teacher_call(network, self.network) if call is None else call
         told = {"frame_mask": self.moving, **guidance}
         if isinstance(self.process, DDPM):
             told["guided_channels"] = guided_channels(self.keys.cfg_channel)
         if rows is not None:
             of_samples = {name: value for name, value in told.items() if isinstance(value, Tensor) and len(value) > 1}
             told |= {name: value[rows.to(value.device)] for name, value in of_samples.items()}
-            condition = condition.take(rows)
-        output = network_output(call, network, condition, **told)
+        output = network_output(call, network, condition, rows=rows, **told)
         return Player(output, self.process, self.prediction, told["frame_mask"])

@@ -41,6 +41,7 @@ def network_output(
     network: nn.Module,
     condition: Condition,
     *,
+    rows: Tensor | None = None,
     frame_mask: Tensor | None = None,
     text_scale: float | Tensor = 1.0,
     image_scale: float | Tensor = 1.0,
@@ -55,6 +56,7 @@ def network_output(
             `without_text_dropout`.
         network: The network itself, to read its signature.
         condition: Text, reference frames and sizes for B samples.
+        rows: Those of the samples that states are of, of a condition that is separable; None: all. All else is theirs alone.
         frame_mask: bool [B, T]; False marks frames that stand still at t = 0.
         text_scale: Classifier-free guidance by text, a number or one a sample [B]. 1 = none: one evaluation of B samples
             instead of two. A tensor always takes two.
@@ -80,16 +82,16 @@ def network_output(
         branches = (FULL, NO_TEXT)
     else:
         branches = (FULL,)
-    inputs = _network_inputs(network, condition, branches, frame_mask)
+    inputs = _network_inputs(network, condition, branches, rows, frame_mask)
     count = len(branches)
 
     def output(x: Tensor, timestep: Tensor, step: Tensor | None = None) -> Tensor:
-        rows, timestep = x.repeat(count, *[1] * (x.dim() - 1)), timestep.to(x.device).repeat(count)
+        x_all, timestep = x.repeat(count, *[1] * (x.dim() - 1)), timestep.to(x.device).repeat(count)
         if told is None and step is None:
-            said = call(rows, timestep, **inputs)
+            said = call(x_all, timestep, **inputs)
         else:
             with told_inputs(network, *(None if value is None else value.repeat(count) for value in (told, step))):
-                said = call(rows, timestep, **inputs)
+                said = call(x_all, timestep, **inputs)
         parts = halves(said, x.shape[1])[0].chunk(count)
         if len(parts) == 3:
             return text_and_image(*parts, _factor(text_scale, x), _factor(image_scale, x))
@@ -173,7 +175,7 @@ def _factor(scale: float | Tensor, x: Tensor) -> float | Tensor:
 
 
 def _network_inputs(
-    network: nn.Module, condition: Condition, branches: Sequence[Branch], frame_mask: Tensor | None
+    network: nn.Module, condition: Condition, branches: Sequence[Branch], rows: Tensor | None, frame_mask: Tensor | None
 ) -> dict[str, Any]:
     made = condition.made.get((id(network), branches))
     if made is None:  # the text of a guided step has megabytes: concatenated once a sample, not once a step
@@ -181,11 +183,21 @@ def _network_inputs(
         if condition.reference is not None:
             made |= _reference_inputs(network, condition, branches)
         condition.made[id(network), branches] = made
+    if rows is not None:
+        made = _of_rows(made, rows, len(condition.text), len(branches))
     if frame_mask is None:
         return made
     if not Interface.of(network).accepted({"x_mask": frame_mask}):
         raise ValueError(f"{type(network).__name__} takes no frame mask (x_mask); leave out mask_ratios and references")
     return {**made, "x_mask": frame_mask.repeat(len(branches), 1)}
+
+
+def _of_rows(made: dict[str, Any], rows: Tensor, batch_size: int, count: int) -> dict[str, Any]:
+    """What some of the samples are told. Inputs hold all samples once, or once for each branch."""
+    index = {batch_size: rows, count * batch_size: torch.cat([rows + k * batch_size for k in range(count)])}
+    per_sample = {name: value for name, value in made.items() if isinstance(value, Tensor) and value.dim() > 0}
+    cut = {name: value[index[len(value)].to(value.device)] for name, value in per_sample.items() if len(value) in index}
+    return {**made, **cut}
 
 
 def _text_inputs(condition: Condition, branches: Sequence[Branch]) -> dict[str, Any]:
