@@ -65,12 +65,6 @@ class Condition:
     made: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What stdit.py has made of it for a network and branches: the same at every step."""
 
-    def separable(self, batch_size: int) -> bool:
-        """Can samples be told apart? Not in packed text."""
-        batched = self.text.dim() == 4 and len(self.text) == batch_size
-        masked = self.text_mask is None or len(self.text_mask) == batch_size
-        return batched and masked and not any(isinstance(value, (list, tuple)) for value in self.extras.values())
-
 
 def training_condition(
     network: Interface,

@@ -192,6 +192,13 @@ def _network_inputs(
     return {**made, "x_mask": frame_mask.repeat(len(branches), 1)}
 
 
+def separable(condition: Condition, batch_size: int) -> bool:
+    """Can samples be told apart? Not in packed text."""
+    batched = condition.text.dim() == 4 and len(condition.text) == batch_size
+    masked = condition.text_mask is None or len(condition.text_mask) == batch_size
+    return batched and masked and not any(isinstance(value, (list, tuple)) for value in condition.extras.values())
+
+
 def _of_rows(made: dict[str, Any], rows: Tensor, batch_size: int, count: int) -> dict[str, Any]:
     """What some of the samples are told. Inputs hold all samples once, or once for each branch."""
     index = {batch_size: rows, count * batch_size: torch.cat([rows + k * batch_size for k in range(count)])}

@@ -21,7 +21,7 @@ from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.network import Interface, one_graph_a_step
 from opensora_perflow.hosts.v1.players import TrainingPlayers
 from opensora_perflow.hosts.v1.sampling import StepGuidance
-from opensora_perflow.hosts.v1.stdit import idle_reference_embedders, without_text_dropout
+from opensora_perflow.hosts.v1.stdit import idle_reference_embedders, separable, without_text_dropout
 from opensora_perflow.hosts.wrappers import settle
 from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.draws import Drawn
@@ -132,7 +132,7 @@ class Translation:
         scale = guidance.draw_scale(drawn.window_idx, generator)
         if call.chains is not None and guidance.mode == "range":
             scale = run.store.scales(call.chains).to(data.device)
-        guided, separable = self._guided(drawn, student, data.shape[2]), student.separable(len(data))
+        guided = self._guided(drawn, student, data.shape[2])
         network, model = call.student.network, without_text_dropout(call.model, call.student)
         trained = one_graph_a_step(model, network) if call.drawn_by_host else model
         keeps_variance = isinstance(self.process, DDPM) and self.prediction != "velocity" and self.keys.learn_sigma
@@ -149,7 +149,7 @@ class Translation:
             student,
             teacher,
             guided,
-            separable,
+            separable(student, len(data)),
             moving=call.mask,
             told=scale if guidance.mode == "range" else None,
             route=drawn.route if run.recipe.draws.two_time else None,
