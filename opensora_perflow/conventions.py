@@ -19,8 +19,8 @@ from torch import Tensor
 
 
 def expand_like(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1] in the dtype and on the device of `like`, to be multiplied with it."""
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+    """[..., B] -> [..., B, 1, ..., 1] in the dtype and on the device of `like` [B, ...], to be multiplied with it."""
+    return values.to(like.device, like.dtype).reshape(*values.shape, *[1] * (like.dim() - 1))
 
 
 def interpolate(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from networks import CountCalls, sizes, text_encoder, tiny_network
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.hosts.v1 import conditions, stdit
-from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.planning.probe import Probe
@@ -68,7 +67,7 @@ def test_a_checkpoint_is_sampled_on_its_planned_grid_with_guidance(tmp_path, war
         network, encoder, prompts, negative_prompts=None, additional_args=arguments, reference=None, needs_null=True
     )
     velocity = stdit.velocity_field(network, network, condition, num_timesteps=1000, text_scale=3.0)
-    ratio = window_ratio(arguments, scheduler.keys)
+    ratio = scheduler.keys.window_ratio(arguments)
     assert (ratio is not None) == warped
     torch.testing.assert_close(out, Probe(velocity, z, ratio).sample(grid), atol=1e-6, rtol=0)  # the same float32 steps
 

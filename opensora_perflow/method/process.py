@@ -87,7 +87,8 @@ class Linear:
     def states(
         self, output: Output, x: Tensor, times: Tensor, *, method: str = "euler", frame_mask: Tensor | None = None
     ) -> Iterator[Tensor]:
-        return states(hold_frames(partial(self.velocity, output, "velocity", None), frame_mask), x, times, method=method)
+        field = partial(self.velocity, output, "velocity", None)
+        return states(field if frame_mask is None else hold_frames(field, frame_mask), x, times, method=method)
 
     def velocity(self, output: Output, prediction: str, bounds: Bounds | None, x: Tensor, t: Tensor) -> Tensor:
         return self.sign * output(x, self.to_timestep(t))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from opensora_perflow.conventions import interpolate
+from opensora_perflow.conventions import expand_like, interpolate
 from opensora_perflow.method.solvers import Velocity, euler_step
 
 FieldAt = Callable[[int, "Tensor | None"], Velocity]
@@ -131,14 +131,14 @@ def carry_to_windows(
         States at edges[window_idx], shape and dtype of `noise`. Callers wrap in no_grad. Evaluations of single samples:
         sum(window_idx), or with `whole` B max(window_idx).
     """
-    x = noise.clone()
+    x, lengths = noise.clone(), expand_like(edges.diff(dim=0), noise)
     for k in range(int(window_idx.max())):
         rows = (window_idx > k).nonzero()[:, 0]
         if whole or len(rows) == len(x):
-            stepped = euler_step(field_of(k, None), x, edges[k], edges[k + 1])
+            stepped = x + lengths[k] * field_of(k, None)(x, edges[k])
             x[rows] = stepped[rows]
         else:
-            stepped = euler_step(field_of(k, rows), x[rows], edges[k][rows], edges[k + 1][rows])
+            stepped = x[rows] + lengths[k][rows] * field_of(k, rows)(x[rows], edges[k][rows])
             x[rows] = stepped
         if way is not None:
             way.append(stepped)

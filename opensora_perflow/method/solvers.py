@@ -62,10 +62,8 @@ def remember_last(velocity: Velocity) -> Velocity:
     return remembering
 
 
-def hold_frames(velocity: Velocity, frame_mask: Tensor | None) -> Velocity:
+def hold_frames(velocity: Velocity, frame_mask: Tensor) -> Velocity:
     """The field with zero velocity on frames [B, T] that are False in the mask: they stand still, whatever it says there."""
-    if frame_mask is None:
-        return velocity
     moving = frame_mask[:, None, :, None, None]
 
     def held(x: Tensor, t: Tensor) -> Tensor:

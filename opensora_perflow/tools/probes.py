@@ -71,4 +71,5 @@ def guided_field(
         needs_null=scale != 1.0,
     )
     settings = dict(num_timesteps=NUM_TIMESTEPS, text_scale=scale, frame_mask=frame_mask)
-    return hold_frames(velocity_field(network, network, condition, **settings), frame_mask)
+    field = velocity_field(network, network, condition, **settings)
+    return field if frame_mask is None else hold_frames(field, frame_mask)

@@ -12,7 +12,6 @@ from opensora_perflow.hosts.v1.conditions import sampling_condition, with_negati
 from opensora_perflow.hosts.v1.inference_call import InferenceCall, first_call
 from opensora_perflow.hosts.v1.keys import Keys
 from opensora_perflow.hosts.v1.stdit import velocity_field
-from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.weights import read_weights
 from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.method.windows import TimeWindows
@@ -108,7 +107,7 @@ def host_subject(script: str, arguments: Sequence[str], teacher: str | os.PathLi
     trained = call.weights is not None and find_state(call.weights) is not None
     scheduler.take_from(call.weights, unwrap(call.model))
     recipe, keys = scheduler.settings.recipe, scheduler.settings.keys
-    ratio = window_ratio(call.additional_args, keys)
+    ratio = keys.window_ratio(call.additional_args)
     if keys.path == "ddpm":
         raise ValueError('plans are made for rectified flows, path="linear", got path="ddpm"')
     refuse_told_steps(scheduler.settings.two_time)

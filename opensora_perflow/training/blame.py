@@ -43,12 +43,10 @@ class NotFinite(ValueError):
         return ", ".join(f"t {a} -> {b}" for a, b in sorted({(round(a, 4), round(b, 4)) for a, b in pairs}, reverse=True))
 
 
-def check_solution(states: Sequence[Tensor] | Tensor, times: Tensor, source: str) -> None:
-    """Raises NotFinite where the teacher's solution is not finite at its end; states [S + 1, B, ...], times [S + 1, B]."""
-    if torch.isfinite(states[-1]).all():
-        return
+def bad_solution(states: Sequence[Tensor] | Tensor, times: Tensor, source: str) -> NotFinite:
+    """Of a teacher's solution that is not finite at its end; states [S + 1, B, ...], times [S + 1, B]."""
     advice = "check its weights (teacher.from_pretrained), the latents' scale, and use dtype bf16 instead of fp16"
-    raise NotFinite("the teacher", source, _bad(states[-1]), times[0], times[-1], advice)
+    return NotFinite("the teacher", source, _bad(states[-1]), times[0], times[-1], advice)
 
 
 def check_way(way: Sequence[Tensor], route: Tensor, window_idx: Tensor) -> None:
@@ -67,11 +65,9 @@ def check_way(way: Sequence[Tensor], route: Tensor, window_idx: Tensor) -> None:
             raise NotFinite("the student", "on its way to a window's start", bad, route[k], route[k + 1], STUDENT_ADVICE)
 
 
-def check_loss(batch: Batch, loss: Tensor) -> None:
-    """Raises NotFinite where the losses [B] of a step are not finite; the teacher's ends were, see `check_solution`."""
-    if torch.isfinite(loss.detach()).all():
-        return
-    raise NotFinite("the student", "in the loss", _bad(loss), batch.drawn.t_start, batch.drawn.t_end, STUDENT_ADVICE)
+def bad_loss(batch: Batch, loss: Tensor) -> NotFinite:
+    """Of losses [B] that are not finite; the teacher's ends were, see `bad_solution`."""
+    return NotFinite("the student", "in the loss", _bad(loss), batch.drawn.t_start, batch.drawn.t_end, STUDENT_ADVICE)
 
 
 STUDENT_ADVICE = "look at the steps before: loss, gradient norm, learning rate, grad_clip, and fp16 where bf16 would do"

@@ -126,7 +126,7 @@ class FakeScore:
         # An error of the velocity is one of the end over the window's length; the regression's gradient is of the former.
         length = expand_like(segment.t_start - t_end, end)
         product = self.settings.weight * mean_over_frames(gap * end / length**2, batch.frame_weights)
-        if not torch.isfinite(product.detach()).all():  # the student's end was, see blame.check_loss
+        if not torch.isfinite(product.detach()).all():  # the student's end was, see run.learn
             raise ValueError(
                 f"matching's adapters diverged: with matching.rate={self.settings.rate:g} their score is not finite any more; "
                 "use a lower matching.rate or matching.updates"

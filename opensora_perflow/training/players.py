@@ -14,7 +14,7 @@ from opensora_perflow.method.draws import Drawn
 from opensora_perflow.method.process import Bounds, Output, Process
 from opensora_perflow.method.solvers import Velocity, hold_frames
 from opensora_perflow.method.warped import WarpedWindows
-from opensora_perflow.training.blame import check_solution
+from opensora_perflow.training.blame import bad_solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +36,13 @@ class Player:
 
     def velocity(self, bounds: Bounds | None) -> Velocity:
         """dx/dt of a student: the straight line of the window that `bounds` says t lies in."""
-        if not self.two_time:
-            return hold_frames(partial(self.process.velocity, self.output, self.prediction, bounds), self.moving)
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
+        def told(x: Tensor, t: Tensor) -> Tensor:
             output = partial(self.output, step=t - bounds(t)[1])
             return self.process.velocity(output, self.prediction, bounds, x, t)
 
-        return hold_frames(velocity, self.moving)
+        field = told if self.two_time else partial(self.process.velocity, self.output, self.prediction, bounds)
+        return field if self.moving is None else hold_frames(field, self.moving)
 
     @torch.no_grad()  # not inference_mode: the host's networks cache embeddings, which the student would meet in its graph
     def trajectory(self, x: Tensor, times: Tensor, solver: str, source: str) -> Tensor:
@@ -57,7 +56,8 @@ class Player:
             NotFinite: the last states are not finite.
         """
         states = torch.stack(list(self.process.states(self.output, x, times, method=solver, frame_mask=self.moving)))
-        check_solution(states, times, source)
+        if not torch.isfinite(states[-1]).all():
+            raise bad_solution(states, times, source)
         return states
 
 

@@ -18,7 +18,7 @@ from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
 from opensora_perflow.training.agreement import check_agreement, settings_of
-from opensora_perflow.training.blame import NotFinite, check_loss, explained
+from opensora_perflow.training.blame import NotFinite, bad_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.fake_score import FakeScore
 from opensora_perflow.training.first_step import check_teacher, check_trainable
@@ -205,8 +205,10 @@ class TrainingRun:
         """The second half of a step: the losses [B]; with gradients enabled the run also measures itself."""
         student = RecordedField(batch.players.student.velocity(segment.bounds))
         try:
-            loss = distil(batch, objective, segment, student)
-            check_loss(batch, loss)
+            asked = self.observer.measures or self.fake is not None  # for the student's answer, afterwards
+            loss = distil(batch, objective, segment, student if asked else student.field)
+            if not torch.isfinite(loss.detach()).all():
+                raise bad_loss(batch, loss)
             if torch.is_grad_enabled():  # not where losses are only evaluated
                 if self.observer.measures:
                     teacher = self.teacher.network if self.store is None else None

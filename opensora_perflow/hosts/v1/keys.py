@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from opensora_perflow.checks import (
     MOST_SCALE,
     MOST_STEPS,
@@ -21,7 +23,7 @@ from opensora_perflow.checks import (
     whole,
 )
 from opensora_perflow.hosts.v1.key_kinds import channels, only_false, respacing, weights
-from opensora_perflow.hosts.v1.timestep_transform import installed_formula
+from opensora_perflow.hosts.v1.timestep_transform import installed_formula, shift_ratio
 from opensora_perflow.method.ddpm import NOISE_SCHEDULES
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
@@ -178,6 +180,12 @@ class Keys:
         """Factor on the ratio by which windows and sampling times are warped."""
         # v1.2 applies transform_scale when it draws training times, v1.3 when it samples (HOST: rf/__init__.py of each tag).
         return self.transform_scale if self.formula == "v1.3" else 1.0
+
+    def window_ratio(self, model_args: Mapping[str, Any]) -> Tensor | None:
+        """The host's sampler's warp [B], of windows too, so that windows hold whole sampling steps; None: none."""
+        if not self.use_timestep_transform:
+            return None
+        return shift_ratio(model_args, self.formula, scale=self.window_scale, scale_temporal=self.scale_temporal)
 
     def transform_state(self) -> dict[str, Any] | None:
         """What perflow.json says of the warp; None without."""

@@ -17,7 +17,6 @@ from opensora_perflow.hosts.v1.network import Interface
 from opensora_perflow.hosts.v1.sampling import SamplingCall, StepGuidance, reference_of, sample_latents, without_effect
 from opensora_perflow.hosts.v1.sampling_settings import SamplingSettings, as_trained
 from opensora_perflow.hosts.v1.stored_chains import check_call, open_store, take_chains
-from opensora_perflow.hosts.v1.timestep_transform import window_ratio
 from opensora_perflow.hosts.v1.training_call import TrainingCall, Translation
 from opensora_perflow.hosts.wrappers import unwrap
 from opensora_perflow.method.ddpm import DDPM
@@ -264,7 +263,7 @@ class PeRFlow:
 
     def warped(self, sizes: Mapping[str, Any], x: Tensor) -> WarpedWindows:
         """The windows of each sample of latents x [B, ...], warped as the host's sampler warps its times."""
-        return WarpedWindows(self.windows, len(x), window_ratio(sizes, self.keys), x.device)
+        return WarpedWindows(self.windows, len(x), self.keys.window_ratio(sizes), x.device)
 
     def step_scales(self, asked: float | Sequence[float] | None = None) -> list[float]:
         """The text scale of each sampling step: that of the window in which the step begins.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from opensora_perflow.hosts.v1.keys import Keys
 
 BASE_RESOLUTION = 512 * 512
 
@@ -70,13 +67,6 @@ def shift_ratio(model_args: Mapping[str, Any], formula: str, *, scale: float = 1
     if formula == "v1.2" or not (image or not scale_temporal):
         ratio = ratio * scale
     return ratio.to(torch.float64)
-
-
-def window_ratio(model_args: Mapping[str, Any], keys: Keys) -> Tensor | None:
-    """Warp [B] of windows and sampling times, the host's sampler's, so that windows hold whole sampling steps; None: none."""
-    if not keys.use_timestep_transform:
-        return None
-    return shift_ratio(model_args, keys.formula, scale=keys.window_scale, scale_temporal=keys.scale_temporal)
 
 
 def _lift(value: Tensor) -> Tensor:
