@@ -74,7 +74,7 @@ class Observer:
         )  # fmt: skip
 
     def before_step(self, step: int) -> None:
-        """Deal with what the step before showed; where there is a guard.
+        """Deal with what the step before showed, where the policy does more than warn.
 
         Raises:
             ValueError: see remedies.Remedies.act.

@@ -44,7 +44,7 @@ class Remedies:
             self._pending = breach
 
     def act(self, step: int) -> int | None:
-        """At the beginning of a step: deal with what the step before showed.
+        """At the beginning of a step: deal with what the step before showed; not asked where the policy is "warn".
 
         Returns:
             The step whose weights were put back, if any were.
@@ -52,8 +52,6 @@ class Remedies:
         Raises:
             ValueError: policy "stop".
         """
-        if self.policy == "warn":
-            return None
         seen, self._pending = self._pending, None
         breached = self.host.mean(0.0 if seen is None else 1.0, self.host.device()) > 0
         if breached:

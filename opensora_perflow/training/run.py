@@ -17,6 +17,7 @@ from opensora_perflow.method.grids import linear_grid
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
+from opensora_perflow.objectives import Objective
 from opensora_perflow.training.agreement import check_agreement, settings_of
 from opensora_perflow.training.blame import NotFinite, bad_loss, explained
 from opensora_perflow.training.curriculum import Curriculum
@@ -30,7 +31,7 @@ from opensora_perflow.training.randomness import TrainingRandomness, step_genera
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.segments import Segments, Solved, Stored
 from opensora_perflow.training.state import StudentState, check_resumed, find_state
-from opensora_perflow.training.step import Objective, distil
+from opensora_perflow.training.step import distil
 from opensora_perflow.training.store import ChainStore
 from opensora_perflow.training.teacher import Teacher, copy_frozen, first_teacher, stored_teacher
 from opensora_perflow.training.vitals import RecordedField
@@ -194,7 +195,7 @@ class TrainingRun:
 
     def solve(self, batch: Batch, model: nn.Module) -> Segment:
         """The first half of a step: the teacher's solution of the windows that were drawn."""
-        if torch.is_grad_enabled() and self.observer.guard is not None:
+        if torch.is_grad_enabled() and self.observer.remedies.policy != "warn":
             self.observer.before_step(self.randomness.steps - 1)
         try:
             return self.segments.of(batch)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from opensora_perflow.method.segment import Segment
 from opensora_perflow.method.solvers import Velocity
+from opensora_perflow.objectives import Objective
 from opensora_perflow.training.players import Batch
-
-Objective = Callable[[Velocity, Segment, Tensor, "Tensor | None"], Tensor]
-"""objective(student, segment, t, frame_weights) -> loss [B]."""
 
 
 def distil(batch: Batch, objective: Objective, segment: Segment, student: Velocity) -> Tensor:

@@ -23,14 +23,13 @@ from opensora_perflow.method.ddpm import DDPM
 from opensora_perflow.method.process import Linear, Process, check_prediction
 from opensora_perflow.method.warped import WarpedWindows
 from opensora_perflow.method.windows import TimeWindows
-from opensora_perflow.objectives import combine
+from opensora_perflow.objectives import Objective, combine
 from opensora_perflow.registry import SCHEDULERS
 from opensora_perflow.training.curriculum import Curriculum
 from opensora_perflow.training.host import Host
 from opensora_perflow.training.recipe import Recipe
 from opensora_perflow.training.run import TrainingRun, known_of
 from opensora_perflow.training.state import StudentState, find_state
-from opensora_perflow.training.step import Objective
 
 logger = logging.getLogger("opensora_perflow")
 
