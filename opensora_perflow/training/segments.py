@@ -88,7 +88,8 @@ class Stored:
         further, over_data = self._further(starts, ends), self.store.over_data
         # Starts, or the noise in them, and ends together: each file is asked once.
         places = torch.cat([torch.zeros_like(starts) if over_data else starts, ends])
-        x_start, x_end = self.store.states(batch.chains.repeat(2), places, further.repeat(2)).to(batch.noise).chunk(2)
+        chains, further = (torch.cat([value, value]) for value in (batch.chains, further))
+        x_start, x_end = self.store.states(chains, places, further).to(batch.noise).chunk(2)
         if over_data:
             data = self.store.data(batch.chains).to(x_start)
             x_start = diffused(replace(batch, data=data, noise=x_start), drawn.t_start)

@@ -276,8 +276,9 @@ class ChainStore:
             states[samples[later]] = self._shards.tensor(number, "ends")[rows[later], at[later] - 1].float()
             if more.any():
                 states[samples[more]] = self._shards.tensor(number, "further")[rows[more], which[more] - 1].float()
-            for sample, one in zip(samples[first].tolist(), which[first].tolist()):
-                states[sample] = chain_noise(self.origin.seed, int(chains[sample]), states.shape[1:], one)
+            starting = zip(chains[samples[first]].tolist(), which[first].tolist())
+            noise = [chain_noise(self.origin.seed, chain, states.shape[1:], one) for chain, one in starting]
+            states[samples[first]] = torch.stack(noise) if noise else states[:0]
             seen = first & own
             if number not in self._seen and seen.any():
                 self._check_noise(self._shards.tensor(number, "noise")[rows[seen]], states[samples[seen]])

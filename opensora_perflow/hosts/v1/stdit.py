@@ -86,7 +86,7 @@ def network_output(
     count = len(branches)
 
     def output(x: Tensor, timestep: Tensor, step: Tensor | None = None) -> Tensor:
-        x_all, timestep = x.repeat(count, *[1] * (x.dim() - 1)), timestep.to(x.device).repeat(count)
+        x_all, timestep = (torch.cat([value] * count) for value in (x, timestep.to(x.device)))
         if told is None and step is None:
             said = call(x_all, timestep, **inputs)
         else:
