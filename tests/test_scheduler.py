@@ -9,7 +9,7 @@ from networks import PLAIN, PROMPTS, CountCalls, Reference13, batch, sizes, text
 
 from opensora_perflow import PeRFlow
 from opensora_perflow.checkpoints import write_state_dict
-from opensora_perflow.hosts.v1 import conditions, stdit
+from opensora_perflow.hosts.v1 import conditions, stdit, training_call
 from opensora_perflow.hosts.v1.network import Interface
 
 FIXED = dict(mode="fixed", scale=3.0)
@@ -606,7 +606,7 @@ def test_samples_that_have_arrived_leave_the_roll_out(settings, frames):
         network.seen.clear()
         with pytest.MonkeyPatch.context() as patch:
             if projected:
-                patch.setattr(conditions.Condition, "separable", lambda *_: False)
+                patch.setattr(training_call, "separable", lambda *_: False)
             scheduler.training_losses(network, x, args, t=t, mask=mask, mask_index=frames, noise=torch.ones_like(x))
         starts.append(seen[0][0].x_start)
         rows.append([len(call["x"]) for call in network.seen])
@@ -621,7 +621,7 @@ def test_a_roll_out_without_the_arrived_tells_each_sample_its_own_scale(monkeypa
     t, losses = torch.tensor([1000.0, 100.0, 600.0, 400.0]), []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(conditions.Condition, "separable", lambda *_: False)
+            monkeypatch.setattr(training_call, "separable", lambda *_: False)
         scheduler = PeRFlow(guidance=dict(mode="range", scale=(1.0, 9.0)), watch=None, draws=dict(seed=1))
         losses.append(scheduler.training_losses(network, x, args, t=t, noise=torch.ones_like(x))["loss"])
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
