@@ -10,6 +10,7 @@ Source: ProReflow (arXiv:2503.04824), progressive reflow; progressive distillati
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from torch import Tensor
 from opensora_perflow.checks import MOST_WINDOWS, check_keys, choice, key, listed, number, optional, shown, whole
 from opensora_perflow.method.grids import sampling_grid
 from opensora_perflow.method.windows import TimeWindows
+
+logger = logging.getLogger("opensora_perflow")
 
 TEACHERS = ("original", "previous")
 COUNTS = listed(whole(high=MOST_WINDOWS), "a list of numbers", "[8, 4, 2, 1]")
@@ -163,6 +166,21 @@ class Curriculum:
             progress.stale += 1
         done = progress.stale >= rule.patience and progress.step >= rule.min_steps
         return not self.is_last and (done or progress.step >= rule.max_steps)
+
+    def advances(self, error: float) -> bool:
+        """Take note of a measurement, and begin the next stage where this one has ended."""
+        if not self.observe(error):
+            return False
+        logger.info(
+            "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
+            self.current.num_windows,
+            self.stages[self.progress.stage + 1].num_windows,
+            self.progress.step,
+            error,
+            self.progress.best,
+        )
+        self.advance()
+        return True
 
     def forget_errors(self) -> None:
         """Errors from here on are measured on other batches, and do not compare with those before."""

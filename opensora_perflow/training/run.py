@@ -322,29 +322,13 @@ class TrainingRun:
         if watched:
             seen = self.monitor.observe(steps, grids, self.host)
             self.observer.held_out(steps, *seen)
-        if staged and self._stage_ends(self.monitor.velocity_error(grids, self.host)):
+        if staged and curriculum.advances(self.monitor.velocity_error(grids, self.host)):
             if curriculum.teacher_is_student:
                 self._teach_by(model)
             self.monitor.restart()
             self.observer.restart(steps, self.windows.edges)
         elif curriculum is not None:
             curriculum.progress.step += 1
-
-    def _stage_ends(self, error: float) -> bool:
-        """Take note of a stage's error, and begin the next stage where this one has ended."""
-        curriculum = self.curriculum
-        if not curriculum.observe(error):
-            return False
-        logger.info(
-            "PeRFlow curriculum: %d windows -> %d after %d steps; held-out velocity error %.4g, best %.4g",
-            curriculum.current.num_windows,
-            curriculum.stages[curriculum.progress.stage + 1].num_windows,
-            curriculum.progress.step,
-            error,
-            curriculum.progress.best,
-        )
-        curriculum.advance()
-        return True
 
     def _teach_by(self, model: nn.Module) -> None:
         """The student as it is becomes the teacher of this stage. The fingerprint stays that of the original one."""
