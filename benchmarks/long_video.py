@@ -30,8 +30,18 @@ measured together. All rows get the same noise. Columns:
     nearest clip    distance of a clip, without reference frames, to the nearest other one of its video; larger = less
                     repetition, beyond the real videos' it is noise
 
-In brackets: the interval that holds 95 % of 1,000 resamples of the videos. Below the table: how much further away than those of
-rflow at 30 steps a student's later loops are, by the same resamples.
+The second table follows the converged teacher's videos one clip at a time: in every third later loop (2, 5, 8, ...) each row
+also makes the clip that continues the converged teacher's last one, from its noise and reference frames. No error of an
+earlier loop is handed on, so that far fewer videos tell rows apart:
+
+    paired distance     root mean square difference to the converged teacher's clip, in latent units; in later loops of the new
+                    frames alone. Is it the same map from noise? Rflow solves the teacher's own flow: here its many steps lead
+                    to the converged teacher itself
+    energy distance     of these clips, reference frames included, to the converged teacher's, in 1/1000. Are continuations
+                    distributed alike, whichever of them a noise leads to?
+
+In brackets: the interval that holds 95 % of 1,000 resamples of the videos. Below the tables: how much further away a student's
+later loops are than those of rflow at 30 steps, by the same resamples.
 
 Writes long_video.json, long_video.md, long_video.png and, for part "video", long_video.mp4 with the rows one above the other.
 """
@@ -51,24 +61,19 @@ from typing import Any
 import numpy as np
 import torch
 from distil import distil
+from long_video_loops import FINE, RFLOW, Clips, followed, joined, rows, sample
 from long_video_worlds import SHARED, SceneWorld, VideoWorld, World, head_masks
 from matplotlib.figure import Figure
-from measures import Resampled, drift, energy, nearest_clip_distance, seam
-from safetensors.torch import load_file, save_file
+from measures import Resampled, drift, energy, nearest_clip_distance, root_mean_square, seam, squared_errors
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from train_teacher import save_weights
 
 from opensora_perflow import SCHEDULERS, build_module
 from opensora_perflow.atomic import replacing
-from opensora_perflow.method.solvers import solve
-from opensora_perflow.method.windows import TimeWindows
-from opensora_perflow.planning.fine_path import uniform_grid
 from opensora_perflow.tools.plots import save_figure, side_by_side
-from opensora_perflow.tools.probes import guided_field
 from opensora_perflow.worlds.clips import FPS, write_video
 
-FINE, RFLOW = "converged teacher", "rflow, 30 steps"
 Runs = dict[str, list[dict[str, Resampled]]]
 """sampler -> the measures of each student."""
 
@@ -95,81 +100,13 @@ def train_student(world: World, scheduler: Any, iterations: int, seed: int, kept
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sampler: its network ("teacher" or "student"), scheduler settings and the host's condition_frame_edit.
-
-    settings: None for the converged teacher.
-    reencoded: Are reference frames decoded and encoded in between?
-    """
-
-    name: str
-    network: str
-    nfe: int
-    settings: dict[str, Any] | None
-    edit: float = 0.0
-    reencoded: bool = False
-
-
-def rows(world: World, joint: dict[str, Any]) -> list[Row]:
-    folded = dict(windows=4, guidance=dict(mode="fixed", scale=world.guidance))  # the rest are the defaults
-
-    def host(steps: int) -> Row:
-        settings = dict(windows=1, cfg_scale=world.guidance, num_sampling_steps=steps)
-        return Row(f"rflow, {steps} steps", "teacher", 2 * steps, settings)
-
-    edit = joint["edit"]
-    nfe = 4 if edit in TimeWindows.uniform(4).edges else 5  # frames that join between two grid points cost an evaluation
-    return [
-        Row(FINE, "teacher", 4 * world.fine_steps[1], None),
-        host(30),
-        host(4),
-        Row("ours, 4 steps", "student", 4, folded),
-        *([Row("ours, 4 steps, re-encoded", "student", 4, folded, reencoded=True)] if world.has_codec else []),
-        Row(f"ours, 4 steps, edit {edit:g}", "student", nfe, folded, edit),
-        Row("ours, 4 steps, joined", "student", nfe, dict(folded, long_video=joint)),
-    ]
-
-
-def clip_of(world: World, network: nn.Module, row: Row, prompts: list[str], z: Tensor, mask: Tensor) -> Tensor:
-    """One loop's clips, from noise with reference frames in place; mask: edit ratios [N, T]."""
-    sizes = world.sizes(len(z))
-    if row.settings is None:
-        steps = world.fine_steps[int((mask == 0).any())]
-        times = torch.tensor(uniform_grid(steps), dtype=torch.float64)[:, None].expand(-1, len(z))
-        field = guided_field(network, world.text, prompts, sizes, world.guidance, mask.bool())
-        return solve(field, z, times, method="midpoint")
-    scheduler = build_module(dict(type="perflow", **row.settings), SCHEDULERS)
-    return scheduler.sample(network, world.text, z, prompts, "cpu", additional_args=sizes, mask=mask, progress=False)
-
-
-@torch.no_grad()
-def loop_clips(world: World, network: nn.Module, row: Row, noise: Tensor, prompts: list[str], seed: int) -> Tensor:
-    """The clips of every loop, [L, N, C, T, H, W]; noise likewise."""
-    torch.manual_seed(seed)  # of the noise that edited frames get
-    clips: list[Tensor] = []
-    for z in tqdm(noise.clone(), desc=row.name, unit="loop"):
-        mask = torch.ones(len(z), world.num_frames)
-        if clips:  # apply_mask_strategy with "loop,ref,-length,0,length,edit"
-            given = clips[-1][:, :, -SHARED:]
-            z[:, :, :SHARED] = world.reencoded(given) if row.reencoded else given
-            mask[:, :SHARED] = row.edit
-        clips.append(clip_of(world, network, row, prompts, z, mask))
-    return torch.stack(clips)
-
-
-def joined(clips: Tensor) -> Tensor:
-    """One long video of the clips, as the host's script joins them: [N, C, T, H, W]."""
-    return torch.cat([clips[0]] + [clip[:, :, SHARED:] for clip in clips[1:]], dim=2)
-
-
-@dataclass(frozen=True)
 class Measured:
-    """Clips of one student, all noise seeds, [L, N, C, T, H, W], beside the converged teacher's and as many real ones.
+    """Clips of one student, all noise seeds, beside the converged teacher's and as many real ones, [L, N, C, T, H, W].
 
     seed: Of the resamples.
     """
 
-    clips: Tensor
+    clips: Clips
     fine: Tensor
     real: Tensor
     seed: int
@@ -178,69 +115,77 @@ class Measured:
     def by_loop(self) -> dict[str, list[Resampled]]:
         """The energy distance of each loop's clips to others."""
         others = {"teacher": self.fine, "real": self.real}
-        return {name: [energy(*pair, self.seed) for pair in zip(self.clips, other)] for name, other in others.items()}
+        return {name: [energy(*pair, self.seed) for pair in zip(self.clips.own, other)] for name, other in others.items()}
+
+    def following(self, loops: int) -> dict[str, Resampled]:
+        """Measures of single clips, from the converged teacher's noise and reference frames, up to this loop."""
+        pairs = [(clip, self.fine[k]) for clip, k in zip(self.clips.following, followed(loops))]
+        new = torch.stack([squared_errors(clip[:, :, SHARED:], fine[:, :, SHARED:]) for clip, fine in pairs])
+        return {
+            "pair_first": root_mean_square(squared_errors(self.clips.own[0], self.fine[0]), self.seed),
+            "pair_later": root_mean_square(new.mean(dim=0), self.seed),
+            "following": Resampled.mean([energy(*pair, self.seed) for pair in pairs]),
+        }
 
     def figures(self, loops: int) -> dict[str, Resampled]:
         """All measures of the first loops."""
-        clips, num_frames, found = self.clips[:loops], self.clips.shape[3], {}
+        clips, num_frames, found = self.clips.own[:loops], self.fine.shape[3], {}
         for name, distances in self.by_loop.items():
             found[f"{name}_first"], found[f"{name}_later"] = distances[0], Resampled.mean(distances[1:loops])
         joints = [num_frames + k * (num_frames - SHARED) for k in range(loops - 1)]
         return {
             **found,
+            **self.following(loops),
             "drift": drift(clips, self.seed),
             "seam": seam(joined(clips), joints, self.seed),
             "nearest": nearest_clip_distance(clips[:, :, :, SHARED:], self.seed),
         }
 
 
-def sample(
-    world: World, networks: dict[str, nn.Module], joint: dict[str, Any], loops: int, count: int, seed: int, kept: Path | None
-) -> dict[str, Tensor]:
-    """The clips of real videos and of every row, from one noise seed; the teacher's are kept beside the file `kept`."""
-    prompts, fresh = world.prompts(count), world.num_frames - SHARED
-    real = world.real(prompts, world.num_frames + (loops - 1) * fresh, seed)
-    real = torch.stack([real[:, :, k * fresh : k * fresh + world.num_frames] for k in range(loops)])
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(100 + seed))
-    clips = {"real videos": real}
-    for row in rows(world, joint):
-        settings = f"{row.name} {row.nfe} {loops}x{count} noise {seed} of"
-        path = None if kept is None or row.network == "student" else kept.with_name(f"{settings} {kept.name}")
-        if path is not None and path.is_file():
-            clips[row.name] = load_file(path)["clips"]
-            continue
-        clips[row.name] = loop_clips(world, networks[row.network], row, noise, prompts, seed)
-        if path is not None:
-            with replacing(path) as temporary:
-                save_file({"clips": clips[row.name]}, temporary)
-    return clips
+MEASURES = {
+    "teacher_first": ("to the converged teacher, loop 1", 1e3, 2), "teacher_later": ("later loops", 1e3, 2),
+    "real_first": ("to real videos, loop 1", 1e3, 2), "real_later": ("later loops", 1e3, 2), "drift": ("drift", 1e3, 2),
+    "seam": ("seam", 1.0, 3), "nearest": ("nearest clip", 1.0, 3),
+}  # fmt: skip
+FOLLOWING = {
+    "pair_first": ("paired distance, loop 1", 1.0, 4), "pair_later": ("later loops", 1.0, 4),
+    "following": ("energy distance, later loops", 1e3, 3),
+}  # fmt: skip
+"""Columns of both tables: head, unit and digits."""
+COMPARED = {
+    "teacher_later": "to the converged teacher", "real_later": "to real videos", "pair_later": "following it, paired",
+    "following": "following it, energy distance",
+}  # fmt: skip
+
+
+def cell(found: Resampled, factor: float, digits: int) -> str:
+    value, low, high = (f"{factor * number:.{digits}f}" for number in vars(found.estimate).values())
+    return f"{value} ({low} to {high})"
+
+
+def table(runs: Runs, nfe: dict[str, int], columns: dict[str, tuple[str, float, int]]) -> list[str]:
+    """One row a sampler, mean of its students."""
+    heads = ["sampler", "NFE a clip", *(head for head, _, _ in columns.values())]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for name, found in runs.items():
+        cells = [cell(Resampled.mean([run[key] for run in found]), *form) for key, (_, *form) in columns.items()]
+        lines.append(f"| {name} | {nfe.get(name, '')} | {' | '.join(cells)} |")
+    return lines
 
 
 def markdown(part: str, runs: Runs, nfe: dict[str, int], students: str, command: str) -> str:
-    """The table, as benchmarks/README.md shows it, and each student's excess over rflow at 30 steps."""
-
-    def shown(found: Resampled, factor: float, digits: int) -> str:
-        value, low, high = (f"{factor * number:.{digits}f}" for number in vars(found.estimate).values())
-        return f"{value} ({low} to {high})"
-
-    units = {key: 1e3 for key in ("teacher_first", "teacher_later", "real_first", "real_later", "drift")}
-    units |= {"seam": 1.0, "nearest": 1.0}
-    lines = [
-        f"`{command}`, part {part}, {students}", "",
-        "| sampler | NFE a clip | to the converged teacher, loop 1 | later loops | to real videos, loop 1 | later loops "
-        "| drift | seam | nearest clip |", "|" + "---|" * 9,
-    ]  # fmt: skip
-    for name, found in runs.items():
-        means = {key: Resampled.mean([run[key] for run in found]) for key in units}
-        cells = [shown(means[key], unit, 2 if unit > 1 else 3) for key, unit in units.items()]
-        lines.append(f"| {name} | {nfe.get(name, '')} | {' | '.join(cells)} |")
+    """The tables, as benchmarks/README.md shows them, and each student's excess over rflow at 30 steps."""
+    lines = [f"`{command}`, part {part}, {students}", "", *table(runs, nfe, MEASURES)]
+    lines += ["", "One clip at a time, from the noise and the reference frames of the converged teacher's:", ""]
+    lines += table({name: found for name, found in runs.items() if name in nfe and name != FINE}, nfe, FOLLOWING)
     lines += ["", f"Later loops, less those of {RFLOW}; each student's in brackets:", ""]
     for name in [name for name in runs if name.startswith("ours")]:
         said = []
-        for key, to in (("teacher_later", "the converged teacher"), ("real_later", "real videos")):
+        for key, text in COMPARED.items():
             each = [run[key] - host[key] for run, host in zip(runs[name], runs[RFLOW])]
-            own = ", ".join(f"{1e3 * one.value:.2f}" for one in each)
-            said.append(f"to {to} {shown(Resampled.mean(each), 1e3, 2)} [{own}]")
+            _, factor, digits = (MEASURES | FOLLOWING)[key]
+            own = ", ".join(f"{factor * one.value:.{digits}f}" for one in each)
+            said.append(f"{text} {cell(Resampled.mean(each), factor, digits)} [{own}]")
         lines.append(f"* {name}: {'; '.join(said)}")
     return "\n".join(lines) + "\n"
 
@@ -258,13 +203,13 @@ def figure(by_loop: dict[str, dict[str, dict[str, list[float]]]], path: Path) ->
     save_figure(drawing, path)
 
 
-def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[int, Runs], dict[str, Any], dict[str, Tensor]]:
+def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[int, Runs], dict[str, Any], dict[str, Clips]]:
     """Measures for each number of loops, what the figure shows, and the clips of the last student."""
     is_video, joint = part == "video", dict(edit=args.edit, frames=args.frames)
     iterations, count = (args.video_iterations, args.video_samples) if is_video else (args.iterations, args.samples)
     runs: dict[int, Runs] = {loops: {} for loops in args.loops}
     by_loop: dict[str, dict[str, list[list[float]]]] = {}
-    clips: dict[str, Tensor] = {}
+    clips: dict[str, Clips] = {}
     for seed in args.video_seeds if is_video else args.seeds:
         scheduler = build_module(dict(type="perflow", **rows(world, joint)[3].settings), SCHEDULERS)
         kept = args.out / f"student_{iterations}_seed{seed}_of_{world.weights.name}" if is_video else None
@@ -275,9 +220,9 @@ def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[in
         numbers = [noise if is_video else 100 * seed + noise for noise in args.noise_seeds]  # one teacher: videos are shared
         where = world.weights if is_video else None
         parts = [sample(world, networks, joint, max(args.loops), count, number, where) for number in numbers]
-        clips = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+        clips = {name: Clips.together([part[name] for part in parts]) for name in parts[0]}
         for name, found in clips.items():
-            measured = Measured(found, clips[FINE], clips["real videos"], 0 if is_video else seed)
+            measured = Measured(found, clips[FINE].own, clips["real videos"].own, 0 if is_video else seed)
             for loops, measures in runs.items():
                 measures.setdefault(name, []).append(measured.figures(loops))
             for other, distances in measured.by_loop.items():
@@ -296,7 +241,7 @@ def main() -> None:
     parser.add_argument("--noise-seeds", type=int, nargs="+", default=[0, 1, 2], help="of each student (default 0 1 2)")
     parser.add_argument("--samples", type=int, default=256, help="long videos of part scenes, a noise seed (default 256)")
     parser.add_argument("--iterations", type=int, default=2000, help="training steps of part scenes (default 2000)")
-    parser.add_argument("--video-seeds", type=int, nargs="+", default=[0], help="students of part video (default 0)")
+    parser.add_argument("--video-seeds", type=int, nargs="+", default=[0, 1, 2], help="students of part video (default 0 1 2)")
     parser.add_argument("--video-samples", type=int, default=16, help="long videos of part video, a noise seed (default 16)")
     parser.add_argument(
         "--teacher-steps", type=int, nargs="+", default=[300, 900, 1500],
@@ -314,7 +259,7 @@ def main() -> None:
         world = SceneWorld() if part == "scenes" else VideoWorld(args.out, args.teacher_steps, 0)
         runs, by_loop[part], clips = run_part(world, args, part)
         if part == "video":
-            shown = {name: world.decode(joined(found)[:4]) for name, found in clips.items()}
+            shown = {name: world.decode(joined(found.own)[:4]) for name, found in clips.items()}
             short = [prompt.replace(" bouncing", "\nbouncing") for prompt in world.prompts(4)]
             write_video(args.out / "long_video.mp4", side_by_side(shown, short, scale=2), fps=FPS)
         students = f"seeds {args.video_seeds if part == 'video' else args.seeds}, noise {args.noise_seeds}"

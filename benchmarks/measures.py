@@ -47,7 +47,7 @@ def squared_errors(x: Tensor, reference: Tensor) -> Tensor:
 
 def error_estimate(squared: Tensor) -> Estimate:
     """Endpoint error of samples with these `squared_errors` [N]."""
-    return Estimate.of(squared.mean().sqrt(), (times_drawn(len(squared)).to(squared) @ squared / len(squared)).sqrt())
+    return root_mean_square(squared).estimate
 
 
 def energy_estimate(x: Tensor, y: Tensor) -> Estimate:
@@ -93,6 +93,11 @@ def energy(x: Tensor, y: Tensor, seed: int = 0) -> Resampled:
     pairs = count**2 - counts.double().square().sum(dim=0)
     resampled = torch.where(pairs > 0, resampled / pairs, torch.nan)  # of few samples all draws may be one
     return Resampled(total / (count * (count - 1)), resampled)
+
+
+def root_mean_square(squared: Tensor, seed: int = 0) -> Resampled:
+    """Root of the mean of squares [N], one a sample. The seed fixes which samples a resample draws."""
+    return Resampled(squared.mean().sqrt(), (times_drawn(len(squared), seed).to(squared) @ squared / len(squared)).sqrt())
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:

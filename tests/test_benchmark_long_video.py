@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from long_video import FINE, Measured, clip_of, joined, loop_clips, rows
+from long_video import Measured
+from long_video_loops import FINE, Clips, clip_of, followed, following_clips, joined, loop_clips, rows
 from long_video_worlds import SHARED, SceneWorld
 from torch import Tensor
 
@@ -66,15 +67,41 @@ def test_the_converged_teacher_is_where_rflow_leads_with_many_steps():
 
 def test_measures_of_the_teacher_itself_and_of_a_shift_are_known():
     fine = torch.randn(4, 10, 8, 6, 1, 1, generator=torch.Generator().manual_seed(0))
-    moved = fine.clone()
+    own, moved = Clips(fine, fine[followed(4)]), fine.clone()
     moved[1:] += 3.0
-    found = Measured(moved, fine, fine, seed=0).figures(4)
+    found = Measured(replace(own, own=moved), fine, fine, seed=0).figures(4)
     assert found["teacher_first"].value == found["real_first"].value == 0.0
     assert found["teacher_later"].value == found["real_later"].value > 1.0
-    same = Measured(fine, fine, fine, seed=0).figures(3)
+    same = Measured(own, fine, fine, seed=0).figures(3)
     assert {key for key, one in same.items() if one.value == 0.0} == {
-        "teacher_first", "teacher_later", "real_first", "real_later",
+        "teacher_first", "teacher_later", "real_first", "real_later", "pair_first", "pair_later", "following",
     }  # fmt: skip
+
+
+def test_the_paired_distance_is_that_of_new_frames_and_of_the_loops_asked_for():
+    fine = torch.zeros(8, 10, 8, 6, 1, 1)
+    following = fine[followed(8)].clone()  # loops 2, 5, 8
+    following[:, :, :, :SHARED] += 3.0
+    following[2, :, :, SHARED:] += 2.0
+    measured = Measured(Clips(fine + 1.0, following), fine, fine, seed=0)
+    found = measured.following(8)
+    assert found["pair_first"].value == 1.0
+    assert found["pair_later"].value.item() == pytest.approx((4 / 3) ** 0.5)  # float32
+    assert measured.following(7)["pair_later"].value == 0.0
+
+
+def test_clips_that_follow_the_converged_teachers_are_its_own_where_it_makes_them():
+    world = Coded(0.0)
+    fine, ours = looped(world, FINE), looped(world, "ours, 4 steps")
+
+    def following(name, fine):
+        chosen = {row.name: row for row in rows(world, JOINT)}[name]
+        noise = torch.randn(4, 6, 8, world.num_frames, 1, 1, generator=torch.Generator().manual_seed(0))
+        return following_clips(world, world.teacher, chosen, noise, world.prompts(6), fine, seed=0)
+
+    assert torch.allclose(following(FINE, fine), fine[[1]], atol=1e-5)  # float32, another batch
+    assert torch.allclose(following("ours, 4 steps", ours), ours[[1]], atol=1e-5)
+    assert torch.equal(following("ours, 4 steps", fine)[0][:, :, :SHARED], fine[0][:, :, -SHARED:])
 
 
 def test_one_command_writes_tables_of_every_number_of_loops(tmp_path, monkeypatch):
@@ -88,5 +115,6 @@ def test_one_command_writes_tables_of_every_number_of_loops(tmp_path, monkeypatc
     long_video.main()
     text = (tmp_path / "long_video.md").read_text()
     assert text.count("3 loops, seeds [0], noise [0, 1]") == 1 == text.count("4 loops, seeds [0]")
+    assert text.count("| ours, 4 steps | 4 |") == 4  # two tables of each
     assert f"| {FINE} | 8 | 0.00 (0.00 to 0.00) | 0.00 (0.00 to 0.00) |" in text
     assert {"long_video.json", "long_video.md", "long_video.png"} <= {path.name for path in tmp_path.iterdir()}
