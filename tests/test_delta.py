@@ -134,6 +134,17 @@ def test_a_fine_tune_gets_the_delta_after_its_distance_is_told(files, capsys):
     assert "windows: 1 0.5 0; guidance {'mode': 'fixed', 'scale': 3.0}; stage 1" in said and "cosine" in said
 
 
+def test_the_base_in_bfloat16_is_no_fine_tune(files, capsys):
+    """Its drift is the way of a student that was rounded too, and moved little else."""
+    base = read_state_dict(files / "base.safetensors")
+    half = {name: value.bfloat16() for name, value in base.items()}
+    write_state_dict(files / "half.safetensors", half)
+    half["x_embedder.proj.bias"] = half["x_embedder.proj.bias"] * 1.02
+    write_state_dict(files / "student" / "model" / "model.safetensors", half)
+    assert run("merge", made(files), files / "half.safetensors", files / "out", "--base", files / "base.safetensors") == 0
+    assert "these weights are the delta's base" in capsys.readouterr().out
+
+
 def test_what_a_network_computes_or_begins_with_zero_is_no_difference(files):
     """Weights of 1.2 are the base of students of 1.3, whose embedders of reference frames they lack."""
     student = read_state_dict(files / "student")

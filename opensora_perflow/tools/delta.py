@@ -166,7 +166,8 @@ def _compared(
         raise ValueError(
             f"the delta was made from another base than {into!r}: from {origin.base_source}; name that one with --base"
         )
-    distance = compare(weights, began, changes)
+    # In the precision of these weights: what that rounds away, no fine-tuning moved.
+    distance = compare(weights, {name: began[name].to(weights[name].dtype) for name in changes}, changes)
     if not distance.related:
         raise ValueError(
             f"{into!r} is no fine-tune of the delta's base: its weights are {distance.drift / distance.base:.2f} of the base's "
