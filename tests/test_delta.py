@@ -145,6 +145,16 @@ def test_the_base_in_bfloat16_is_no_fine_tune(files, capsys):
     assert "these weights are the delta's base" in capsys.readouterr().out
 
 
+def test_a_fine_tune_of_a_student_gets_the_next_stage_s_delta(files):
+    """Of the same teacher, as stage 2 of the configs: both students say stage 1."""
+    write_state_dict(files / "next" / "model" / "model.safetensors", moved(tiny_network(), 3, 0.01).state_dict())
+    write_state(files / "next", STATE)
+    assert run("merge", made(files), files / "tuned.safetensors", files / "few", "--base", files / "base.safetensors") == 0
+    assert run("make", files / "next", files / "e.safetensors", "--base", files / "student") == 0
+    assert run("merge", files / "e.safetensors", files / "few", files / "out", "--base", files / "student") == 0
+    assert run("merge", files / "e.safetensors", files / "next", files / "twice", "--base", files / "student") == 2
+
+
 def test_what_a_network_computes_or_begins_with_zero_is_no_difference(files):
     """Weights of 1.2 are the base of students of 1.3, whose embedders of reference frames they lack."""
     student = read_state_dict(files / "student")

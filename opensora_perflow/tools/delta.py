@@ -108,7 +108,8 @@ def merge(delta: Path, into: str, out: Path, base: str | None = None, scale: flo
     check_free(out, origin.student)
     weights, distance, report = _compared(origin, tensors, into, base)
     found, state = find_state(into), origin.student
-    known = distance.drift and found is not None and (state is None or found[0].stage >= state.stage)
+    known = found is not None and (state is None or found[0].stage >= state.stage)
+    known = known and distance.drift and find_state(base) is None  # a fine-tune of a student is one too
     if known or distance.cosine > SAME_WAY:
         why = str(found[1]) if known else f"its cosine to the delta is {distance.cosine:.3f}"
         raise ValueError(
