@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from opensora_perflow.hosts import optimizer
 from opensora_perflow.hosts.v2.averages import AdapterAverage, copy_in_float32, saved_name, whole, write_average
+from opensora_perflow.hosts.v2.host import OpenSora2
 from opensora_perflow.training.teacher import copy_frozen
 
 
@@ -76,6 +78,20 @@ def test_adapters_are_averaged_after_each_step_and_go_on_from_a_checkpoint(tmp_p
     assert load_file(tmp_path / "ema.safetensors")[name].item() == 10.0
     again = AdapterAverage(network, SimpleNamespace(step=step), 0.5, tmp_path)
     assert again.whole()[name].item() == 10.0 and weight.item() == 16.0
+
+
+def test_a_rollback_puts_the_average_of_adapters_back(monkeypatch):
+    """Else one step's NaN would stay in the average for good, which is what is exported."""
+    network, host = Adapted(), OpenSora2()
+    weight = network.lora_B["default"].weight
+    script = SimpleNamespace(step=lambda: weight.data.fill_(float("nan")))
+    host.followed = AdapterAverage(network, script, 0.5, None)
+    monkeypatch.setattr(optimizer, "main_variable", {"model": network, "optimizer": script}.get)
+    put_back = host.keep_state()
+    script.step()
+    (average,) = host.followed.ema.averages.values()
+    assert average.isnan().all() and put_back() is None
+    assert average.item() == weight.item() == 0.0
 
 
 def test_a_script_without_an_average_gets_no_file(tmp_path):

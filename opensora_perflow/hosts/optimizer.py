@@ -53,11 +53,11 @@ def scale_rate(factor: float) -> None:
     scale_rates(factor, main_variable("optimizer"), main_variable("lr_scheduler"))
 
 
-def keep_state() -> Callable[[], None]:
-    """Copy what steps of the running script change."""
+def keep_state(others: Iterable[Tensor] = ()) -> Callable[[], None]:
+    """Copy what steps of the running script change, and other tensors that move with it."""
     model = main_variable("model")
     settle(model)
-    return kept([model, ema()], main_variable("optimizer"))
+    return kept([model, ema()], main_variable("optimizer"), others)
 
 
 def rate_of(optimizer: Any) -> float | None:
@@ -76,9 +76,9 @@ def scale_rates(factor: float, optimizer: Any, schedule: Any = None) -> None:
         schedule = getattr(schedule, "after_scheduler", None)
 
 
-def kept(networks: Iterable[nn.Module | None], optimizer: Any) -> Callable[[], None]:
-    """Copies, on the CPU, of networks' weights and of an optimizer's own, which ZeRO's masters are. Returns what puts them
-    back.
+def kept(networks: Iterable[nn.Module | None], optimizer: Any, others: Iterable[Tensor] = ()) -> Callable[[], None]:
+    """Copies, on the CPU, of networks' weights, of an optimizer's own, which ZeRO's masters are, and of other tensors. Returns
+    what puts them back.
 
     An optimizer's state that did not exist yet is emptied.
     """
@@ -88,7 +88,7 @@ def kept(networks: Iterable[nn.Module | None], optimizer: Any) -> Callable[[], N
     groups = getattr(inner, "param_groups", ())
     trained = [parameter for group in groups for parameter in group["params"]]
     weights = [p for network in networks if network is not None for p in network.parameters()]
-    copies = [(value, _copy(value)) for value in {id(p): p for p in (*weights, *trained)}.values()]
+    copies = [(value, _copy(value)) for value in {id(p): p for p in (*weights, *trained, *others)}.values()]
     state = {p: {name: _copy(value) for name, value in inner.state.get(p, {}).items()} for p in trained}
 
     @torch.no_grad()

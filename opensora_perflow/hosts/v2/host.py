@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opensora_perflow.checkpoints import read_state_dict
 from opensora_perflow.hosts import masters, saving, script
 from opensora_perflow.hosts.host import OpenSoraScript
+from opensora_perflow.hosts.optimizer import keep_state
 from opensora_perflow.hosts.v2.averages import AdapterAverage, write_average
 from opensora_perflow.hosts.wrappers import settle, unwrap
 from opensora_perflow.training.adapters import adapters
@@ -65,6 +66,9 @@ class OpenSora2(OpenSoraScript):
             resumed = self.resumed()
             folder = None if resumed is None else _checkpoint(resumed[0])
             self.followed = AdapterAverage(model, optimizer, config["ema_decay"], folder)
+
+    def keep_state(self) -> Callable[[], None]:
+        return keep_state([] if self.followed is None else self.followed.ema.averages.values())
 
     def settled(self, model: nn.Module) -> nn.Module:
         boosted = script.main_variable("model")
