@@ -187,6 +187,14 @@ def test_adapters_are_a_student_too(files):
     assert find_state(files / "out")[0] == STATE
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_adapters_are_merged_into_two_files_of_one_folder(files, version):
+    base = files / "base.safetensors" if version == 1 else lora_checkpoint(files / "c")
+    checkpoint = adapters(files) if version == 1 else files / "c"
+    for name in ("student.safetensors", "student.pt"):
+        assert main(["merge", str(checkpoint), str(files / "apart" / name), "--base", str(base), "--no-ema"]) == 0
+
+
 def test_a_delta_becomes_adapters_that_merge_takes(files, capsys):
     base, lora = files / "base.safetensors", adapters(files)
     assert run("make", lora, files / "again", "--base", base, "--rank", "2") == 0

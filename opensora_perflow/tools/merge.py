@@ -34,11 +34,11 @@ def merge(checkpoint: Path, out: Path, base: str, ema: bool = True) -> None:
     Raises:
         ValueError: no adapters there, another base than theirs, or OUT exists. OSError: OUT cannot be written.
     """
-    check_free(out)
+    found = find_state(checkpoint)
+    check_free(out, found and replace(found[0], adapters=None))
     if lora_folder(checkpoint) is not None:
         write_weights(out, *lora_network(str(checkpoint), base, read_whole(base), ema))
         return
-    found = find_state(checkpoint)
     adapts = found is not None and found[0].adapters is not None
     added = (student(checkpoint, ema)[0] if checkpoint.is_dir() else read_source(checkpoint)) if adapts else {}
     if not added or not all(is_added(name) for name in added):
