@@ -227,6 +227,31 @@ def test_weights_that_are_not_finite_are_put_back(tmp_path, spoiled):
     assert breach["cause"] == "broken weights" and back["to"] == 0 and script.rate() == pytest.approx(0.5e-4)
 
 
+def test_weights_that_are_gathered_late_are_waited_for():
+    """As v1.3 boosts: the last step's arrive while the next forward runs."""
+    student, late = tiny_network().train(), []
+
+    class Boosted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = student
+
+        def _force_wait_all_gather(self):
+            while late:
+                late.pop().detach().fill_(math.nan)
+
+        def forward(self, *inputs, **named):
+            self._force_wait_all_gather()
+            return student(*inputs, **named)
+
+    scheduler, boosted = PeRFlow(watch=dict(policy="rollback")), Boosted()
+    scheduler.host = Script(None, student)
+    scheduler.training_losses(boosted, *batch(student))
+    late += student.parameters()
+    scheduler.training_losses(boosted, *batch(student))
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+
+
 def test_rollback_lowers_the_rate_where_nothing_is_kept_yet():
     rates = []
     remedies = Remedies(

@@ -196,6 +196,7 @@ class TrainingRun:
     def solve(self, batch: Batch, model: nn.Module) -> Segment:
         """The first half of a step: the teacher's solution of the windows that were drawn."""
         if torch.is_grad_enabled() and self.observer.remedies.policy != "warn":
+            self.host.settled(model)  # the last step's weights may still be on their way
             self.observer.before_step(self.randomness.steps - 1)
         try:
             return self.segments.of(batch)
