@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any] | None:
     found = {"model": config.model.type, "original": original}
     try:
         scheduler = build_module(config.scheduler, SCHEDULERS)
-        network = SimpleNamespace(forward=network_class(config.model.type).forward)
+        network = SimpleNamespace(forward=network_class(config.model.type).forward, training=False)
         chosen, prediction = scheduler.process_of(network)
         json.dumps(config.to_dict())  # train.py writes it beside its checkpoints
     except ValueError as error:

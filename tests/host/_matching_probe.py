@@ -11,7 +11,8 @@ term = FakeScore.term
 def saying(self: FakeScore, *given: object) -> torch.Tensor:
     found = term(self, *given)
     digest = sum(up.double().sum().item() + up.double().square().sum().item() for _, up in self.weights.values())
-    print(f"adapters of process {dist.get_rank()}: {digest!r}", flush=True)
+    # One write, so that lines of two processes stay whole.
+    print(f"adapters of process {dist.get_rank()}: {digest!r}\n", end="", flush=True)
     return found
 
 
