@@ -107,6 +107,8 @@ ONE_FOR_ALL = dict(
     sampling_grid="uniform",
 )
 """From stored paths, told where its steps end: all times lie at edges of the four grids."""
+MATCHING = {1: (0.5, 63, 76), 2: (0.2, 100, 128), 4: (0.1, 145, 0)}
+"""Students of world mmdit by their windows: weight of the matching; steps with it, and as many CPU seconds without it."""
 
 
 def recipes(world: World, iterations: int) -> list[Recipe]:
@@ -126,6 +128,13 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
         # 16 samples a step, of whose draws 5 / 8 lie in the first window: each solution of each window is trained twice.
         settings, count = changed(STORED, draws=dict(shares=[5, 1, 1, 1])), 10 * iterations
         chosen.append(Recipe(FIRST_WINDOW, settings, count, steps=(4,), lr_factor=2.0, chains=count, further=4))
+        told = changed(ONE_FOR_ALL, windows=4, draws=dict(grids=[1, 2]))
+        chosen.append(Recipe("1 to 4 evaluations", told, 1500, steps=(1, 2, 4), lr_factor=2.0, chains=1000))
+        for windows, (weight, matched, alone) in MATCHING.items():
+            name, settings = f"{windows} window{'s' * (windows > 1)}", dict(windows=windows, matching=dict(weight=weight))
+            chosen.append(Recipe(f"matching, {name}", settings, matched, steps=(windows,)))
+            if alone:
+                chosen.append(Recipe(f"regression, {name}", dict(windows=windows), alone, steps=(windows,)))
     elif world.name == "mixture":
         # What each change contributes, and how little and how much training does.
         chosen[1:1] = [
