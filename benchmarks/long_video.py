@@ -234,7 +234,7 @@ def run_part(world: World, args: argparse.Namespace, part: str) -> tuple[dict[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("scenes", "video"), default=["scenes", "video"])
-    parser.add_argument("--loops", type=int, nargs="+", default=[8, 24], help="clips of a long video (default 8 24)")
+    parser.add_argument("--loops", type=int, nargs="+", default=[8, 24], help="clips of a long video, 3 or more (default 8 24)")
     parser.add_argument("--edit", type=float, default=0.75, help="flow time of the rows edit and joined (default 0.75)")
     parser.add_argument("--frames", type=int, default=2, help="frames that joined fades over (default 2)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="students of part scenes (default 0 1 2)")
@@ -250,6 +250,8 @@ def main() -> None:
     parser.add_argument("--video-iterations", type=int, default=640, help="training steps of its students (default 640)")
     parser.add_argument("--out", type=Path, default=Path("outputs/long_video"), help="folder (default outputs/long_video)")
     args = parser.parse_args()
+    if min(args.loops) < 3:
+        parser.error(f"--loops {min(args.loops)}: drift compares loops 3, 4, ... with loop 2; give 3 or more")
     torch.set_num_threads(1)  # the networks are small: more threads wait for each other
     logging.getLogger("opensora_perflow").setLevel(logging.WARNING)
     args.out.mkdir(parents=True, exist_ok=True)

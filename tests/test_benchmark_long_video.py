@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from long_video import Measured
+from long_video import Measured, main
 from long_video_loops import FINE, Clips, clip_of, followed, following_clips, joined, loop_clips, rows
 from long_video_worlds import SHARED, SceneWorld
 from torch import Tensor
@@ -104,15 +104,20 @@ def test_clips_that_follow_the_converged_teachers_are_its_own_where_it_makes_the
     assert torch.equal(following("ours, 4 steps", fine)[0][:, :, :SHARED], fine[0][:, :, -SHARED:])
 
 
-def test_one_command_writes_tables_of_every_number_of_loops(tmp_path, monkeypatch):
-    import long_video
+def test_too_few_loops_for_a_drift_are_refused_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["long_video.py", "--loops", "2", "8", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--loops 2: drift compares" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
+
+def test_one_command_writes_tables_of_every_number_of_loops(tmp_path, monkeypatch):
     monkeypatch.setattr(SceneWorld, "fine_steps", (2, 2))
     small = ["--samples", "4", "--iterations", "2", "--seeds", "0", "--noise-seeds", "0", "1"]
     monkeypatch.setattr(
         sys, "argv", ["long_video.py", "--parts", "scenes", "--loops", "3", "4", *small, "--out", str(tmp_path)]
     )
-    long_video.main()
+    main()
     text = (tmp_path / "long_video.md").read_text()
     assert text.count("3 loops, seeds [0], noise [0, 1]") == 1 == text.count("4 loops, seeds [0]")
     assert text.count("| ours, 4 steps | 4 |") == 4  # two tables of each
