@@ -125,9 +125,10 @@ def recipes(world: World, iterations: int) -> list[Recipe]:
     ]  # fmt: skip
     if world.name == "mmdit":
         chosen.insert(1, Recipe("ours", OURS, iterations))
-        # 16 samples a step, of whose draws 5 / 8 lie in the first window: each solution of each window is trained twice.
-        settings, count = changed(STORED, draws=dict(shares=[5, 1, 1, 1])), 10 * iterations
-        chosen.append(Recipe(FIRST_WINDOW, settings, count, steps=(4,), lr_factor=2.0, chains=count, further=4))
+        # Of 16 samples a step 4 / 7 lie in the first window: each of its 24,000 solutions is seen once, others twice.
+        first = "stored paths, 8 solutions of the first window"
+        settings, count = changed(STORED, draws=dict(shares=[4, 1, 1, 1])), 15 * iterations
+        chosen.append(Recipe(first, settings, 13 * iterations, steps=(4,), lr_factor=2.0, chains=count, further=7))
         told = changed(ONE_FOR_ALL, windows=4, draws=dict(grids=[1, 2]))
         chosen.append(Recipe("1 to 4 evaluations", told, 1500, steps=(1, 2, 4), lr_factor=2.0, chains=1000))
         for windows, (weight, matched, alone) in MATCHING.items():
